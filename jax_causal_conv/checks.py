@@ -1,0 +1,208 @@
+"""Argument checks of the public functions: at trace time, naming the argument.
+
+Also where index arrays become int32: their values are clamped *before* they are
+narrowed, so that a 64-bit number out of range can never wrap into somebody's slot.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PAD_SLOT_ID = -1
+"""The slot number that means "skip this sequence" unless the caller names another."""
+
+IMPLEMENTATIONS = (None, "xla", "triton", "interpret")
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_INT32_MAX = 2**31 - 1
+
+
+def _is_jax(value: Any) -> bool:
+    return isinstance(value, jax.Array)  # tracers included
+
+
+def _shape(name: str, got: tuple, expected: tuple, letters: str) -> None:
+    """Raises unless `got` matches `expected`, where None stands for any size."""
+    fits = len(got) == len(expected) and all(
+        e is None or g == e for g, e in zip(got, expected, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        sizes += "," if len(expected) == 1 else ""
+        raise ValueError(f"{name} must have shape {letters} = ({sizes}), got {got}")
+
+
+def float_array(name: str, value: Any, expected: tuple, letters: str) -> jax.Array:
+    """A jax array of a supported float dtype and the expected shape."""
+    if value is None:
+        raise TypeError(f"{name} must be an array of shape {letters}, got None")
+    array = value if _is_jax(value) else jnp.asarray(value)
+    if array.dtype.name not in _FLOATS:
+        raise TypeError(f"{name} must be one of {_FLOATS}, got dtype {array.dtype}")
+    _shape(name, array.shape, expected, letters)
+    return array
+
+
+def index_array(
+    name: str, value: Any, expected: tuple, letters: str, low: int, high: int
+) -> Any:
+    """An int32 array, clamped into `[low, high]` where narrowing could change it.
+
+    NumPy and Python values stay on the host. int32 passes as it is: the
+    implementations clamp for themselves, without an extra kernel.
+    """
+    array = value if _is_jax(value) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
+    _shape(name, array.shape, expected, letters)
+    if jnp.iinfo(array.dtype).max <= _INT32_MAX:
+        return array.astype(np.int32)
+    array = array.clip(max=array.dtype.type(min(high, _INT32_MAX)))
+    if jnp.issubdtype(array.dtype, jnp.signedinteger):
+        array = array.clip(min=array.dtype.type(low))
+    return array.astype(np.int32)
+
+
+def ring_position(name: str, value: Any, batch: int, state_len: int) -> Any:
+    """`cache_seqlens` as int32: reduced mod L in its own dtype, as clamping would not do."""
+    array = value if _is_jax(value) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
+    _shape(name, array.shape, (batch,), "(B,)")
+    if jnp.iinfo(array.dtype).max > _INT32_MAX and state_len > 0:
+        array = array % array.dtype.type(state_len)
+    return array.astype(np.int32)
+
+
+def bool_array(name: str, value: Any, expected: tuple, letters: str) -> jax.Array:
+    """A bool array of the expected shape."""
+    array = value if _is_jax(value) else np.asarray(value)
+    if array.dtype != np.bool_:
+        raise TypeError(f"{name} must have dtype bool, got {array.dtype}")
+    _shape(name, array.shape, expected, letters)
+    return jnp.asarray(array)
+
+
+def static_int(name: str, value: Any, minimum: int | None = None) -> int:
+    """A Python int (NumPy integers too), known at trace time."""
+    if isinstance(value, (bool, np.bool_, jax.core.Tracer)):
+        raise TypeError(f"{name} must be a static int, got {value!r}")
+    try:
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a static int, got {value!r}") from None
+    if minimum is not None and result < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {result}")
+    return result
+
+
+def at_least_one_offset(offsets: Any) -> None:
+    if offsets.shape[0] == 0:
+        raise ValueError("query_start_loc must have shape (N+1,), got (0,)")
+
+
+def token_count(name: str, num_tokens: int, block_m: int) -> None:
+    """Token numbers, and one chunk beyond, must fit in int32."""
+    if num_tokens + block_m > _INT32_MAX:
+        raise ValueError(
+            f"{name} + block_m must be at most {_INT32_MAX}, "
+            f"got {num_tokens} + {block_m}"
+        )
+
+
+def host_integers(name: str, value: Any) -> np.ndarray:
+    """A 1-D NumPy integer array, for checks that look at values."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} must be concrete (call outside jit), got {value}")
+    array = np.asarray(value)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
+    _shape(name, array.shape, (None,), "(N,)")
+    return array
+
+
+def silu_wanted(activation: Any) -> bool:
+    """None/False: no activation; "silu"/"swish"/True: silu."""
+    if activation is None or activation is False:
+        return False
+    if activation is True or activation in ("silu", "swish"):
+        return True
+    raise ValueError(
+        f'activation must be None, "silu", "swish", True or False, got {activation!r}'
+    )
+
+
+def filters(weight: Any, bias: Any, x: jax.Array, dim: int) -> tuple[Any, Any]:
+    """Checked weight `(D, W)` and bias `(D,)` or None.
+
+    Only float64 data is worth float64 parameters; with a narrower x they become
+    float32.
+    """
+    weight = float_array("weight", weight, (dim, None), "(D, W)")
+    if weight.shape[1] == 0:
+        raise ValueError(
+            f"weight must have shape (D, W) with W >= 1, got {weight.shape}"
+        )
+    if bias is not None:
+        bias = float_array("bias", bias, (dim,), "(D,)")
+    if x.dtype != jnp.float64:
+        if weight.dtype == jnp.float64:
+            weight = weight.astype(jnp.float32)
+        if bias is not None and bias.dtype == jnp.float64:
+            bias = bias.astype(jnp.float32)
+    return weight, bias
+
+
+def slots_array(
+    name: str, value: Any, state: Any, state_name: str, count: int, letter: str
+) -> Any:
+    """Checked slot numbers `(count,)`; None needs at least `count` slots."""
+    num_slots = state.shape[0]
+    if value is None:
+        if num_slots < count:
+            raise ValueError(
+                f"{state_name} must have at least {letter} = {count} slots when {name} "
+                f"is None, got {num_slots}"
+            )
+        return None
+    return index_array(name, value, (count,), f"({letter},)", -1, num_slots)
+
+
+def state_array(name: str, value: Any, dim: int, width: int) -> jax.Array:
+    """Checked conv state `(S, L, D)` with L >= W-1."""
+    state = float_array(name, value, (None, None, dim), "(S, L, D)")
+    if state.shape[1] < width - 1:
+        raise ValueError(
+            f"{name} must have shape (S, L, D) with L >= W-1 = {width - 1}, "
+            f"got {state.shape}"
+        )
+    if state.shape[1] * dim > _INT32_MAX:
+        raise ValueError(
+            f"{name} must have fewer than 2**31 elements in a slot, got {state.shape}"
+        )
+    return state
+
+
+def pad_slot(pad_slot_id: Any, num_slots: int) -> int:
+    """The pad slot number; all those outside [0, S) mean the same: -1."""
+    pad = static_int("pad_slot_id", pad_slot_id)
+    return pad if 0 <= pad < num_slots else PAD_SLOT_ID
+
+
+def implementation_for(implementation: Any, x: jax.Array) -> str | None:
+    """A valid `implementation`, with what x's dtype says about None."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}"
+        )
+    if x.dtype != jnp.float64:
+        return implementation
+    if implementation in ("triton", "interpret"):
+        raise TypeError(
+            f'x must not be float64 with implementation="{implementation}", whose '
+            'kernels accumulate in float32; got float64. Use "xla" or None'
+        )
+    return "xla"

@@ -1,0 +1,205 @@
+"""Device functions shared by the kernels. No JAX here.
+
+Conventions: `cols` are the channels `[BLOCK_N]` of a program and `mask` those below
+D. Row pointers are 64-bit bases plus `cols`, so a product of sizes never overflows.
+`FAST` chooses CUDA spellings that Triton's interpreter does not know; each has a
+plain twin beside it.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def offset_bound(query_start_loc_ptr, last, num_tokens, FAST: tl.constexpr):
+    """`max(clip(query_start_loc[0..last], 0, T))`: cummax at one entry.
+
+    Well-formed offsets need no maximum, but any vector of integers has a meaning,
+    and a scan of a few cached lines is cheaper than a second kernel.
+    """
+    BLOCK: tl.constexpr = 256 if FAST else 8  # the interpreter reduces in Python
+    lanes = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], 0, tl.int32)
+    for base in range(0, last + 1, BLOCK):
+        i = base + lanes
+        q = tl.load(query_start_loc_ptr + i, mask=i <= last, other=0)
+        best = tl.maximum(best, tl.minimum(q, num_tokens))
+    return tl.reduce(best, 0, _max)
+
+
+@triton.jit
+def silu(y, FAST: tl.constexpr):
+    """`y / (1 + exp(-y))`, in four instructions when FAST.
+
+    exp2 is one instruction where exp adds range checks, and an approximate
+    reciprocal one where a division is eight; the error stays below 3e-6 relative.
+    """
+    e = tl.exp2(y * -1.4426950408889634)
+    if FAST:
+        r = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [1.0 + e],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+        return y * r
+    else:
+        return y / (1.0 + e)
+
+
+@triton.jit
+def load_taps(
+    weight_ptr, bias_ptr, cols, mask, W: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """float32 filter taps, oldest first, as a tuple of W rows, and the bias row."""
+    taps = ()
+    for k in tl.static_range(W):
+        w = tl.load(weight_ptr + cols * W + k, mask=mask, other=0.0)
+        taps = taps + (w.to(tl.float32),)
+    bias = tl.full(cols.shape, 0, tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return taps, bias
+
+
+@triton.jit
+def convolve_rows(
+    x_ptrs,
+    out_ptrs,
+    window,
+    taps,
+    bias,
+    rows,
+    mask,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Filters `rows` consecutive rows, the window rolling in registers.
+
+    Each element of x is loaded and converted once. Whole groups of GROUP rows first:
+    their loads are all in flight before the first use, and with GROUP a multiple of
+    W the window needs no register moves.
+
+    Args:
+        x_ptrs, out_ptrs: `[BLOCK_N]` pointers to the first row.
+        window: tuple of the W-1 float32 rows before it, oldest first.
+    """
+    for _ in range(rows // GROUP):
+        fresh = ()
+        for g in tl.static_range(GROUP):
+            fresh = fresh + (tl.load(x_ptrs + g * D, mask=mask, other=0.0),)
+        for g in tl.static_range(GROUP):
+            window = window + (fresh[g].to(tl.float32),)
+            y = filter_row(window, taps, bias, W, SILU, FAST)
+            tl.store(out_ptrs + g * D, y.to(out_ptrs.dtype.element_ty), mask=mask)
+            window = window[1:]
+        x_ptrs += GROUP * D
+        out_ptrs += GROUP * D
+    if GROUP > 1:
+        for _ in range(rows % GROUP):
+            x = tl.load(x_ptrs, mask=mask, other=0.0)
+            window = window + (x.to(tl.float32),)
+            y = filter_row(window, taps, bias, W, SILU, FAST)
+            tl.store(out_ptrs, y.to(out_ptrs.dtype.element_ty), mask=mask)
+            window = window[1:]
+            x_ptrs += D
+            out_ptrs += D
+
+
+@triton.jit
+def filter_row(
+    window, taps, bias, W: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr
+):
+    """`act(bias + Σ_k taps[k] · window[k])` in float32."""
+    y = bias
+    for k in tl.static_range(W):
+        y = tl.fma(window[k], taps[k], y)
+    if SILU:
+        y = silu(y, FAST)
+    return y
+
+
+@triton.jit
+def load_window(
+    x_ptr,
+    slot_ptr,
+    first,
+    history,
+    cols,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
+    """The W-1 float32 rows before row `first` of a sequence, as a tuple.
+
+    Args:
+        x_ptr: scalar pointer to row `first`.
+        slot_ptr: scalar pointer to row 0 of the slot.
+        first: 0, or at least W-1, so that all rows come from the slot or all from x.
+        history: number of valid rows at the front of the slot; the newest last.
+    """
+    window = ()
+    for k in tl.static_range(W - 1):
+        back = W - 1 - k
+        row = history - back
+        # No channel passes where a row must not be seen.
+        x_cols = tl.where(first > 0, D, 0)
+        old_cols = tl.where((first == 0) & (row >= 0), D, 0)
+        x = tl.load(x_ptr - back * D + cols, mask=cols < x_cols, other=0.0)
+        old = tl.load(slot_ptr + row * D + cols, mask=cols < old_cols, other=0.0)
+        window = window + (tl.where(first > 0, x.to(tl.float32), old.to(tl.float32)),)
+    return window
+
+
+@triton.jit
+def roll_slot(
+    x_ptr,
+    slot_ptr,
+    length,
+    history,
+    first_col,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    L_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLOT_N: tl.constexpr,
+):
+    """Makes the slot the last L rows of `concat(history, x[0:length])`, in place.
+
+    Rows move left by `length - rejected`, or *right* where more rows were rejected
+    than arrive, so neither an ascending nor a descending loop over rows is safe.
+    Instead all L rows of SLOT_N channels are read, then a barrier, then written;
+    channels are independent of each other. The caller has issued its own reads of
+    the slot before.
+
+    Args:
+        x_ptr: scalar pointer to the sequence's first row.
+        slot_ptr: scalar pointer to the slot's first row.
+        history: number of valid rows at the front of the slot.
+    """
+    row = tl.arange(0, L_BLOCK)[:, None]
+    token = (length - L) + row  # of the sequence; negative: history
+    for n in range(0, BLOCK_N, SLOT_N):
+        cols = (first_col + n + tl.arange(0, SLOT_N))[None, :]
+        mask = (row < L) & (cols < D)
+        new = tl.load(
+            x_ptr + token.to(tl.int64) * D + cols, mask=mask & (token >= 0), other=0.0
+        )
+        source = history + token
+        old = tl.load(
+            slot_ptr + source * D + cols,
+            mask=mask & (token < 0) & (source >= 0),
+            other=0.0,
+        )
+        rows = tl.where(token >= 0, new.to(slot_ptr.dtype.element_ty), old)
+        tl.debug_barrier()
+        tl.store(slot_ptr + row * D + cols, rows, mask=mask)

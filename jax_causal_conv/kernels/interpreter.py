@@ -1,0 +1,118 @@
+"""Runs a Triton kernel in Triton's interpreter on NumPy arrays, in this process.
+
+Triton decides once per process, by an environment variable, whether `@triton.jit`
+compiles or interprets. Here both live side by side: a copy of the kernel is
+interpreted, its callees with it, and the kernel itself stays compilable.
+"""
+
+import functools
+import threading
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from triton import JITFunction
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+
+# The interpreter replaces parts of triton.language while it runs.
+_LOCK = threading.RLock()
+
+_TYPE_NAMES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "int32": "i32",
+    "bool": "i1",
+}
+
+
+class _Pointer:
+    """What the interpreter wants to see of an array: an address and a type."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.dtype = _TYPE_NAMES[array.dtype.name]
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+
+class _InPlaceExecutor(GridExecutor):
+    """Hands NumPy buffers through instead of copying torch tensors to the host."""
+
+    def _init_args_hst(self, args_dev, kwargs):
+        return args_dev, kwargs
+
+    def _restore_args_dev(self, args_dev, args_hst, kwargs, kwargs_hst):
+        pass
+
+
+@functools.cache
+def _interpreted(kernel: JITFunction) -> Any:
+    """A Python function that computes what `kernel` does, callees included."""
+    fn = kernel.fn
+    callees = {
+        name: _interpreted(fn.__globals__[name])
+        for name in fn.__code__.co_names
+        if isinstance(fn.__globals__.get(name), JITFunction)
+    }
+    copy = types.FunctionType(
+        fn.__code__,
+        fn.__globals__ | callees,
+        fn.__name__,
+        fn.__defaults__,
+        fn.__closure__,
+    )
+    copy.__annotations__ = fn.__annotations__
+    rewritten = InterpretedFunction(copy).rewrite()
+    rewritten.fn = rewritten  # where Triton looks for a reduction's combine function
+    return rewritten
+
+
+def run(kernel: Any, arrays: Sequence[np.ndarray], grid: int, **constants: Any) -> None:
+    """Runs `kernel(*arrays, **constants)` for `grid` programs, in place.
+
+    Args:
+        arrays: NumPy arrays (passed as pointers) and ints, in the kernel's order.
+    """
+    fn = _interpreted(kernel)
+    args = [_Pointer(a) if isinstance(a, np.ndarray) else a for a in arrays]
+    with _LOCK, np.errstate(all="ignore"):
+        executor = _InPlaceExecutor(fn, kernel.arg_names, (grid,))
+        executor(*args, **constants, FAST=False)
+
+
+def call(
+    kernel: Any,
+    arrays: Sequence[jax.Array],
+    scalars: Sequence[int],
+    out: jax.ShapeDtypeStruct,
+    *,
+    in_place: int,
+    grid: int,
+    num_warps: int,
+    constants: Mapping[str, Any],
+) -> tuple[jax.Array, jax.Array]:
+    """`bridge.call` through the interpreter and a host callback.
+
+    The output is filled with NaN first, so that a row which no program writes shows.
+    """
+    del num_warps
+    state = jax.ShapeDtypeStruct(arrays[in_place].shape, arrays[in_place].dtype)
+
+    def host(*operands):
+        operands = [np.ascontiguousarray(a) for a in operands]
+        operands[in_place] = operands[in_place].copy()
+        result = np.full(out.shape, np.nan, out.dtype)
+        run(
+            kernel,
+            [*operands, *scalars, result, operands[in_place]],
+            grid,
+            **constants,
+        )
+        return result, operands[in_place]
+
+    return jax.pure_callback(host, (out, state), *arrays, vmap_method="sequential")

@@ -1,0 +1,136 @@
+"""The packed forward kernel. No JAX here."""
+
+import triton
+import triton.language as tl
+
+from .device import convolve_rows, load_taps, load_window, offset_bound, roll_slot
+
+
+# One program filters one chunk (at most block_m tokens) of one sequence for BLOCK_N
+# channels. The grid is 1-D, chunks x blocks of channels, channels fastest: programs
+# that run side by side read neighbouring memory, and no grid axis limit applies.
+# Program -> (sequence, chunk) by chunk_seq/chunk_offset; programs behind the last
+# chunk (chunk_seq == -1) zero the tokens that no sequence covers, and chunks of
+# skipped sequences are zeroed as well, so that `out` needs no memset.
+#
+# Reads: its rows of x and the W-1 rows before them; chunk 0 the sequence's slot.
+# Writes: its rows of out; chunk 0 of a live sequence its slot, in place.
+#
+# Race-free in a donated state buffer: live sequences own different slots, and of a
+# sequence only chunk 0 touches the slot (later chunks take their history from x,
+# which is why block_m >= W-1), in programs that own different channels. Within the
+# program every read of the slot is before the first write, with a barrier between
+# (see roll_slot). Rows of out belong to one program each, since sanitised offsets
+# never overlap.
+#
+# Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
+# [0, S), a program number out of range is compared before it is multiplied.
+@triton.jit
+def packed_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    state_ptr,
+    query_start_loc_ptr,
+    slot_ptr,
+    has_initial_state_ptr,
+    num_rejected_ptr,
+    chunk_seq_ptr,
+    chunk_offset_ptr,
+    num_tokens,
+    num_seqs,
+    num_slots,
+    block_m,
+    out_ptr,
+    state_alias_ptr,  # unused: some launchers hand an in-place buffer over twice
+    D: tl.constexpr,
+    W: tl.constexpr,
+    L: tl.constexpr,
+    PAD_SLOT_ID: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_INITIAL_STATE: tl.constexpr,
+    HAS_REJECTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    L_BLOCK: tl.constexpr,
+    SLOT_N: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0) // col_blocks
+    first_col = (tl.program_id(0) % col_blocks) * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = cols < D
+
+    seq = tl.load(chunk_seq_ptr + program)
+    chunk = tl.load(chunk_offset_ptr + program)
+    if seq < 0:
+        if (seq == -1) & (chunk >= 0):
+            head = offset_bound(query_start_loc_ptr, 0, num_tokens, FAST)
+            tail = offset_bound(query_start_loc_ptr, num_seqs, num_tokens, FAST)
+            uncovered = head + (num_tokens - tail)
+            if chunk <= (uncovered - 1) // block_m:
+                first = chunk * block_m
+                last = tl.minimum(first + block_m, uncovered)
+                zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
+                for i in range(first, last):
+                    token = tl.where(i < head, i, tail + (i - head))
+                    tl.store(out_ptr + token.to(tl.int64) * D + cols, zeros, mask=mask)
+    elif (seq < num_seqs) & (chunk >= 0):
+        start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
+        end = tl.minimum(tl.load(query_start_loc_ptr + seq + 1), num_tokens)
+        length = end - start
+        if (length > 0) & (chunk <= (length - 1) // block_m):
+            slot = seq
+            if HAS_SLOTS:
+                slot = tl.load(slot_ptr + seq)
+            first = chunk * block_m
+            rows = tl.minimum(block_m, length - first)
+            row_ptr = x_ptr + start.to(tl.int64) * D
+            out_ptrs = out_ptr + (start + first).to(tl.int64) * D + cols
+            if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
+                history = 0
+                if HAS_INITIAL_STATE:
+                    if tl.load(has_initial_state_ptr + seq):
+                        history = L
+                        if HAS_REJECTED:
+                            rejected = tl.load(num_rejected_ptr + seq)
+                            history = L - tl.minimum(tl.maximum(rejected, 0), L)
+                slot_base = state_ptr + slot.to(tl.int64) * (L * D)
+                taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
+                first_ptr = row_ptr + first.to(tl.int64) * D
+                window = load_window(first_ptr, slot_base, first, history, cols, D, W)
+                if chunk == 0:
+                    roll_slot(
+                        row_ptr,
+                        slot_base,
+                        length,
+                        history,
+                        first_col,
+                        D,
+                        L,
+                        L_BLOCK,
+                        BLOCK_N,
+                        SLOT_N,
+                    )
+                convolve_rows(
+                    first_ptr + cols,
+                    out_ptrs,
+                    window,
+                    taps,
+                    bias,
+                    rows,
+                    mask,
+                    D,
+                    W,
+                    SILU,
+                    GROUP,
+                    FAST,
+                )
+            else:
+                zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
+                for _ in range(rows):
+                    tl.store(out_ptrs, zeros, mask=mask)
+                    out_ptrs += D

@@ -1,0 +1,113 @@
+"""The decode kernel. No JAX here."""
+
+import triton
+import triton.language as tl
+
+from .device import convolve_rows, load_taps, load_window, roll_slot
+
+
+# One program advances one request by its Q tokens for BLOCK_N channels; the grid is
+# 1-D, rows x blocks of channels, channels fastest. It alone reads and writes its part
+# of the request's slot, and reads all it needs of it before the first write (a barrier
+# in between), so updating a donated buffer in place is race-free.
+#
+# CIRCULAR: history is the W-1 rows before the cursor, input q goes to row
+# (cursor + q) mod L, and of more than L inputs only the last L are written.
+@triton.jit
+def update_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    state_ptr,
+    cache_seqlens_ptr,
+    slot_ptr,
+    num_rejected_ptr,
+    num_slots,
+    out_ptr,
+    state_alias_ptr,  # unused: some launchers hand an in-place buffer over twice
+    Q: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    L: tl.constexpr,
+    PAD_SLOT_ID: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CIRCULAR: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_REJECTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    L_BLOCK: tl.constexpr,
+    SLOT_N: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    request = tl.program_id(0) // col_blocks
+    first_col = (tl.program_id(0) % col_blocks) * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = cols < D
+
+    slot = request
+    if HAS_SLOTS:
+        slot = tl.load(slot_ptr + request)
+    row_ptr = x_ptr + request.to(tl.int64) * (Q * D)
+    out_ptrs = out_ptr + request.to(tl.int64) * (Q * D) + cols
+    if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
+        slot_base = state_ptr + slot.to(tl.int64) * (L * D)
+        taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
+        if CIRCULAR:
+            cursor = tl.load(cache_seqlens_ptr + request) % L
+            cursor = tl.where(cursor < 0, cursor + L, cursor)  # floored
+            window = ()
+            for k in tl.static_range(W - 1):
+                row = cursor - (W - 1 - k)
+                row = tl.where(row < 0, row + L, row)
+                old = tl.load(slot_base + row * D + cols, mask=mask, other=0.0)
+                window = window + (old.to(tl.float32),)
+            tl.debug_barrier()
+            kept: tl.constexpr = min(Q, L)
+            for q in range(Q - kept, Q):
+                x = tl.load(row_ptr + q * D + cols, mask=mask, other=0.0)
+                row = (cursor + q) % L
+                tl.store(
+                    slot_base + row * D + cols,
+                    x.to(state_ptr.dtype.element_ty),
+                    mask=mask,
+                )
+        else:
+            history = L
+            if HAS_REJECTED:
+                rejected = tl.load(num_rejected_ptr + request)
+                history = L - tl.minimum(tl.maximum(rejected, 0), L)
+            window = load_window(row_ptr, slot_base, 0, history, cols, D, W)
+            roll_slot(
+                row_ptr,
+                slot_base,
+                Q,
+                history,
+                first_col,
+                D,
+                L,
+                L_BLOCK,
+                BLOCK_N,
+                SLOT_N,
+            )
+        convolve_rows(
+            row_ptr + cols,
+            out_ptrs,
+            window,
+            taps,
+            bias,
+            Q,
+            mask,
+            D,
+            W,
+            SILU,
+            GROUP,
+            FAST,
+        )
+    else:
+        zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
+        for _ in range(Q):
+            tl.store(out_ptrs, zeros, mask=mask)
+            out_ptrs += D

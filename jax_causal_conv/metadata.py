@@ -1,0 +1,176 @@
+"""Which program of a launch owns which chunk of which sequence."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from . import checks
+from .checks import PAD_SLOT_ID
+from .kernels.tiles import default_block_m
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConvMetadata:
+    """Maps the programs of `causal_conv1d_fn` to chunks of sequences.
+
+    Build it once per step with `build_metadata` and pass it to every layer; it is a
+    pytree and may be an argument of a jitted (or exported) function. With T tokens and
+    N sequences there are `P = T // block_m + N + 1` programs, enough for any offsets,
+    so that one compilation serves every batch of a bucket.
+
+    Attributes:
+        chunk_seq: `(P,)` int32, the sequence that program p serves; PAD_SLOT_ID for
+            the programs behind the last chunk, which zero uncovered tokens.
+            vLLM's `batch_ptr`.
+        chunk_offset: `(P,)` int32, which block of `block_m` tokens of it.
+            vLLM's `token_chunk_offset_ptr`.
+        block_m: tokens per chunk (static).
+    """
+
+    chunk_seq: Any
+    chunk_offset: Any
+    block_m: int = dataclasses.field(metadata=dict(static=True))
+
+
+jax.export.register_pytree_node_serialization(
+    ConvMetadata,
+    serialized_name="jax_causal_conv.ConvMetadata",
+    serialize_auxdata=lambda aux: str(aux[0]).encode(),
+    deserialize_auxdata=lambda data: (int(data.decode()),),
+)
+
+
+def num_programs(num_tokens: int, num_seqs: int, block_m: int) -> int:
+    """P: chunks of all sequences and of the uncovered tokens, whatever the offsets."""
+    return num_tokens // block_m + num_seqs + 1
+
+
+def build_metadata(
+    query_start_loc: ArrayLike, num_tokens: int, *, block_m: int | None = None
+) -> ConvMetadata:
+    """Builds the chunk arrays of a packed batch, without a loop over sequences.
+
+    Args:
+        query_start_loc: `(N+1,)` integers, as for `causal_conv1d_fn`; any values are
+            safe. NumPy (or a list) is computed on the host; a jax array or tracer in
+            the graph, without a host sync. Both give the same arrays.
+        num_tokens: T, the number of rows of x (static).
+        block_m: tokens per chunk; must be at least W-1 for the op. None is the
+            kernels' own choice from T and N.
+
+    Returns:
+        The `ConvMetadata` of this batch; of NumPy arrays if the input was.
+
+    Raises:
+        TypeError: offsets are not integers, or a static argument is not an int.
+        ValueError: wrong rank, empty offsets, negative num_tokens, block_m < 1.
+
+    Example:
+        >>> import numpy as np
+        >>> m = build_metadata(np.array([0, 5, 6]), 8, block_m=4)
+        >>> m.chunk_seq.tolist(), m.chunk_offset.tolist()
+        ([0, 0, 1, -1, -1], [0, 1, 0, 0, 1])
+    """
+    num_tokens = checks.static_int("num_tokens", num_tokens, minimum=0)
+    offsets = checks.index_array(
+        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
+    )
+    checks.at_least_one_offset(offsets)
+    num_seqs = offsets.shape[0] - 1
+    if block_m is None:
+        block_m = default_block_m(num_tokens, num_seqs)
+    block_m = checks.static_int("block_m", block_m, minimum=1)
+    checks.token_count("num_tokens", num_tokens, block_m)
+
+    on_host = isinstance(offsets, np.ndarray)
+    xp: Any = np if on_host else jnp
+    clipped = xp.clip(offsets, 0, num_tokens)
+    offsets = np.maximum.accumulate(clipped) if on_host else lax.cummax(clipped)
+    chunks = -((offsets[:-1] - offsets[1:]) // block_m)  # ceil, per sequence
+    last = xp.cumsum(chunks, dtype=np.int32)
+    program = xp.arange(num_programs(num_tokens, num_seqs, block_m), dtype=np.int32)
+    seq = xp.searchsorted(last, program, side="right").astype(np.int32)
+    # Program number of the first chunk of each sequence, then of the zeroing programs.
+    first = xp.concatenate([xp.zeros(1, np.int32), last])
+    return ConvMetadata(
+        chunk_seq=xp.where(seq < num_seqs, seq, np.int32(PAD_SLOT_ID)),
+        chunk_offset=program - first[seq],
+        block_m=block_m,
+    )
+
+
+def validate_batch(
+    query_start_loc: ArrayLike,
+    cache_indices: ArrayLike | None = None,
+    *,
+    num_tokens: int,
+    num_slots: int,
+    pad_slot_id: int = PAD_SLOT_ID,
+) -> None:
+    """Checks a packed batch on the host, eagerly, for servers and notebooks.
+
+    The ops accept any integers; this tells a mistake from an intention. Empty
+    sequences and pad slots are exempt from the checks of slots.
+
+    Args:
+        query_start_loc: `(N+1,)` integers.
+        cache_indices: `(N,)` integers, None = `arange(N)`.
+        num_tokens: T.
+        num_slots: S.
+        pad_slot_id: the slot number that means "skip".
+
+    Raises:
+        ValueError: names the first offending entry: `query_start_loc[0] != 0`, a
+            decreasing or too large offset, a slot out of range, a slot used by two
+            live sequences.
+        TypeError: not integers, or traced values.
+    """
+    num_tokens = checks.static_int("num_tokens", num_tokens, minimum=0)
+    num_slots = checks.static_int("num_slots", num_slots, minimum=0)
+    pad_slot_id = checks.static_int("pad_slot_id", pad_slot_id)
+    q = checks.host_integers("query_start_loc", query_start_loc)
+    checks.at_least_one_offset(q)
+    if q[0] != 0:
+        raise ValueError(f"query_start_loc[0] must be 0, got {q[0]}")
+    if (bad := np.flatnonzero(q[1:] < q[:-1])).size:
+        i = int(bad[0]) + 1
+        raise ValueError(
+            f"query_start_loc must not decrease, got query_start_loc[{i}] = {q[i]} "
+            f"after {q[i - 1]}"
+        )
+    if (bad := np.flatnonzero(q > num_tokens)).size:
+        i = int(bad[0])
+        raise ValueError(
+            f"query_start_loc[{i}] = {q[i]} is beyond num_tokens = {num_tokens}"
+        )
+    n = q.size - 1
+    if cache_indices is None:
+        slots = np.arange(n)
+    else:
+        slots = checks.host_integers("cache_indices", cache_indices)
+        if slots.size != n:
+            raise ValueError(
+                f"cache_indices must have shape (N,) = ({n},), got {slots.shape}"
+            )
+    live = np.flatnonzero((q[1:] > q[:-1]) & (slots != pad_slot_id))
+    used, first = np.unique(slots[live], return_index=True)
+    outside = live[(slots[live] < 0) | (slots[live] >= num_slots)]
+    repeated = np.setdiff1d(live, live[first], assume_unique=True)
+    owner = dict(zip(used.tolist(), live[first].tolist(), strict=True))
+    for i in sorted(map(int, {*outside[:1], *repeated[:1]})):
+        slot = int(slots[i])
+        if not 0 <= slot < num_slots:
+            raise ValueError(
+                f"cache_indices[{i}] = {slot} is outside [0, num_slots = {num_slots}) "
+                f"and is not pad_slot_id = {pad_slot_id}"
+            )
+        raise ValueError(
+            f"cache_indices[{i}] = {slot} is already used by live sequence "
+            f"{owner[slot]}; two live sequences must not share a slot"
+        )

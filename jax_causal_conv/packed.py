@@ -1,0 +1,160 @@
+"""`causal_conv1d_fn`: the packed op, prefill and decode mixed in one call."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from . import checks, dispatch
+from .checks import PAD_SLOT_ID
+from .metadata import ConvMetadata, num_programs
+
+
+def causal_conv1d_fn(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike,
+    query_start_loc: ArrayLike,
+    *,
+    cache_indices: ArrayLike | None = None,
+    has_initial_state: ArrayLike | None = None,
+    num_rejected_tokens: ArrayLike | None = None,
+    activation: str | bool | None = "silu",
+    metadata: ConvMetadata | None = None,
+    pad_slot_id: int = PAD_SLOT_ID,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal depthwise conv of a packed batch, with its conv states updated.
+
+    Sequence i owns tokens `[q[i], q[i+1])` of the flat token axis; prefills, chunks of
+    prefills, single decode steps and rows of draft tokens may be mixed at will. With
+    `u[j >= 0]` the sequence's own input and `u[j < 0]` its history, the newest row of
+    its slot being `u[-1]`, token p becomes
+
+        out = act(bias + sum_k weight[:, k] * u[p - (W-1) + k])
+
+    summed in float32 from exact products and rounded once. Afterwards the slot holds
+    the last L inputs of the request, oldest first, zeros before the first.
+
+    A sequence is *skipped* if it is empty or its slot is `pad_slot_id` or outside
+    `[0, S)`: its tokens come back as exact zeros, as do tokens that no sequence
+    covers, and no slot changes. Offsets mean `cummax(clip(q, 0, T))`, so any integers
+    are safe; only two live sequences on one slot are unspecified, for themselves.
+
+    The states are functional: the result is a new array and `conv_states` stays as it
+    is. Where the caller donates it to jit (or carries it through scan), the update
+    happens in place, without a copy.
+
+    The algorithm, programs mapped to chunks of sequences, is that of vLLM's Triton
+    kernel (vLLM pull request 18218).
+
+    Args:
+        x: `(T, D)` inputs; float32, bfloat16 or float16 (float64: XLA only).
+        weight: `(D, W)`, any W >= 1; `weight[:, W-1]` meets the current token.
+        bias: `(D,)` or None.
+        conv_states: `(S, L, D)` cache, L >= W-1. Dtypes may be mixed freely.
+        query_start_loc: `(N+1,)` integers.
+        cache_indices: `(N,)` integers, the slot of each sequence. None is `arange(N)`.
+        has_initial_state: `(N,)` bool: does the slot hold history? None is all False.
+        num_rejected_tokens: `(N,)` integers r, clamped into `[0, L]`: the last r rows
+            of the slot were rejected drafts and are forgotten. Ignored without initial
+            state, and by skipped sequences: pass it again with their next tokens.
+            Keep L >= W-1+max(r). None is 0.
+        activation: None, "silu" or "swish"; True is silu, False is None.
+        metadata: from `build_metadata`, to share it between layers. None builds it.
+        pad_slot_id: static int, the slot number that means "skip".
+        implementation: None (Triton on CUDA, XLA elsewhere, chosen at lowering),
+            "triton", "xla", or "interpret" (the Triton kernels in Triton's
+            interpreter on the host, for debugging).
+
+    Returns:
+        `out` `(T, D)` in x's dtype, and the new conv states, like `conv_states`.
+        Slots that no live sequence names are bit-for-bit unchanged. Sizes of 0 give
+        naturally shaped results and launch nothing.
+
+    Raises:
+        TypeError: a dtype or the type of a static argument is wrong.
+        ValueError: a shape, size or option is wrong, or `metadata` is for other sizes.
+
+    Example:
+        >>> step = jax.jit(causal_conv1d_fn, donate_argnames="conv_states")
+        >>> out, states = step(x, weight, bias, states, query_start_loc,
+        ...                    cache_indices=slots, has_initial_state=seen)
+    """
+    x = checks.float_array("x", x, (None, None), "(T, D)")
+    num_tokens, dim = x.shape
+    implementation = checks.implementation_for(implementation, x)
+    weight, bias = checks.filters(weight, bias, x, dim)
+    width = weight.shape[1]
+    states = checks.state_array("conv_states", conv_states, dim, width)
+    num_slots, state_len = states.shape[:2]
+    offsets = checks.index_array(
+        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
+    )
+    checks.at_least_one_offset(offsets)
+    num_seqs = offsets.shape[0] - 1
+    slots = checks.slots_array(
+        "cache_indices", cache_indices, states, "conv_states", num_seqs, "N"
+    )
+    if has_initial_state is not None:
+        has_initial_state = checks.bool_array(
+            "has_initial_state", has_initial_state, (num_seqs,), "(N,)"
+        )
+    if num_rejected_tokens is not None:
+        num_rejected_tokens = checks.index_array(
+            "num_rejected_tokens",
+            num_rejected_tokens,
+            (num_seqs,),
+            "(N,)",
+            0,
+            state_len,
+        )
+    silu = checks.silu_wanted(activation)
+    pad_slot_id = checks.pad_slot(pad_slot_id, num_slots)
+    block_m = 1 if metadata is None else _checked(metadata, num_tokens, num_seqs, width)
+    checks.token_count("T", num_tokens, block_m)
+
+    if 0 in (num_tokens, dim, num_seqs, num_slots):
+        return jnp.zeros_like(x), states
+    if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
+        implementation = "xla"
+    return dispatch.run(
+        "packed",
+        implementation,
+        x,
+        weight,
+        bias,
+        states,
+        offsets,
+        slots,
+        has_initial_state,
+        num_rejected_tokens,
+        metadata,
+        silu=silu,
+        pad_slot_id=pad_slot_id,
+    )
+
+
+def _checked(metadata, num_tokens: int, num_seqs: int, width: int) -> int:
+    """The `block_m` of metadata that fits the batch's sizes, or an error."""
+    if not isinstance(metadata, ConvMetadata):
+        raise TypeError(
+            f"metadata must be a ConvMetadata or None, got {type(metadata).__name__}"
+        )
+    block_m = checks.static_int("metadata.block_m", metadata.block_m, minimum=1)
+    if block_m < width - 1:
+        raise ValueError(
+            f"metadata.block_m must be at least W-1 = {width - 1}, got {block_m}"
+        )
+    programs = num_programs(num_tokens, num_seqs, block_m)
+    for name in ("chunk_seq", "chunk_offset"):
+        array = getattr(metadata, name)
+        if array.shape != (programs,):
+            raise ValueError(
+                f"metadata.{name} must have shape (P,) = ({programs},) for "
+                f"T = {num_tokens}, N = {num_seqs}, block_m = {block_m}, got "
+                f"{array.shape}; build it from this batch's query_start_loc"
+            )
+        if array.dtype != jnp.int32:
+            raise TypeError(f"metadata.{name} must be int32, got {array.dtype}")
+    return block_m

@@ -1,0 +1,135 @@
+"""Helpers around the conv-state cache."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from . import checks, xla
+from .checks import PAD_SLOT_ID
+
+
+def varlen_conv_states(
+    x: ArrayLike,
+    query_start_loc: ArrayLike,
+    state_len: int,
+    *,
+    conv_states: ArrayLike | None = None,
+    cache_indices: ArrayLike | None = None,
+    has_initial_state: ArrayLike | None = None,
+    num_rejected_tokens: ArrayLike | None = None,
+    ends: ArrayLike | None = None,
+) -> jax.Array:
+    """The slot that each sequence would leave after some of its tokens.
+
+    For snapshots and prefix caching: no filter is applied and no cache is changed.
+    Arguments as for `causal_conv1d_fn`; without `conv_states` history is zeros and
+    any non-negative slot number is valid.
+
+    Args:
+        x: `(T, D)` packed inputs.
+        query_start_loc: `(N+1,)` integers.
+        state_len: rows of the result (static, >= 0; need not be the cache's L).
+        conv_states: `(S, L, D)` or None.
+        cache_indices: `(N,)` integers or None = `arange(N)`.
+        has_initial_state: `(N,)` bool or None = all False.
+        num_rejected_tokens: `(N,)` integers or None = 0.
+        ends: `(N,)` integers, how many tokens of each sequence to take, clamped into
+            `[0, its length]`. None is all of them.
+
+    Returns:
+        `(N, state_len, D)` in the dtype of `conv_states`, else of x: the last
+        `state_len` of `concat(history, tokens)`, zero rows in front where there are
+        fewer. Skipped sequences give zeros.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape or size is wrong.
+    """
+    x = checks.float_array("x", x, (None, None), "(T, D)")
+    num_tokens, dim = x.shape
+    state_len = checks.static_int("state_len", state_len, minimum=0)
+    offsets = checks.index_array(
+        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
+    )
+    checks.at_least_one_offset(offsets)
+    num_seqs = offsets.shape[0] - 1
+    if conv_states is None:
+        states, dtype = None, x.dtype
+        history_shape = (2**31 - 1, 0)
+        if cache_indices is not None:
+            cache_indices = checks.index_array(
+                "cache_indices", cache_indices, (num_seqs,), "(N,)", -1, 2**31 - 2
+            )
+    else:
+        states = checks.state_array("conv_states", conv_states, dim, 1)
+        dtype, history_shape = states.dtype, states.shape[:2]
+        cache_indices = checks.slots_array(
+            "cache_indices", cache_indices, states, "conv_states", num_seqs, "N"
+        )
+    if has_initial_state is not None:
+        has_initial_state = checks.bool_array(
+            "has_initial_state", has_initial_state, (num_seqs,), "(N,)"
+        )
+    if num_rejected_tokens is not None:
+        num_rejected_tokens = checks.index_array(
+            "num_rejected_tokens",
+            num_rejected_tokens,
+            (num_seqs,),
+            "(N,)",
+            0,
+            history_shape[1],
+        )
+    if ends is not None:
+        ends = checks.index_array("ends", ends, (num_seqs,), "(N,)", 0, num_tokens)
+
+    if 0 in (num_tokens, dim, num_seqs, history_shape[0]) or state_len == 0:
+        return jnp.zeros((num_seqs, state_len, dim), dtype)
+    offsets = xla.sanitize_offsets(jnp.asarray(offsets), num_tokens)
+    seqs = xla.sequences(
+        offsets,
+        cache_indices,
+        has_initial_state,
+        num_rejected_tokens,
+        history_shape,
+        PAD_SLOT_ID,
+    )
+    length = seqs.length if ends is None else jnp.clip(ends, 0, seqs.length)
+    rows = xla.slots_after(x, states, seqs, length, state_len, dtype)
+    return jnp.where(seqs.live[:, None, None], rows, 0)
+
+
+def layer_slots(
+    slots: ArrayLike,
+    layer: ArrayLike | int,
+    num_slots: int,
+    *,
+    pad_slot_id: int = PAD_SLOT_ID,
+) -> jax.Array:
+    """Slot numbers in a cache `(layers * S, L, D)` flattened over its layers.
+
+    `layer * S + slot`; slots that are `pad_slot_id` or outside `[0, S)` become
+    PAD_SLOT_ID, as adding alone would turn padding into another layer's slot.
+
+    Args:
+        slots: `(N,)` (or any shape) integers, slot numbers within a layer.
+        layer: the layer's number; an int, or a traced integer such as scan's.
+        num_slots: S, the slots of one layer (static).
+        pad_slot_id: static int, the slot number that means "skip".
+
+    Returns:
+        int32 slot numbers of the flattened cache, in the shape of `slots`.
+
+    Raises:
+        TypeError: slots or layer are not integers.
+
+    Example:
+        >>> layer_slots(jnp.array([0, 3, -1, 9]), layer=2, num_slots=4).tolist()
+        [8, 11, -1, -1]
+    """
+    num_slots = checks.static_int("num_slots", num_slots, minimum=0)
+    pad = checks.pad_slot(pad_slot_id, num_slots)
+    slots = checks.index_array("slots", slots, jnp.shape(slots), "(...)", -1, num_slots)
+    layer = checks.index_array("layer", layer, (), "()", 0, 2**31 - 1)
+    slots = jnp.asarray(slots)
+    valid = (slots >= 0) & (slots < num_slots) & (slots != pad)
+    return jnp.where(valid, layer * num_slots + slots, PAD_SLOT_ID)

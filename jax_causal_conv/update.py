@@ -1,0 +1,106 @@
+"""`causal_conv1d_update`: the decode op, Q tokens for each of B requests."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from . import checks, dispatch
+from .checks import PAD_SLOT_ID
+
+
+def causal_conv1d_update(
+    x: ArrayLike,
+    conv_state: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    activation: str | bool | None = None,
+    *,
+    cache_seqlens: ArrayLike | None = None,
+    conv_state_indices: ArrayLike | None = None,
+    num_rejected_tokens: ArrayLike | None = None,
+    pad_slot_id: int = PAD_SLOT_ID,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Advances B requests by Q tokens each, and their conv states with them.
+
+    The function of `causal_conv1d_fn` for rows of equal length whose slots always hold
+    history. A row whose slot is `pad_slot_id` or outside `[0, S)` is skipped: exact
+    zeros, no slot changes. The states are functional, and updated in place where the
+    caller donates them.
+
+    Args:
+        x: `(B, D)`, or `(B, Q, D)` for Q tokens a row.
+        conv_state: `(S, L, D)` cache, L >= W-1, oldest input first.
+        weight: `(D, W)`; `weight[:, W-1]` meets the current token.
+        bias: `(D,)` or None.
+        activation: None, "silu" or "swish"; True is silu, False is None.
+        cache_seqlens: `(B,)` integers c: the slot is a *circular buffer*. History is
+            the W-1 rows before position c mod L; input q goes to row `(c + q) mod L`;
+            only those rows are written, and of Q > L inputs the last L survive. The
+            caller advances c by Q, or by less to roll back.
+        conv_state_indices: `(B,)` integers, the slot of each row. None is `arange(B)`.
+        num_rejected_tokens: `(B,)` integers r, clamped into `[0, L]`: the last r rows
+            of the slot were rejected drafts and are forgotten. Not together with
+            `cache_seqlens`.
+        pad_slot_id: static int, the slot number that means "skip".
+        implementation: as for `causal_conv1d_fn`.
+
+    Returns:
+        `out`, like x, and the new conv state, like `conv_state`.
+
+    Raises:
+        TypeError: a dtype or the type of a static argument is wrong.
+        ValueError: a shape, size, option or combination of options is wrong.
+
+    Example:
+        >>> step = jax.jit(causal_conv1d_update, donate_argnames="conv_state")
+        >>> out, state = step(x, state, weight, bias, conv_state_indices=slots)
+    """
+    shape = jnp.shape(x)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"x must have shape (B, D) or (B, Q, D), got {shape}")
+    x = checks.float_array("x", x, shape, "(B, D) or (B, Q, D)")
+    batch, dim = shape[0], shape[-1]
+    query = shape[1] if len(shape) == 3 else 1
+    implementation = checks.implementation_for(implementation, x)
+    weight, bias = checks.filters(weight, bias, x, dim)
+    state = checks.state_array("conv_state", conv_state, dim, weight.shape[1])
+    num_slots, state_len = state.shape[:2]
+    slots = checks.slots_array(
+        "conv_state_indices", conv_state_indices, state, "conv_state", batch, "B"
+    )
+    if cache_seqlens is not None:
+        if num_rejected_tokens is not None:
+            raise ValueError(
+                "num_rejected_tokens must be None with cache_seqlens, got both; roll a "
+                "circular buffer back by passing a smaller cache_seqlens"
+            )
+        cache_seqlens = checks.ring_position(
+            "cache_seqlens", cache_seqlens, batch, state_len
+        )
+    if num_rejected_tokens is not None:
+        num_rejected_tokens = checks.index_array(
+            "num_rejected_tokens", num_rejected_tokens, (batch,), "(B,)", 0, state_len
+        )
+    silu = checks.silu_wanted(activation)
+    pad_slot_id = checks.pad_slot(pad_slot_id, num_slots)
+    checks.token_count("B * Q", batch * query, 1)
+
+    if 0 in (batch, query, dim, num_slots):
+        return jnp.zeros_like(x), state
+    if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
+        implementation = "xla"
+    out, state = dispatch.run(
+        "update",
+        implementation,
+        x.reshape(batch, query, dim),
+        weight,
+        bias,
+        state,
+        cache_seqlens,
+        slots,
+        num_rejected_tokens,
+        silu=silu,
+        pad_slot_id=pad_slot_id,
+    )
+    return out.reshape(shape), state
