@@ -67,7 +67,7 @@ def index_array(
 
 
 def ring_position(name: str, value: Any, batch: int, state_len: int) -> Any:
-    """`cache_seqlens` as int32: reduced mod L in its own dtype, as clamping would not do."""
+    """`cache_seqlens` as int32, reduced mod L in its own dtype where it is wider."""
     array = value if _is_jax(value) else np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
@@ -100,6 +100,7 @@ def static_int(name: str, value: Any, minimum: int | None = None) -> int:
 
 
 def at_least_one_offset(offsets: Any) -> None:
+    """Raises where there is not even the offset 0 of an empty batch."""
     if offsets.shape[0] == 0:
         raise ValueError("query_start_loc must have shape (N+1,), got (0,)")
 

@@ -35,7 +35,7 @@ class ConvMetadata:
 
     chunk_seq: Any
     chunk_offset: Any
-    block_m: int = dataclasses.field(metadata=dict(static=True))
+    block_m: int = dataclasses.field(metadata={"static": True})
 
 
 jax.export.register_pytree_node_serialization(

@@ -81,10 +81,10 @@ def causal_conv1d_fn(
         >>> out, states = step(x, weight, bias, states, query_start_loc,
         ...                    cache_indices=slots, has_initial_state=seen)
     """
-    x = checks.float_array("x", x, (None, None), "(T, D)")
-    num_tokens, dim = x.shape
-    implementation = checks.implementation_for(implementation, x)
-    weight, bias = checks.filters(weight, bias, x, dim)
+    inputs = checks.float_array("x", x, (None, None), "(T, D)")
+    num_tokens, dim = inputs.shape
+    implementation = checks.implementation_for(implementation, inputs)
+    weight, bias = checks.filters(weight, bias, inputs, dim)
     width = weight.shape[1]
     states = checks.state_array("conv_states", conv_states, dim, width)
     num_slots, state_len = states.shape[:2]
@@ -115,13 +115,13 @@ def causal_conv1d_fn(
     checks.token_count("T", num_tokens, block_m)
 
     if 0 in (num_tokens, dim, num_seqs, num_slots):
-        return jnp.zeros_like(x), states
+        return jnp.zeros_like(inputs), states
     if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
         implementation = "xla"
     return dispatch.run(
         "packed",
         implementation,
-        x,
+        inputs,
         weight,
         bias,
         states,

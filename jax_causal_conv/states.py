@@ -45,8 +45,8 @@ def varlen_conv_states(
         TypeError: a dtype is wrong.
         ValueError: a shape or size is wrong.
     """
-    x = checks.float_array("x", x, (None, None), "(T, D)")
-    num_tokens, dim = x.shape
+    inputs = checks.float_array("x", x, (None, None), "(T, D)")
+    num_tokens, dim = inputs.shape
     state_len = checks.static_int("state_len", state_len, minimum=0)
     offsets = checks.index_array(
         "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
@@ -54,15 +54,15 @@ def varlen_conv_states(
     checks.at_least_one_offset(offsets)
     num_seqs = offsets.shape[0] - 1
     if conv_states is None:
-        states, dtype = None, x.dtype
-        history_shape = (2**31 - 1, 0)
+        states, dtype = None, inputs.dtype
+        num_slots, history_len = 2**31 - 1, 0
         if cache_indices is not None:
             cache_indices = checks.index_array(
                 "cache_indices", cache_indices, (num_seqs,), "(N,)", -1, 2**31 - 2
             )
     else:
         states = checks.state_array("conv_states", conv_states, dim, 1)
-        dtype, history_shape = states.dtype, states.shape[:2]
+        dtype, (num_slots, history_len) = states.dtype, states.shape[:2]
         cache_indices = checks.slots_array(
             "cache_indices", cache_indices, states, "conv_states", num_seqs, "N"
         )
@@ -77,12 +77,12 @@ def varlen_conv_states(
             (num_seqs,),
             "(N,)",
             0,
-            history_shape[1],
+            history_len,
         )
     if ends is not None:
         ends = checks.index_array("ends", ends, (num_seqs,), "(N,)", 0, num_tokens)
 
-    if 0 in (num_tokens, dim, num_seqs, history_shape[0]) or state_len == 0:
+    if 0 in (num_tokens, dim, num_seqs, num_slots) or state_len == 0:
         return jnp.zeros((num_seqs, state_len, dim), dtype)
     offsets = xla.sanitize_offsets(jnp.asarray(offsets), num_tokens)
     seqs = xla.sequences(
@@ -90,11 +90,11 @@ def varlen_conv_states(
         cache_indices,
         has_initial_state,
         num_rejected_tokens,
-        history_shape,
+        (num_slots, history_len),
         PAD_SLOT_ID,
     )
     length = seqs.length if ends is None else jnp.clip(ends, 0, seqs.length)
-    rows = xla.slots_after(x, states, seqs, length, state_len, dtype)
+    rows = xla.slots_after(inputs, states, seqs, length, state_len, dtype)
     return jnp.where(seqs.live[:, None, None], rows, 0)
 
 

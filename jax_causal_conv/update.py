@@ -59,11 +59,11 @@ def causal_conv1d_update(
     shape = jnp.shape(x)
     if len(shape) not in (2, 3):
         raise ValueError(f"x must have shape (B, D) or (B, Q, D), got {shape}")
-    x = checks.float_array("x", x, shape, "(B, D) or (B, Q, D)")
+    inputs = checks.float_array("x", x, shape, "(B, D) or (B, Q, D)")
     batch, dim = shape[0], shape[-1]
     query = shape[1] if len(shape) == 3 else 1
-    implementation = checks.implementation_for(implementation, x)
-    weight, bias = checks.filters(weight, bias, x, dim)
+    implementation = checks.implementation_for(implementation, inputs)
+    weight, bias = checks.filters(weight, bias, inputs, dim)
     state = checks.state_array("conv_state", conv_state, dim, weight.shape[1])
     num_slots, state_len = state.shape[:2]
     slots = checks.slots_array(
@@ -87,13 +87,13 @@ def causal_conv1d_update(
     checks.token_count("B * Q", batch * query, 1)
 
     if 0 in (batch, query, dim, num_slots):
-        return jnp.zeros_like(x), state
+        return jnp.zeros_like(inputs), state
     if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
         implementation = "xla"
     out, state = dispatch.run(
         "update",
         implementation,
-        x.reshape(batch, query, dim),
+        inputs.reshape(batch, query, dim),
         weight,
         bias,
         state,

@@ -72,17 +72,19 @@ def _interpreted(kernel: JITFunction) -> Any:
     return rewritten
 
 
-def run(kernel: Any, arrays: Sequence[np.ndarray], grid: int, **constants: Any) -> None:
-    """Runs `kernel(*arrays, **constants)` for `grid` programs, in place.
+def run(
+    kernel: Any, args: Sequence[np.ndarray | int], grid: int, **constants: Any
+) -> None:
+    """Runs `kernel(*args, **constants)` for `grid` programs, in place.
 
     Args:
-        arrays: NumPy arrays (passed as pointers) and ints, in the kernel's order.
+        args: NumPy arrays (passed as pointers) and ints, in the kernel's order.
     """
     fn = _interpreted(kernel)
-    args = [_Pointer(a) if isinstance(a, np.ndarray) else a for a in arrays]
+    operands = [_Pointer(a) if isinstance(a, np.ndarray) else a for a in args]
     with _LOCK, np.errstate(all="ignore"):
         executor = _InPlaceExecutor(fn, kernel.arg_names, (grid,))
-        executor(*args, **constants, FAST=False)
+        executor(*operands, **constants, FAST=False)
 
 
 def call(
@@ -104,15 +106,11 @@ def call(
     state = jax.ShapeDtypeStruct(arrays[in_place].shape, arrays[in_place].dtype)
 
     def host(*operands):
-        operands = [np.ascontiguousarray(a) for a in operands]
-        operands[in_place] = operands[in_place].copy()
+        buffers = [np.ascontiguousarray(a) for a in operands]
+        buffers[in_place] = buffers[in_place].copy()
         result = np.full(out.shape, np.nan, out.dtype)
-        run(
-            kernel,
-            [*operands, *scalars, result, operands[in_place]],
-            grid,
-            **constants,
-        )
-        return result, operands[in_place]
+        args = [*buffers, *scalars, result, buffers[in_place]]
+        run(kernel, args, grid, **constants)
+        return result, buffers[in_place]
 
     return jax.pure_callback(host, (out, state), *arrays, vmap_method="sequential")

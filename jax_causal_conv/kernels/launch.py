@@ -4,8 +4,6 @@ The functions here have the signature of their twins in `xla.py` plus `call`, wh
 runs a kernel: `bridge.call` for a chosen compute capability, or `interpreter.call`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -131,9 +129,9 @@ def update(
 
 
 def _tile_constants(tile: tiles.Tiles) -> dict:
-    return dict(
-        BLOCK_N=tile.block_n,
-        GROUP=tile.group,
-        L_BLOCK=tile.l_block,
-        SLOT_N=tile.slot_n,
-    )
+    return {
+        "BLOCK_N": tile.block_n,
+        "GROUP": tile.group,
+        "L_BLOCK": tile.l_block,
+        "SLOT_N": tile.slot_n,
+    }
