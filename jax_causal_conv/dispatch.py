@@ -61,25 +61,29 @@ def _compute_capability() -> int:
 
 def run(op: str, implementation: str | None, *args: Any, **static: Any) -> Any:
     """Runs `op` on checked arguments (arrays, pytrees of arrays, or None)."""
-    if implementation == "xla":
-        return _jitted(OPS[op], *args, **static)
-    if implementation == "interpret":
-        from .kernels import interpreter, launch
-
-        twin = functools.partial(getattr(launch, op), interpreter.call)
-        return _jitted(twin, *args, **static)
+    options = tuple(sorted(static.items()))
+    if implementation in ("xla", "interpret"):
+        return _jitted(op, implementation, options)(*args)
     leaves, tree = jax.tree.flatten(args)
     return causal_conv_p.bind(
         *leaves,
         op=op,
         tree=tree,
-        static=tuple(sorted(static.items())),
+        static=options,
         required=implementation == "triton",
     )
 
 
-def _jitted(function, *args, **static):
-    return jax.jit(functools.partial(function, **static), inline=True)(*args)
+@functools.cache
+def _jitted(op, implementation, options):
+    """The op as a function of arrays, compiled once where it is called eagerly."""
+    if implementation == "xla":
+        function = OPS[op]
+    else:
+        from .kernels import interpreter, launch
+
+        function = functools.partial(getattr(launch, op), interpreter.call)
+    return jax.jit(functools.partial(function, **dict(options)), inline=True)
 
 
 causal_conv_p = Primitive("causal_conv")
@@ -88,11 +92,11 @@ causal_conv_p.multiple_results = True
 
 @causal_conv_p.def_impl
 def _impl(*leaves, **params):
-    return _eager(tuple(sorted(params.items())))(*leaves)
+    return _jitted_bind(tuple(sorted(params.items())))(*leaves)
 
 
 @functools.cache
-def _eager(params):
+def _jitted_bind(params):
     return jax.jit(functools.partial(causal_conv_p.bind, **dict(params)))
 
 

@@ -84,8 +84,8 @@ def causal_conv1d_fn(
     inputs = checks.float_array("x", x, (None, None), "(T, D)")
     num_tokens, dim = inputs.shape
     implementation = checks.implementation_for(implementation, inputs)
-    weight, bias = checks.filters(weight, bias, inputs, dim)
-    width = weight.shape[1]
+    taps, bias = checks.filters(weight, bias, inputs, dim)
+    width = taps.shape[1]
     states = checks.state_array("conv_states", conv_states, dim, width)
     num_slots, state_len = states.shape[:2]
     offsets = checks.index_array(
@@ -122,7 +122,7 @@ def causal_conv1d_fn(
         "packed",
         implementation,
         inputs,
-        weight,
+        taps,
         bias,
         states,
         offsets,

@@ -63,8 +63,8 @@ def causal_conv1d_update(
     batch, dim = shape[0], shape[-1]
     query = shape[1] if len(shape) == 3 else 1
     implementation = checks.implementation_for(implementation, inputs)
-    weight, bias = checks.filters(weight, bias, inputs, dim)
-    state = checks.state_array("conv_state", conv_state, dim, weight.shape[1])
+    taps, bias = checks.filters(weight, bias, inputs, dim)
+    state = checks.state_array("conv_state", conv_state, dim, taps.shape[1])
     num_slots, state_len = state.shape[:2]
     slots = checks.slots_array(
         "conv_state_indices", conv_state_indices, state, "conv_state", batch, "B"
@@ -94,7 +94,7 @@ def causal_conv1d_update(
         "update",
         implementation,
         inputs.reshape(batch, query, dim),
-        weight,
+        taps,
         bias,
         state,
         cache_seqlens,

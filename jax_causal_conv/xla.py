@@ -1,12 +1,9 @@
 """The XLA implementation: the readable truth, and the path for CPU and TPU.
 
 Everything is a gather of rows: token p of a sequence needs rows p-1 … p-(W-1) of
-x, or, before the sequence's first token, rows of its slot. A select picks one of
+x, or, before the sequence's first token, rows of its history. A select picks one of
 the two, so that what a token must not see is never multiplied with anything. The
 loop over taps is static and XLA fuses it into one pass over the output.
-
-Slots are `(S, L, D)`; `history` is the number of rows at a slot's *end* that a
-sequence may use, minus the rejected ones at the very end (see `SlotView`).
 """
 
 from typing import NamedTuple
@@ -17,14 +14,14 @@ from jax import lax
 
 
 class Sequences(NamedTuple):
-    """What the packed batch's index arguments mean, after clamping; all `(N,)`.
+    """What a batch's index arguments mean, after clamping; all `(N,)`.
 
     Attributes:
         start: first token of the sequence.
         length: its number of tokens.
         slot: its slot, clamped into `[0, S)`; only meaningful where `live`.
-        history: rows of the slot that hold valid history: rows
-            `[0, history)`, newest last. 0 without initial state.
+        history: how many rows at the front of the slot are valid history, the newest
+            last: L minus the rejected ones, 0 without initial state.
         live: False for skipped sequences.
     """
 
@@ -32,6 +29,20 @@ class Sequences(NamedTuple):
     length: jax.Array
     slot: jax.Array
     history: jax.Array
+    live: jax.Array
+
+
+class Tokens(NamedTuple):
+    """Where each token stands; all `(T,)`.
+
+    Attributes:
+        owner: its sequence, clamped into `[0, N)`.
+        position: its index in the sequence.
+        live: False where nobody covers it or its sequence is skipped.
+    """
+
+    owner: jax.Array
+    position: jax.Array
     live: jax.Array
 
 
@@ -60,37 +71,44 @@ def sequences(
     return Sequences(start, length, slot, history, live)
 
 
+def tokens_of(seqs: Sequences, num_tokens: int) -> Tokens:
+    """The tokens of packed sequences."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    end = seqs.start + seqs.length
+    # The first sequence that ends behind the token; N for an uncovered tail.
+    owner = jnp.searchsorted(end, token, side="right").astype(jnp.int32)
+    covered = (owner < end.shape[0]) & (token >= seqs.start[0])
+    live = covered & _rows(seqs.live, owner)
+    return Tokens(
+        jnp.minimum(owner, end.shape[0] - 1), token - _rows(seqs.start, owner), live
+    )
+
+
+def accumulator(x) -> jnp.dtype:
+    """The dtype of products and sums: float64 iff x is."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _rows(table, *index):
     """Rows of `table` at (clamped) indices: one gather."""
     return table.at[index].get(mode="clip")
 
 
-def _convolve(x, weight, bias, states, slot, position, history_row, live, silu):
-    """`act(bias + Σ w·u)` for each row of x `(T, D)`; zeros where not `live`.
+def history_before(states, seqs: Sequences, count: int, dtype):
+    """The `count` rows before each sequence's first token, `(N, count, D)`.
 
-    Args:
-        slot: `(T,)` slot of the token's sequence.
-        position: `(T,)` index of the token within its sequence.
-        history_row: maps j `(T,)` (1 = newest) to `(row, valid)` in the slot.
-        live: `(T,)` bool.
-        silu: whether to apply silu.
+    Zeros where there are fewer, and for skipped sequences.
     """
-    width = weight.shape[1]
-    dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    token = jnp.arange(x.shape[0], dtype=jnp.int32)
-    weight = weight.astype(dtype)
-    acc = jnp.zeros(x.shape, dtype) if bias is None else bias.astype(dtype)
-    for d in range(width):
-        tap = _rows(x, jnp.maximum(token - d, 0)).astype(dtype)
-        if d:
-            row, valid = history_row(d - position)
-            old = _rows(states, slot, jnp.maximum(row, 0)).astype(dtype)
-            old = jnp.where(valid[:, None], old, 0)
-            tap = jnp.where((position >= d)[:, None], tap, old)
-        acc = acc + tap * weight[:, width - 1 - d]
-    if silu:
-        acc = jax.nn.silu(acc)
-    return jnp.where(live[:, None], acc, 0).astype(x.dtype)
+    row = seqs.history[:, None] - count + jnp.arange(count, dtype=jnp.int32)
+    old = _rows(states, seqs.slot[:, None], jnp.maximum(row, 0)).astype(dtype)
+    return jnp.where(((row >= 0) & seqs.live[:, None])[..., None], old, 0)
+
+
+def ring_before(states, seqs: Sequences, cursor, count: int, dtype):
+    """`history_before` for circular buffers whose next row is `cursor` `(N,)`."""
+    row = cursor[:, None] - count + jnp.arange(count, dtype=jnp.int32)
+    old = _rows(states, seqs.slot[:, None], jnp.mod(row, states.shape[1]))
+    return jnp.where(seqs.live[:, None, None], old.astype(dtype), 0)
 
 
 def slots_after(x, states, seqs: Sequences, length, state_len: int, dtype):
@@ -110,6 +128,33 @@ def slots_after(x, states, seqs: Sequences, length, state_len: int, dtype):
     return jnp.where((token >= 0)[..., None], new, old)
 
 
+def taps_of(x, history, tokens: Tokens, width: int):
+    """Yields what each filter tap meets, newest first: W arrays `(T, D)`.
+
+    x and history are of the accumulator's dtype; tokens that are not live meet zeros.
+    """
+    token = jnp.arange(x.shape[0], dtype=jnp.int32)
+    for d in range(width):
+        tap = _rows(x, jnp.maximum(token - d, 0))
+        if d:
+            row = width - 1 + tokens.position - d
+            old = _rows(history, tokens.owner, jnp.maximum(row, 0))
+            tap = jnp.where((tokens.position >= d)[:, None], tap, old)
+        yield jnp.where(tokens.live[:, None], tap, 0)
+
+
+def convolve(x, weight, bias, history, tokens: Tokens, silu: bool):
+    """`act(bias + Σ w·u)` for each row of x `(T, D)`; zeros where not live."""
+    dtype, width = accumulator(x), weight.shape[1]
+    weight = weight.astype(dtype)
+    acc = jnp.zeros(x.shape, dtype) if bias is None else bias.astype(dtype)
+    for d, tap in enumerate(taps_of(x.astype(dtype), history, tokens, width)):
+        acc = acc + tap * weight[:, width - 1 - d]
+    if silu:
+        acc = jax.nn.silu(acc)
+    return jnp.where(tokens.live[:, None], acc, 0).astype(x.dtype)
+
+
 def _store(states, out, slot, row, rows, live):
     """Writes `rows` `(N, K, D)` to `states[slot, row]` of live sequences.
 
@@ -118,7 +163,8 @@ def _store(states, out, slot, row, rows, live):
     """
     out, rows, states = lax.optimization_barrier((out, rows, states))
     slot = jnp.where(live, slot, states.shape[0])  # out of bounds: dropped
-    return out, states.at[slot[:, None], row].set(rows, mode="drop")
+    states = states.at[slot[:, None], row].set(rows, mode="drop", unique_indices=True)
+    return out, states
 
 
 def packed(
@@ -137,23 +183,14 @@ def packed(
 ):
     """`causal_conv1d_fn` on checked arguments; `metadata` is not needed here."""
     del metadata
-    num_tokens, state_len = x.shape[0], states.shape[1]
+    num_tokens, width, state_len = x.shape[0], weight.shape[1], states.shape[1]
     offsets = sanitize_offsets(query_start_loc, num_tokens)
     seqs = sequences(
         offsets, slots, has_initial_state, num_rejected, states.shape, pad_slot_id
     )
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    # The first sequence that ends behind the token; N for an uncovered tail.
-    owner = jnp.searchsorted(offsets[1:], token, side="right").astype(jnp.int32)
-    covered = (owner < seqs.start.shape[0]) & (token >= offsets[0])
-    start, _, slot, history, live = (_rows(a, owner) for a in seqs)
-
-    def history_row(j):
-        return history - j, history >= j
-
-    out = _convolve(
-        x, weight, bias, states, slot, token - start, history_row, covered & live, silu
-    )
+    history = history_before(states, seqs, width - 1, accumulator(x))
+    tokens = tokens_of(seqs, num_tokens)
+    out = convolve(x, weight, bias, history, tokens, silu)
     if state_len == 0:
         return out, states
     rows = slots_after(x, states, seqs, seqs.length, state_len, states.dtype)
@@ -174,33 +211,28 @@ def update(
     pad_slot_id: int,
 ):
     """`causal_conv1d_update` on checked arguments; x is `(B, Q, D)`."""
-    batch, query, dim = x.shape
-    state_len = state.shape[1]
+    (batch, query, dim), width, state_len = x.shape, weight.shape[1], state.shape[1]
     flat = x.reshape(batch * query, dim)
     offsets = jnp.arange(batch + 1, dtype=jnp.int32) * query
     seqs = sequences(offsets, slots, True, num_rejected, state.shape, pad_slot_id)
-    owner = jnp.arange(batch * query, dtype=jnp.int32) // query
-    position = jnp.arange(batch * query, dtype=jnp.int32) % query
+    owner, position = jnp.divmod(jnp.arange(batch * query, dtype=jnp.int32), query)
+    tokens = Tokens(owner, position, _rows(seqs.live, owner))
+    dtype = accumulator(x)
 
-    if cache_seqlens is None or state_len == 0:
-        history = _rows(seqs.history, owner)
+    if state_len == 0:  # W = 1
+        history = jnp.zeros((batch, 0, dim), dtype)
+        out = convolve(flat, weight, bias, history, tokens, silu)
+        return out.reshape(x.shape), state
+    if cache_seqlens is None:
+        history = history_before(state, seqs, width - 1, dtype)
         row = jnp.arange(state_len, dtype=jnp.int32)
         rows = slots_after(flat, state, seqs, seqs.length, state_len, state.dtype)
-
-        def history_row(j):
-            return history - j, history >= j
     else:
         cursor = jnp.mod(cache_seqlens, state_len)  # reduced first: cannot overflow
+        history = ring_before(state, seqs, cursor, width - 1, dtype)
         kept = min(query, state_len)  # each row is written once
         row = (cursor[:, None] + jnp.arange(query - kept, query)) % state_len
         rows = x[:, query - kept :].astype(state.dtype)
-
-        def history_row(j):
-            return jnp.mod(_rows(cursor, owner) - j, state_len), jnp.full_like(j, True)
-
-    slot, live = _rows(seqs.slot, owner), _rows(seqs.live, owner)
-    out = _convolve(flat, weight, bias, state, slot, position, history_row, live, silu)
-    if state_len == 0:
-        return out.reshape(x.shape), state
+    out = convolve(flat, weight, bias, history, tokens, silu)
     out, state = _store(state, out, seqs.slot, row, rows, seqs.live)
     return out.reshape(x.shape), state

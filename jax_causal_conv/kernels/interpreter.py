@@ -109,7 +109,7 @@ def call(
         buffers = [np.ascontiguousarray(a) for a in operands]
         buffers[in_place] = buffers[in_place].copy()
         result = np.full(out.shape, np.nan, out.dtype)
-        args = [*buffers, *scalars, result, buffers[in_place]]
+        args: list[Any] = [*buffers, *scalars, result, buffers[in_place]]
         run(kernel, args, grid, **constants)
         return result, buffers[in_place]
 

@@ -39,8 +39,9 @@ def choose(dim: int, width: int, state_len: int, rows: int) -> Tiles:
     per_thread = _CHANNELS_PER_THREAD
     while per_thread > 1 and per_thread * width > 8 * _CHANNELS_PER_THREAD:
         per_thread //= 2
-    num_warps = 1 if dim <= per_thread * _WARP else 2
-    block_n = min(per_thread * _WARP * num_warps, _power_of_two(dim))
+    # One warp a program: no barrier costs anything, and the last block of channels
+    # leaves few threads idle. 19 such programs fit on a multiprocessor.
+    block_n = min(per_thread * _WARP, _power_of_two(dim))
     # A multiple of W lets the window rotate through the registers without moves; a
     # very wide filter would unroll into too much code and takes one row at a time.
     group = width * max(1, 4 // width) if width <= 8 else 1
@@ -48,7 +49,7 @@ def choose(dim: int, width: int, state_len: int, rows: int) -> Tiles:
         group = 1
     l_block = _power_of_two(state_len)
     slot_n = max(1, min(block_n, _SLOT_TILE // l_block))
-    return Tiles(block_n, num_warps, group, l_block, slot_n)
+    return Tiles(block_n, 1, group, l_block, slot_n)
 
 
 def default_block_m(num_tokens: int, num_seqs: int) -> int:
