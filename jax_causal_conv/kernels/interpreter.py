@@ -8,13 +8,22 @@ interpreted, its callees with it, and the kernel itself stays compilable.
 import functools
 import threading
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
+import triton.language as tl
 from triton import JITFunction
-from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+from triton.runtime.interpreter import (
+    GridExecutor,
+    InterpretedFunction,
+    InterpreterBuilder,
+    TensorHandle,
+    interpreter_builder,
+)
 
 # The interpreter replaces parts of triton.language while it runs.
 _LOCK = threading.RLock()
@@ -26,6 +35,13 @@ _TYPE_NAMES = {
     "float64": "fp64",
     "int32": "i32",
     "bool": "i1",
+}
+
+_FLOATS = {
+    tl.bfloat16: ml_dtypes.bfloat16,
+    tl.float16: np.float16,
+    tl.float32: np.float32,
+    tl.float64: np.float64,
 }
 
 
@@ -48,6 +64,25 @@ class _InPlaceExecutor(GridExecutor):
 
     def _restore_args_dev(self, args_dev, args_hst, kwargs, kwargs_hst):
         pass
+
+
+def _cast(src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+    """A conversion that rounds to bfloat16 as GPUs do; Triton's own truncates."""
+    source, target = src.dtype.scalar, dst_type.scalar
+    if tl.bfloat16 not in (source, target):
+        return InterpreterBuilder.cast_impl(interpreter_builder, src, dst_type)
+    data = src.data.view(ml_dtypes.bfloat16) if source == tl.bfloat16 else src.data
+    data = data.astype(_FLOATS[target])
+    return TensorHandle(data.view(np.uint16) if target == tl.bfloat16 else data, target)
+
+
+@contextmanager
+def _patched_builder() -> Iterator[None]:
+    interpreter_builder.cast_impl = _cast
+    try:
+        yield
+    finally:
+        del interpreter_builder.cast_impl
 
 
 @functools.cache
@@ -82,7 +117,7 @@ def run(
     """
     fn = _interpreted(kernel)
     operands = [_Pointer(a) if isinstance(a, np.ndarray) else a for a in args]
-    with _LOCK, np.errstate(all="ignore"):
+    with _LOCK, _patched_builder(), np.errstate(all="ignore"):
         executor = _InPlaceExecutor(fn, kernel.arg_names, (grid,))
         executor(*operands, **constants, FAST=False)
 

@@ -1,0 +1,558 @@
+"""What a bug report needs: versions, devices, and whether the kernels work here.
+
+`python -m jax_causal_conv` prints it. Facts are collected first, then known troubles
+are recognised in them, then both are written down; each step is a function of its own.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import causal_conv1d_fn, causal_conv1d_update, target_compute_capability
+
+_PACKAGES = (
+    "jax-causal-conv",
+    "jax",
+    "jaxlib",
+    "jax-triton",
+    "triton",
+    "jax-cuda12-plugin",
+    "jax-cuda12-pjrt",
+    "jax-cuda13-plugin",
+    "jax-cuda13-pjrt",
+    "numpy",
+)
+_DRIVER = Path("/proc/driver/nvidia/version")
+_DEFAULT_COMPUTE_CAPABILITY = 90
+_CUSTOM_CALLS = ("triton_kernel_call", "triton_kernel_call_ffi")
+# What a second, correct implementation may differ by on inputs of size one.
+_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredKernel:
+    """A Triton kernel as it is embedded in a lowered program.
+
+    Attributes:
+        name: of the kernel function.
+        ptx: its code.
+        num_warps: warps per program.
+        grid: number of programs.
+    """
+
+    name: str
+    ptx: str
+    num_warps: int
+    grid: int
+
+    @property
+    def ptx_version(self) -> str:
+        """For example "8.0"."""
+        return self._directive("version")
+
+    @property
+    def target(self) -> str:
+        """For example "sm_90a"."""
+        return self._directive("target")
+
+    def _directive(self, name: str) -> str:
+        match = re.search(rf"^\.{name}\s+([\w.]+)", self.ptx, re.MULTILINE)
+        return match.group(1) if match else "unknown"
+
+
+def lowered_kernels(lowered: Any) -> list[LoweredKernel]:
+    """The Triton kernels in a `jax.stages.Lowered`, in program order.
+
+    They are read out of the custom calls themselves, so what is looked at is what
+    would run.
+    """
+    return [
+        _decode_kernel(_payload(op))
+        for op in _operations(lowered.compiler_ir("stablehlo").operation)
+        if op.name == "stablehlo.custom_call"
+        and op.attributes["call_target_name"].value in _CUSTOM_CALLS
+    ]
+
+
+def _operations(op: Any) -> Iterator[Any]:
+    for region in op.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield inner.operation
+                yield from _operations(inner.operation)
+
+
+def _payload(op: Any) -> bytes:
+    """The serialised kernel call: jax-triton 0.3 has it bare, 0.4 as a named field."""
+    if "mhlo.backend_config" in op.attributes:
+        opaque = op.attributes["mhlo.backend_config"]["opaque"]
+    else:
+        opaque = op.attributes["backend_config"]
+    return zlib.decompress(opaque.value_bytes)
+
+
+def _decode_kernel(payload: bytes) -> LoweredKernel:
+    """Reads TritonAnyKernelCall > TritonKernelCall > TritonKernel of jaxlib."""
+    call = dict(_protobuf_fields(dict(_protobuf_fields(payload))[1]))
+    kernel = dict(_protobuf_fields(call[1]))
+    return LoweredKernel(kernel[1].decode(), kernel[4].decode(), kernel[2], call[2])
+
+
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, int or bytes) of one message in protobuf's wire format."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    fixed_sizes = {1: 8, 5: 4}
+    while at < len(data):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        size = varint() if wire_type == 2 else fixed_sizes[wire_type]
+        yield number, data[at : at + size]
+        at += size
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembler:
+    """One ptxas: where it is, its release, and its answer to this package's kernels.
+
+    `error` is None if it accepts them, or if there was nothing to try.
+    """
+
+    path: str
+    release: str
+    error: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """All that is known about this machine; every error is a text, or None.
+
+    Attributes:
+        versions: of each package, None where it is absent.
+        devices: of jax, as text.
+        backend: jax's default backend, or the error of asking for it.
+        capability: compute capability that the kernels were compiled for.
+        has_gpu: does jax see an NVIDIA GPU?
+        has_driver: is NVIDIA's driver loaded?
+        platforms: the user's JAX_PLATFORMS, "" if unset.
+        bridge_error: why Triton's kernels cannot be imported.
+        kernels: PTX version of each op's kernel.
+        kernel_errors: of each op whose kernel does not compile (or not run, on a GPU).
+        chosen: what `implementation=None` becomes on the default backend.
+        assemblers: each ptxas that was found.
+    """
+
+    versions: dict[str, str | None]
+    devices: list[str]
+    backend: str
+    capability: int
+    has_gpu: bool
+    has_driver: bool
+    platforms: str
+    bridge_error: str | None
+    kernels: dict[str, str]
+    kernel_errors: dict[str, str]
+    chosen: str
+    assemblers: list[Assembler]
+
+
+def collect() -> Facts:
+    """Looks at this process and machine. Compiles (and on a GPU runs) each kernel."""
+    has_driver = _DRIVER.exists()
+    if not has_driver:
+        # Else an installed CUDA plugin reports at length that cuDNN is missing.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    try:
+        backend = jax.default_backend()
+        devices = [f"{d} ({d.device_kind})" for d in jax.devices()]
+    except RuntimeError as error:
+        backend, devices = f"none: {error}", []
+    gpu_capability = _gpu_capability()
+    capability = gpu_capability or _DEFAULT_COMPUTE_CAPABILITY
+    bridge_error = _error_of(
+        lambda: importlib.import_module("jax_causal_conv.kernels.bridge")
+    )
+    lowered: dict[str, LoweredKernel] = {}
+    errors: dict[str, str] = {}
+    if bridge_error is None:
+        lowered, errors = _lower_kernels(capability)
+        if gpu_capability is not None:
+            errors |= _run_kernels([op for op in lowered if op not in errors])
+    return Facts(
+        versions={name: _version(name) for name in _PACKAGES},
+        devices=devices,
+        backend=backend,
+        capability=capability,
+        has_gpu=gpu_capability is not None,
+        has_driver=has_driver,
+        platforms=os.environ.get("JAX_PLATFORMS", ""),
+        bridge_error=bridge_error,
+        kernels={op: kernel.ptx_version for op, kernel in lowered.items()},
+        kernel_errors=errors,
+        chosen=_chosen(backend),
+        assemblers=_assemblers(next(iter(lowered.values()), None)),
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name == "jax-causal-conv":  # run from a source tree
+            return f"{importlib.import_module('jax_causal_conv').__version__} (source)"
+        return None
+
+
+def _gpu_capability() -> int | None:
+    try:
+        major, minor = jax.devices("cuda")[0].compute_capability.split(".")
+    except RuntimeError:
+        return None
+    return int(major) * 10 + int(minor)
+
+
+def _error_of(action: Callable[[], Any]) -> str | None:
+    """What went wrong in `action`, in one line; None if nothing did.
+
+    Any exception is an answer here: this is the program that reports them.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            action()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return f"{type(error).__name__}: {text[:400]}"
+    return None
+
+
+_TOKENS, _DIM, _WIDTH, _SEQS, _SLOTS = 32, 256, 4, 2, 4
+
+
+def _packed(x, weight, bias, states, offsets, slots, implementation):
+    return causal_conv1d_fn(
+        x,
+        weight,
+        bias,
+        states,
+        offsets,
+        cache_indices=slots,
+        has_initial_state=jnp.ones(slots.shape, bool),
+        implementation=implementation,
+    )
+
+
+def _update(x, weight, bias, states, offsets, slots, implementation):
+    return causal_conv1d_update(
+        x[: slots.shape[0]],
+        states,
+        weight,
+        bias,
+        "silu",
+        conv_state_indices=slots,
+        implementation=implementation,
+    )
+
+
+_PROBES: dict[str, Callable] = {
+    "causal_conv1d_fn": _packed,
+    "causal_conv1d_update": _update,
+}
+
+
+def _inputs() -> list[np.ndarray]:
+    """Arguments of the probes: random data, slots in reverse."""
+    rng = np.random.default_rng(0)
+    shapes = [
+        (_TOKENS, _DIM),
+        (_DIM, _WIDTH),
+        (_DIM,),
+        (_SLOTS, _WIDTH - 1, _DIM),
+    ]
+    arrays = [rng.uniform(-1, 1, shape).astype(np.float32) for shape in shapes]
+    offsets = np.array([0, _TOKENS - 1, _TOKENS], np.int32)
+    return [*arrays, offsets, np.arange(_SEQS, dtype=np.int32)[::-1].copy()]
+
+
+def _lower(probe: Callable, implementation: str | None, platform_name: str) -> Any:
+    function = functools.partial(probe, implementation=implementation)
+    traced = jax.jit(function).trace(*_inputs())
+    return traced.lower(lowering_platforms=(platform_name,))
+
+
+def _lower_kernels(capability: int) -> tuple[dict[str, LoweredKernel], dict[str, str]]:
+    lowered: dict[str, LoweredKernel] = {}
+    errors: dict[str, str] = {}
+
+    for op, probe in _PROBES.items():
+
+        def compile_one(op=op, probe=probe):
+            with target_compute_capability(capability):
+                lowered[op] = lowered_kernels(_lower(probe, "triton", "cuda"))[0]
+
+        if error := _error_of(compile_one):
+            errors[op] = error
+    return lowered, errors
+
+
+def _run_kernels(ops: list[str]) -> dict[str, str]:
+    """Runs the kernels on the GPU; errors of those that fail or disagree with XLA."""
+    errors = {}
+    for op in ops:
+
+        def run_one(op=op):
+            probe, arguments = _PROBES[op], _inputs()
+            run = jax.jit(probe, static_argnames="implementation")
+            with jax.default_device(jax.devices("cuda")[0]):
+                results = [
+                    jax.tree.map(np.asarray, run(*arguments, implementation=i))
+                    for i in ("triton", "xla")
+                ]
+            pairs = zip(*map(jax.tree.leaves, results), strict=True)
+            worst = max(float(np.abs(a - b).max()) for a, b in pairs)
+            if not worst <= _TOLERANCE:
+                raise ArithmeticError(f"kernel and XLA differ by {worst:.3g}")
+
+        if error := _error_of(run_one):
+            errors[op] = error
+    return errors
+
+
+def _chosen(backend: str) -> str:
+    """Asks the op itself: is there a kernel in what it lowers to?"""
+    on = "cuda" if backend == "gpu" else backend
+    found: list[LoweredKernel] = []
+    error = _error_of(lambda: found.extend(lowered_kernels(_lower(_packed, None, on))))
+    if error:
+        return f"nothing, lowering fails ({error})"
+    return "Triton" if found else "XLA"
+
+
+def _assemblers(kernel: LoweredKernel | None) -> list[Assembler]:
+    """Each ptxas in reach, the one that comes first on PATH first."""
+    paths = [shutil.which("ptxas")]
+    for package, pattern in (
+        ("nvidia", "cu*/bin/ptxas"),
+        ("nvidia", "cuda_nvcc/bin/ptxas"),
+        ("triton", "backends/nvidia/bin/ptxas*"),
+    ):
+        paths += [str(p) for p in _files_of(package, pattern)]
+    return [_try_assembler(path, kernel) for path in dict.fromkeys(paths) if path]
+
+
+def _files_of(package: str, pattern: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    roots = spec.submodule_search_locations if spec else None
+    return sorted(file for root in roots or () for file in Path(root).glob(pattern))
+
+
+def _try_assembler(path: str, kernel: LoweredKernel | None) -> Assembler:
+    version = _run([path, "--version"])
+    release = re.search(r"release ([\d.]+)", version.stdout)
+    error = assemble(path, kernel) if kernel else None
+    return Assembler(path, release.group(1) if release else "unknown", error)
+
+
+def assemble(ptxas: str, kernel: LoweredKernel) -> str | None:
+    """Assembles a kernel and throws the result away; the error, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(kernel.ptx)
+        run = _run(
+            [ptxas, f"--gpu-name={kernel.target}", "-o", os.devnull, str(source)]
+        )
+    message = " ".join(run.stderr.replace(str(source), source.name).split())
+    return (message[:400] or "failed") if run.returncode else None
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """Something wrong, in plain words, and its cure.
+
+    `fatal`: the GPU path fails on this machine's GPU because of it.
+    """
+
+    words: str
+    cure: str
+    fatal: bool = True
+
+
+# What an error text means: (pattern, plain words, cure).
+_KNOWN_ERRORS = (
+    (
+        r"jax-triton requires JAX to be installed with GPU support",
+        "jax-triton 0.3 refuses to be imported without jax's CUDA plugin.",
+        'pip install "jax-causal-conv[cuda13]" (or [cuda12])',
+    ),
+    (
+        r"No module named '(jax_triton|triton)",
+        "jax-triton or triton is not installed, so that the ops use XLA on CUDA too.",
+        'pip install "jax-causal-conv[cuda13]" (or [cuda12]); both are Linux packages',
+    ),
+    (
+        r"dce_rule\(\) takes 2 positional arguments",
+        "jax-triton 0.4.1 does not know jax 0.12's dead code elimination.",
+        'pip install "jax<0.12", or a newer jax-triton',
+    ),
+    (
+        r"Unsupported \.version",
+        "This machine's ptxas is too old for the PTX that Triton wrote.",
+        'pip install "jax-triton>=0.4", through which this package asks for older PTX '
+        '(Python 3.12 and later), or "triton<3.7" below; or put the ptxas of a newer '
+        "CUDA toolkit first on PATH",
+    ),
+)
+_OLD_TRITON = (
+    "jax-triton 0.4 needs triton 3.7 or later and fails while lowering without.",
+    'pip install "triton>=3.7", or "jax-triton==0.3.1" for an older triton',
+)
+
+
+def diagnose(facts: Facts) -> list[Trouble]:
+    """The troubles in these facts, each once. Without a GPU none is fatal."""
+    expects_gpu = facts.has_gpu or (facts.has_driver and not facts.platforms)
+    return [
+        dataclasses.replace(trouble, fatal=trouble.fatal and expects_gpu)
+        for trouble in dict.fromkeys(_troubles(facts))
+    ]
+
+
+def _troubles(facts: Facts) -> Iterator[Trouble]:
+    if not facts.has_gpu and facts.has_driver:
+        because = f" (JAX_PLATFORMS={facts.platforms})" if facts.platforms else ""
+        yield Trouble(
+            f"NVIDIA's driver is loaded, but jax sees no GPU{because}.",
+            'pip install "jax[cuda13]" (or [cuda12]), and leave JAX_PLATFORMS unset',
+        )
+    yield from _version_troubles(facts.versions)
+    if facts.bridge_error:
+        yield _explain(facts.bridge_error, facts.versions)
+    for error in facts.kernel_errors.values():
+        yield _explain(error, facts.versions)
+    first = next(iter(facts.assemblers), None)
+    if first is not None and first.error is not None:
+        trouble = _explain(first.error, facts.versions)
+        # XLA may find another one; if not, running the kernel has shown it.
+        yield dataclasses.replace(trouble, fatal=False)
+
+
+def _version_troubles(versions: dict[str, str | None]) -> Iterator[Trouble]:
+    jaxlib = versions.get("jaxlib")
+    for name, version in versions.items():
+        if name.startswith("jax-cuda") and version and version != jaxlib:
+            yield Trouble(
+                f"{name} {version} is not made for jaxlib {jaxlib}.",
+                f'pip install "{name}=={jaxlib}"',
+            )
+
+
+def _explain(error: str, versions: dict[str, str | None]) -> Trouble:
+    for pattern, words, cure in _KNOWN_ERRORS:
+        if re.search(pattern, error):
+            return Trouble(words, cure)
+    jax_triton, triton = versions.get("jax-triton"), versions.get("triton")
+    if jax_triton and triton and _at_least(jax_triton, 0, 4) > _at_least(triton, 3, 7):
+        return Trouble(*_OLD_TRITON)
+    return Trouble(
+        f"The kernels fail: {error}",
+        'unknown to this program; please report it. implementation="xla" avoids it',
+    )
+
+
+def _at_least(version: str, *wanted: int) -> bool:
+    numbers = re.findall(r"\d+", version)[: len(wanted)]
+    return tuple(map(int, numbers)) >= wanted
+
+
+def render(facts: Facts, troubles: list[Trouble]) -> str:
+    """The report, as text."""
+    found = [f"{name} {v}" for name, v in facts.versions.items() if v]
+    absent = [name for name, v in facts.versions.items() if not v]
+    where = "this machine's GPU" if facts.has_gpu else "no GPU here"
+    lines = [
+        f"python {platform.python_version()} on {platform.platform()}",
+        *found,
+        f"not installed: {', '.join(absent) or 'nothing'}",
+        f"devices: {', '.join(facts.devices) or 'none'}",
+        f"implementation=None becomes {facts.chosen}, because {_reason(facts)}",
+        f"kernels for sm_{facts.capability} ({where}):",
+        *(f"  {line}" for line in _kernel_lines(facts)),
+        "ptxas:",
+        *(f"  {line}" for line in _assembler_lines(facts)),
+    ]
+    if not troubles:
+        return "\n".join([*lines, "troubles: none"])
+    lines.append("troubles:")
+    for trouble in troubles:
+        lines += [f"  - {trouble.words}", f"    cure: {trouble.cure}"]
+    return "\n".join(lines)
+
+
+def _reason(facts: Facts) -> str:
+    if facts.backend != "gpu":
+        return f"jax's default backend is {facts.backend}"
+    if not facts.has_gpu:
+        return "kernels are for CUDA only, and jax's GPU is none of NVIDIA's"
+    if facts.bridge_error:
+        return f"jax-triton cannot be imported ({facts.bridge_error})"
+    return "jax's default backend is CUDA and jax-triton can be imported"
+
+
+def _kernel_lines(facts: Facts) -> Iterator[str]:
+    if facts.bridge_error:
+        yield f"cannot be tried: {facts.bridge_error}"
+    done = "compiles and agrees with XLA" if facts.has_gpu else "compiles"
+    for op in _PROBES:
+        if op in facts.kernel_errors:
+            yield f"{op}: {facts.kernel_errors[op]}"
+        elif op in facts.kernels:
+            yield f"{op}: {done}, PTX {facts.kernels[op]}"
+
+
+def _assembler_lines(facts: Facts) -> Iterator[str]:
+    if not facts.assemblers:
+        yield "none found"
+    for one in facts.assemblers:
+        answer = "accepts the kernels" if one.error is None else one.error
+        if not facts.kernels:
+            answer = "not tried"
+        yield f"{one.path} (CUDA {one.release}): {answer}"
+
+
+def exit_status(troubles: list[Trouble]) -> int:
+    """1 if the GPU path fails on this machine's GPU, else 0."""
+    return int(any(trouble.fatal for trouble in troubles))
