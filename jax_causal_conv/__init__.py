@@ -1,6 +1,7 @@
 """Causal depthwise conv1d with conv states, for Mamba-style models in JAX."""
 
 from .checks import PAD_SLOT_ID
+from .dense import causal_conv1d
 from .dispatch import target_compute_capability
 from .metadata import ConvMetadata, build_metadata, validate_batch
 from .packed import causal_conv1d_fn
@@ -13,6 +14,7 @@ __all__ = [
     "PAD_SLOT_ID",
     "ConvMetadata",
     "build_metadata",
+    "causal_conv1d",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "layer_slots",

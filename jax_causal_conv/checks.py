@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 PAD_SLOT_ID = -1
 """The slot number that means "skip this sequence" unless the caller names another."""
@@ -18,6 +19,7 @@ IMPLEMENTATIONS = (None, "xla", "triton", "interpret")
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _INT32_MAX = 2**31 - 1
+INT32 = (-(2**31), _INT32_MAX)
 
 
 def _is_jax(value: Any) -> bool:
@@ -39,7 +41,8 @@ def float_array(name: str, value: Any, expected: tuple, letters: str) -> jax.Arr
     """A jax array of a supported float dtype and the expected shape."""
     if value is None:
         raise TypeError(f"{name} must be an array of shape {letters}, got None")
-    array = value if _is_jax(value) else jnp.asarray(value)
+    array = jnp.asarray(value)
+    array = lax.convert_element_type(array, array.dtype)  # drops a weak type
     if array.dtype.name not in _FLOATS:
         raise TypeError(f"{name} must be one of {_FLOATS}, got dtype {array.dtype}")
     _shape(name, array.shape, expected, letters)
@@ -185,6 +188,25 @@ def state_array(name: str, value: Any, dim: int, width: int) -> jax.Array:
             f"{name} must have fewer than 2**31 elements in a slot, got {state.shape}"
         )
     return state
+
+
+def row_states(name: str, value: Any, x: jax.Array, least: int) -> jax.Array:
+    """Checked states `(B, L, D)` of the rows of x, with L >= W-1 = `least`."""
+    batch, _, dim = x.shape
+    state = float_array(name, value, (batch, None, dim), "(B, L, D)")
+    if state.shape[1] < least:
+        raise ValueError(
+            f"{name} must have shape (B, L, D) with L >= W-1 = {least}, "
+            f"got {state.shape}"
+        )
+    return state
+
+
+def static_bool(name: str, value: Any) -> bool:
+    """A Python bool (NumPy's too), known at trace time."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def pad_slot(pad_slot_id: Any, num_slots: int) -> int:

@@ -1,8 +1,7 @@
 """Chooses the implementation of an op, at lowering where the caller does not say.
 
-An op is a function of this signature in `xla.py`, with a twin in `kernels/launch.py`:
-`op(*arrays_or_None, **static) -> (out, new_state)`, where out is like the first
-argument and new_state like the fourth. Everything here is the same for all ops.
+An op is a function `op(*arrays_or_None, **static) -> tuple of arrays` in XLA, with a
+twin of the same name in `kernels/launch.py`. Everything here is the same for all ops.
 """
 
 import functools
@@ -12,12 +11,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
-from . import checks, xla
+from . import checks, xla, xla_backward
 
-OPS: dict[str, Callable] = {"packed": xla.packed, "update": xla.update}
+OPS: dict[str, Callable] = {
+    "packed": xla.packed,
+    "update": xla.update,
+    "dense": xla.dense,
+    "packed_backward": xla_backward.packed_backward,
+    "rows_backward": xla_backward.rows_backward,
+}
 
 _DEFAULT_COMPUTE_CAPABILITY = 90
 # A context of jax's own kind is part of the cache key of tracing and lowering.
@@ -69,8 +75,9 @@ def run(op: str, implementation: str | None, *args: Any, **static: Any) -> Any:
         *leaves,
         op=op,
         tree=tree,
-        static=options,
+        options=options,
         required=implementation == "triton",
+        batched=(),
     )
 
 
@@ -86,6 +93,9 @@ def _jitted(op, implementation, options):
     return jax.jit(functools.partial(function, **dict(options)), inline=True)
 
 
+# Params of the primitive: `op` with its static `options`; `tree`, which arguments the
+# operands are; `required`, whether Triton must run it; `batched`, outermost vmap
+# first, which operands have that vmap's axis (in front).
 causal_conv_p = Primitive("causal_conv")
 causal_conv_p.multiple_results = True
 
@@ -100,42 +110,88 @@ def _jitted_bind(params):
     return jax.jit(functools.partial(causal_conv_p.bind, **dict(params)))
 
 
+def _function(params, function, over_axis) -> Callable:
+    """`function` of the op's arguments as one of the primitive's operands."""
+
+    def of_leaves(*leaves):
+        args = jax.tree.unflatten(params["tree"], leaves)
+        return tuple(function(*args, **dict(params["options"])))
+
+    for axes in reversed(params["batched"]):
+        of_leaves = over_axis(of_leaves, axes)
+    return of_leaves
+
+
+def _vmapped(function, axes):
+    return jax.vmap(function, in_axes=tuple(0 if axis else None for axis in axes))
+
+
+def _looped(function, axes):
+    """vmap by a loop, for functions that have no batching rule."""
+
+    def loop(*leaves):
+        def step(mapped):
+            mapped = iter(mapped)
+            return function(
+                *(
+                    next(mapped) if axis else leaf
+                    for axis, leaf in zip(axes, leaves, strict=True)
+                )
+            )
+
+        mapped = [leaf for axis, leaf in zip(axes, leaves, strict=True) if axis]
+        return jax.lax.map(step, mapped)
+
+    return loop
+
+
 @causal_conv_p.def_abstract_eval
-def _abstract_eval(*leaves, tree, **_):
-    x, _, _, state, *_ = jax.tree.unflatten(tree, leaves)
-    return x, state
+def _abstract_eval(*leaves, **params):
+    shapes = jax.eval_shape(_function(params, OPS[params["op"]], _vmapped), *leaves)
+    return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
 
 
-def _lower(ctx, *leaves, tree, static, function):
-    def flat(*leaves):
-        return function(*jax.tree.unflatten(tree, leaves), **dict(static))
+def _batch(leaves, dims, **params):
+    leaves = [
+        leaf if dim is batching.not_mapped else jnp.moveaxis(leaf, dim, 0)
+        for leaf, dim in zip(leaves, dims, strict=True)
+    ]
+    axes = tuple(dim is not batching.not_mapped for dim in dims)
+    params["batched"] = (axes, *params["batched"])
+    out = causal_conv_p.bind(*leaves, **params)
+    return out, [0] * len(out)
 
-    return mlir.lower_fun(flat, multiple_results=True)(ctx, *leaves)
+
+batching.primitive_batchers[causal_conv_p] = _batch
 
 
-def _lower_to_xla(ctx, *leaves, op, tree, static, required):
-    if required:
+def _lower(ctx, *leaves, function):
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
+
+
+def _lower_to_xla(ctx, *leaves, **params):
+    if params["required"]:
         raise ValueError(
             'implementation="triton" needs CUDA, got platform '
             f'{ctx.module_context.platforms}; use None, "xla" or "interpret"'
         )
-    return _lower(ctx, *leaves, tree=tree, static=static, function=OPS[op])
+    return _lower(ctx, *leaves, function=_function(params, OPS[params["op"]], _vmapped))
 
 
-def _lower_to_triton(ctx, *leaves, op, tree, static, required):
+def _lower_to_triton(ctx, *leaves, **params):
     try:
         from .kernels import bridge, launch
     except ImportError as error:
         cure = 'pip install "jax-causal-conv[cuda13]" (or [cuda12])'
-        if required:
+        if params["required"]:
             raise ImportError(
                 f'implementation="triton" needs jax-triton: {error}. Try {cure}'
             ) from error
         _warn_once(f"causal conv uses XLA on CUDA: {error}. For the kernels, {cure}")
-        return _lower(ctx, *leaves, tree=tree, static=static, function=OPS[op])
+        return _lower_to_xla(ctx, *leaves, **params)
     call = functools.partial(bridge.call, compute_capability=_compute_capability())
-    function = functools.partial(getattr(launch, op), call)
-    return _lower(ctx, *leaves, tree=tree, static=static, function=function)
+    kernel = functools.partial(getattr(launch, params["op"]), call)
+    return _lower(ctx, *leaves, function=_function(params, kernel, _looped))
 
 
 @functools.cache

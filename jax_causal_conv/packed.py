@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from . import checks, dispatch
+from . import checks, gradients
 from .checks import PAD_SLOT_ID
 from .metadata import ConvMetadata, num_programs
 
@@ -118,8 +118,7 @@ def causal_conv1d_fn(
         return jnp.zeros_like(inputs), states
     if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
         implementation = "xla"
-    return dispatch.run(
-        "packed",
+    return gradients.packed(
         implementation,
         inputs,
         taps,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from . import checks, dispatch
+from . import checks, gradients
 from .checks import PAD_SLOT_ID
 
 
@@ -90,8 +90,7 @@ def causal_conv1d_update(
         return jnp.zeros_like(inputs), state
     if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
         implementation = "xla"
-    out, state = dispatch.run(
-        "update",
+    out, state = gradients.update(
         implementation,
         inputs.reshape(batch, query, dim),
         taps,

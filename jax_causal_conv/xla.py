@@ -236,3 +236,77 @@ def update(
     out = convolve(flat, weight, bias, history, tokens, silu)
     out, state = _store(state, out, seqs.slot, row, rows, seqs.live)
     return out.reshape(x.shape), state
+
+
+class Runs(NamedTuple):
+    """Runs of equal segment ids in the rows of a dense batch; all `(B, T)`.
+
+    Attributes:
+        start: position in the row at which the token's run starts.
+        real: False for padding.
+    """
+
+    start: jax.Array
+    real: jax.Array
+
+
+def runs_of(segment_ids, batch: int, length: int) -> Runs:
+    """The contiguous runs of equal ids; without ids each row is one run."""
+    if segment_ids is None:
+        shape = (batch, length)
+        return Runs(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
+    position = jnp.arange(length, dtype=jnp.int32)
+    before = _rows(segment_ids.T, jnp.maximum(position - 1, 0)).T
+    change = jnp.where(segment_ids != before, position, 0)
+    return Runs(lax.cummax(change, axis=1), segment_ids >= 0)
+
+
+def tokens_of_runs(runs: Runs) -> Tokens:
+    """Tokens whose history is row b of `(B+1, W-1, D)`, or its last row, of zeros."""
+    batch, length = runs.start.shape
+    owner = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    owner = jnp.where(runs.start == 0, owner, batch)
+    position = jnp.arange(length, dtype=jnp.int32) - runs.start
+    return Tokens(owner.reshape(-1), position.reshape(-1), runs.real.reshape(-1))
+
+
+def last_runs(runs: Runs, state_len: int) -> Sequences:
+    """The last run of real tokens of each row, as sequences of the flat tokens.
+
+    An empty one at position 0, with all its history, where a row is only padding.
+    """
+    batch, length = runs.start.shape
+    position = jnp.arange(length, dtype=jnp.int32)
+    end = jnp.max(jnp.where(runs.real, position + 1, 0), axis=1)
+    row = jnp.arange(batch, dtype=jnp.int32)
+    start = jnp.where(end > 0, runs.start[row, jnp.maximum(end - 1, 0)], 0)
+    history = jnp.where(start == 0, state_len, 0)
+    live = jnp.ones((batch,), bool)
+    return Sequences(row * length + start, end - start, row, history, live)
+
+
+def with_zero_row(history):
+    """Appends a history of zeros, for runs that do not start their row."""
+    return jnp.concatenate([history, jnp.zeros_like(history[:1])])
+
+
+def dense(x, weight, bias, initial_state, segment_ids, *, silu: bool):
+    """`causal_conv1d` on checked arguments, without the final state."""
+    (batch, length, dim), width = x.shape, weight.shape[1]
+    dtype = accumulator(x)
+    if initial_state is None:
+        history = jnp.zeros((batch, width - 1, dim), dtype)
+    else:
+        history = initial_state[:, initial_state.shape[1] - (width - 1) :].astype(dtype)
+    tokens = tokens_of_runs(runs_of(segment_ids, batch, length))
+    flat = x.reshape(batch * length, dim)
+    out = convolve(flat, weight, bias, with_zero_row(history), tokens, silu)
+    return (out.reshape(x.shape),)
+
+
+def final_state(x, initial_state, segment_ids, state_len: int, dtype):
+    """What a continuation of each row's last run needs, `(B, state_len, D)`."""
+    batch, length, dim = x.shape
+    seqs = last_runs(runs_of(segment_ids, batch, length), state_len)
+    flat = x.reshape(batch * length, dim)
+    return slots_after(flat, initial_state, seqs, seqs.length, state_len, dtype)

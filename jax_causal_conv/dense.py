@@ -1,0 +1,92 @@
+"""`causal_conv1d`: the dense op, for training and plain prefill."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from . import checks, gradients
+
+
+def causal_conv1d(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    initial_state: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    activation: str | bool | None = None,
+    return_final_state: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Causal depthwise conv of B rows of T tokens.
+
+    Token t of a row becomes `act(bias + sum_k weight[:, k] * u[t - (W-1) + k])`, where
+    `u[j >= 0]` is the row's input and `u[j < 0]` its initial state, zeros without one;
+    summed in float32 from exact products and rounded once.
+
+    With `segment_ids` several documents are packed into a row: a token sees only
+    tokens of its own *contiguous run* of equal ids. A negative id is padding: zero
+    output, zero gradient, seen by nobody. The initial state belongs to the run at
+    position 0, and to nobody if that is padding.
+
+    Differentiable in x, weight, bias and initial_state, the final state's cotangent
+    included: reverse mode, first order; `implementation="xla"` in any mode and order.
+    Gradients are accumulated in float32, returned in the primal's dtype, and are
+    bit-identical from run to run.
+
+    Args:
+        x: `(B, T, D)` inputs; float32, bfloat16 or float16 (float64: XLA only).
+        weight: `(D, W)`, any W >= 1; `weight[:, W-1]` meets the current token.
+        bias: `(D,)` or None.
+        initial_state: `(B, L, D)`, the last L >= W-1 inputs before the row, oldest
+            first. None is zeros.
+        segment_ids: `(B, T)` integers. None is one document a row.
+        activation: None, "silu" or "swish"; True is silu, False is None.
+        return_final_state: also return what a continuation of each row's last run
+            that is not padding needs.
+        implementation: as for `causal_conv1d_fn`.
+
+    Returns:
+        `out` `(B, T, D)` in x's dtype. With `return_final_state` a pair of it and the
+        final state `(B, L, D)`: L and dtype of `initial_state`, else W-1 and x's
+        dtype. A row of nothing but padding returns its initial state, or zeros.
+
+    Raises:
+        TypeError: a dtype or the type of a static argument is wrong.
+        ValueError: a shape, size or option is wrong.
+
+    Example:
+        >>> out = causal_conv1d(x, weight, bias, segment_ids=ids, activation="silu")
+    """
+    inputs = checks.float_array("x", x, (None, None, None), "(B, T, D)")
+    batch, length, dim = inputs.shape
+    implementation = checks.implementation_for(implementation, inputs)
+    taps, bias = checks.filters(weight, bias, inputs, dim)
+    state, state_len = None, taps.shape[1] - 1
+    if initial_state is not None:
+        state = checks.row_states("initial_state", initial_state, inputs, state_len)
+        state_len = state.shape[1]
+    if segment_ids is not None:
+        segment_ids = checks.index_array(
+            "segment_ids", segment_ids, (batch, length), "(B, T)", *checks.INT32
+        )
+    silu = checks.silu_wanted(activation)
+    wanted = checks.static_bool("return_final_state", return_final_state)
+    checks.token_count("B * T", batch * length, 1)
+
+    if 0 in (batch, length, dim):
+        out = jnp.zeros_like(inputs)
+        if state is None:
+            state = jnp.zeros((batch, state_len, dim), inputs.dtype)
+        return (out, state) if wanted else out
+    out, final = gradients.dense(
+        implementation,
+        inputs,
+        taps,
+        bias,
+        state,
+        segment_ids,
+        silu=silu,
+        state_len=state_len if wanted else None,
+    )
+    return (out, final) if wanted else out

@@ -1,0 +1,267 @@
+"""Reverse-mode rules of the ops, for every implementation but "xla".
+
+XLA's own differentiation of `xla.py` is right too, in any mode and order; the rules
+here are faster, and the only ones that Triton kernels can have. They keep the inputs
+and the gathered history (W-1 rows a sequence), never the cache, so that a donated
+cache can be updated in place.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from . import dispatch, xla
+
+
+def packed(implementation, *args, silu: bool, pad_slot_id: int):
+    """`causal_conv1d_fn` on checked arguments, differentiable."""
+    args = jax.tree.map(jnp.asarray, args)
+    static = {"silu": silu, "pad_slot_id": pad_slot_id}
+    if implementation == "xla":
+        return dispatch.run("packed", implementation, *args, **static)
+    return _packed((implementation, silu, pad_slot_id), *args)
+
+
+def update(implementation, *args, silu: bool, pad_slot_id: int):
+    """`causal_conv1d_update` on checked arguments, differentiable."""
+    args = jax.tree.map(jnp.asarray, args)
+    static = {"silu": silu, "pad_slot_id": pad_slot_id}
+    if implementation == "xla":
+        return dispatch.run("update", implementation, *args, **static)
+    return _update((implementation, silu, pad_slot_id), *args)
+
+
+def dense(implementation, *args, silu: bool, state_len: int | None):
+    """`causal_conv1d` on checked arguments, differentiable.
+
+    `state_len` None is without a final state.
+    """
+    args = jax.tree.map(jnp.asarray, args)
+    if implementation == "xla":
+        return _dense_forward(("xla", silu, state_len), *args)
+    return _dense((implementation, silu, state_len), *args)
+
+
+def _keep_before_update(history, states):
+    """Orders the gather of `history` before an in-place update of `states`."""
+    return jax.lax.optimization_barrier((history, states))
+
+
+def _state_cotangent(dstates, dslots, dhistory, seqs: xla.Sequences, source):
+    """The cotangent of a cache, from that of the updated cache.
+
+    Args:
+        dstates: `(S, L, D)` cotangent of the updated cache.
+        dslots: `(N, L, D)` cotangent of each live sequence's old slot through the rows
+            that survived in it.
+        dhistory: `(N, W-1, D)` the same through the convolution.
+        seqs: the sequences.
+        source: `(N, W-1)` the row of the slot that each history row was; out of
+            bounds where it was none.
+    """
+    row = jnp.arange(dslots.shape[0])[:, None]
+    dslots = dslots.astype(dhistory.dtype).at[row, source].add(dhistory, mode="drop")
+    slot = jnp.where(seqs.live, seqs.slot, dstates.shape[0])
+    rows = dslots.astype(dstates.dtype)
+    return dstates.at[slot].set(rows, mode="drop", unique_indices=True)
+
+
+def _slots_of(dstates, seqs: xla.Sequences):
+    rows = dstates.at[seqs.slot].get(mode="clip")
+    return jnp.where(seqs.live[:, None, None], rows, 0)
+
+
+def _shifted(dslots, seqs: xla.Sequences):
+    """Cotangent of old slot rows through `xla.slots_after`: row m went to row l."""
+    state_len = dslots.shape[1]
+    old = jnp.arange(state_len)
+    row = old - seqs.history[:, None] + state_len - seqs.length[:, None]
+    moved = jnp.take_along_axis(dslots, jnp.maximum(row, 0)[..., None], axis=1)
+    kept = (row >= 0) & (old < seqs.history[:, None])
+    return jnp.where(kept[..., None], moved, 0)
+
+
+def _history_rows(seqs: xla.Sequences, count: int, state_len: int):
+    """The slot row of each history row; out of bounds where there is none."""
+    row = seqs.history[:, None] - count + jnp.arange(count)
+    return jnp.where(row >= 0, row, state_len)
+
+
+def _filter_cotangents(dweight, dbias, weight, bias):
+    return dweight.astype(weight.dtype), None if bias is None else dbias.astype(
+        bias.dtype
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed(static, *args):
+    implementation, silu, pad_slot_id = static
+    return dispatch.run(
+        "packed", implementation, *args, silu=silu, pad_slot_id=pad_slot_id
+    )
+
+
+def _packed_sequences(static, x, states, offsets, slots, has_initial_state, rejected):
+    offsets = xla.sanitize_offsets(offsets, x.shape[0])
+    return xla.sequences(
+        offsets, slots, has_initial_state, rejected, states.shape, static[2]
+    )
+
+
+def _packed_fwd(static, x, weight, bias, states, *rest):
+    *index, metadata = rest
+    seqs = _packed_sequences(static, x, states, *index)
+    history = xla.history_before(states, seqs, weight.shape[1] - 1, states.dtype)
+    history, states = _keep_before_update(history, states)
+    out = _packed(static, x, weight, bias, states, *index, metadata)
+    return out, (x, weight, bias, history, seqs, index[0], metadata)
+
+
+def _packed_bwd(static, residuals, cotangents):
+    x, weight, bias, history, seqs, offsets, metadata = residuals
+    dy, dstates = cotangents
+    implementation, silu, _ = static
+    dslots = _slots_of(dstates, seqs)
+    dx, dweight, dbias, dhistory = dispatch.run(
+        "packed_backward",
+        implementation,
+        x,
+        weight,
+        bias,
+        history,
+        dy,
+        dslots,
+        offsets,
+        seqs.live,
+        metadata,
+        silu=silu,
+    )
+    dstates = _state_cotangent(
+        dstates,
+        _shifted(dslots, seqs),
+        dhistory,
+        seqs,
+        _history_rows(seqs, history.shape[1], dslots.shape[1]),
+    )
+    dweight, dbias = _filter_cotangents(dweight, dbias, weight, bias)
+    return dx, dweight, dbias, dstates, None, None, None, None, None
+
+
+_packed.defvjp(_packed_fwd, _packed_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _update(static, *args):
+    implementation, silu, pad_slot_id = static
+    return dispatch.run(
+        "update", implementation, *args, silu=silu, pad_slot_id=pad_slot_id
+    )
+
+
+def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
+    batch, query, _ = x.shape
+    offsets = jnp.arange(batch + 1, dtype=jnp.int32) * query
+    seqs = xla.sequences(offsets, slots, True, rejected, state.shape, static[2])
+    count, dtype = weight.shape[1] - 1, state.dtype
+    if cursor is None:
+        history = xla.history_before(state, seqs, count, dtype)
+    else:
+        cursor = jnp.mod(cursor, state.shape[1])
+        history = xla.ring_before(state, seqs, cursor, count, dtype)
+    history, state = _keep_before_update(history, state)
+    out = _update(static, x, weight, bias, state, cursor, slots, rejected)
+    return out, (x, weight, bias, history, seqs, cursor)
+
+
+def _update_bwd(static, residuals, cotangents):
+    x, weight, bias, history, seqs, cursor = residuals
+    dy, dstate = cotangents
+    implementation, silu, _ = static
+    (_, query, _), state_len, count = x.shape, dstate.shape[1], history.shape[1]
+    dslots = _slots_of(dstate, seqs)
+    if cursor is None:
+        into_tokens, through = dslots, _shifted(dslots, seqs)
+        source = _history_rows(seqs, count, state_len)
+    else:
+        # Rows in the order of the tokens that were written to them, newest last.
+        row = jnp.arange(state_len)
+        order = jnp.mod(cursor[:, None] + query - state_len + row, state_len)
+        into_tokens = jnp.take_along_axis(dslots, order[..., None], axis=1)
+        written = jnp.mod(row - cursor[:, None], state_len) < query
+        through = jnp.where(written[..., None], 0, dslots)
+        source = jnp.mod(cursor[:, None] - count + jnp.arange(count), state_len)
+    dx, dweight, dbias, dhistory = dispatch.run(
+        "rows_backward",
+        implementation,
+        x,
+        weight,
+        bias,
+        history,
+        dy,
+        into_tokens,
+        seqs.live,
+        None,
+        silu=silu,
+    )
+    dstate = _state_cotangent(dstate, through, dhistory, seqs, source)
+    dweight, dbias = _filter_cotangents(dweight, dbias, weight, bias)
+    return dx, dweight, dbias, dstate, None, None, None
+
+
+_update.defvjp(_update_fwd, _update_bwd)
+
+
+def _dense_forward(static, x, weight, bias, initial_state, segment_ids):
+    implementation, silu, state_len = static
+    args = (x, weight, bias, initial_state, segment_ids)
+    (out,) = dispatch.run("dense", implementation, *args, silu=silu)
+    if state_len is None:
+        return out, None
+    dtype = x.dtype if initial_state is None else initial_state.dtype
+    return out, xla.final_state(x, initial_state, segment_ids, state_len, dtype)
+
+
+_dense = jax.custom_vjp(_dense_forward, nondiff_argnums=(0,))
+
+
+def _dense_fwd(static, *args):
+    return _dense_forward(static, *args), args
+
+
+def _dense_bwd(static, residuals, cotangents):
+    x, weight, bias, initial_state, segment_ids = residuals
+    dy, dfinal = cotangents
+    implementation, silu, state_len = static
+    (batch, length, dim), count = x.shape, weight.shape[1] - 1
+    if initial_state is None:
+        history = jnp.zeros((batch, count, dim), x.dtype)
+    else:
+        history = initial_state[:, initial_state.shape[1] - count :]
+    dx, dweight, dbias, dhistory = dispatch.run(
+        "rows_backward",
+        implementation,
+        x,
+        weight,
+        bias,
+        history,
+        dy,
+        dfinal,
+        None,
+        segment_ids,
+        silu=silu,
+    )
+    dinitial = None
+    if initial_state is not None:
+        dinitial = jnp.zeros(initial_state.shape, dhistory.dtype)
+        if dfinal is not None:
+            runs = xla.runs_of(segment_ids, batch, length)
+            last = xla.last_runs(runs, initial_state.shape[1])
+            dinitial = _shifted(dfinal.astype(dhistory.dtype), last)
+        dinitial = dinitial.at[:, dinitial.shape[1] - count :].add(dhistory)
+        dinitial = dinitial.astype(initial_state.dtype)
+    dweight, dbias = _filter_cotangents(dweight, dbias, weight, bias)
+    return dx, dweight, dbias, dinitial, None
+
+
+_dense.defvjp(_dense_fwd, _dense_bwd)

@@ -1,0 +1,156 @@
+"""The XLA implementation of the gradients, as gathers like the forward.
+
+Nothing of the forward is kept but its inputs: the pre-activation is computed again.
+With z the pre-activation and u what the taps met,
+
+    dz = dy · silu'(z)        dw[k] = Σ_t dz[t] · u[t-(W-1)+k]
+    dx[t] = Σ_d w[W-1-d] · dz[t+d]  over tokens t+d of the same sequence,
+
+and what reaches behind a sequence's first token is the gradient of its history.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from . import xla
+from .xla import Tokens
+
+
+def _column_sums(rows):
+    """Σ over tokens, in blocks of 64 rows so that XLA:CPU vectorises over channels."""
+    num_tokens, dim = rows.shape
+    whole = num_tokens // 64 * 64
+    blocks = rows[:whole].reshape(whole // 64, 64, dim).sum(axis=1)
+    return blocks.sum(axis=0) + rows[whole:].sum(axis=0)
+
+
+def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu):
+    """Gradients of `xla.convolve`, and of rows of x copied into slots.
+
+    Args:
+        x, dy: `(T, D)`.
+        history: `(N or more, W-1, D)`, rows that tokens own.
+        copied: `(T, D)` cotangent of the slot row that each token became, or 0.
+        tokens: where each token stands.
+        start: `(N,)` first token of each sequence.
+        silu: whether the activation was silu.
+
+    Returns:
+        dx `(T, D)` in x's dtype; dweight `(D, W)`, dbias `(D,)` and dhistory
+        `(N, W-1, D)` in the accumulator's dtype.
+    """
+    dtype, width = xla.accumulator(x), weight.shape[1]
+    num_tokens, num_seqs = x.shape[0], start.shape[0]
+    weight = weight.astype(dtype)
+    taps = list(xla.taps_of(x.astype(dtype), history, tokens, width))
+    dz = dy.astype(dtype)
+    if silu:
+        z = jnp.zeros(x.shape, dtype) if bias is None else bias.astype(dtype)
+        for d, tap in enumerate(taps):
+            z = z + tap * weight[:, width - 1 - d]
+        sigmoid = jax.nn.sigmoid(z)
+        dz = dz * sigmoid * (1 + z * (1 - sigmoid))
+    dz = jnp.where(tokens.live[:, None], dz, 0)
+
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    dx = jnp.zeros(x.shape, dtype)
+    for d in range(width):
+        later = jnp.minimum(token + d, num_tokens - 1)
+        same = (token + d < num_tokens) & (tokens.position[later] >= d)
+        dx = dx + jnp.where(same[:, None], dz[later], 0) * weight[:, width - 1 - d]
+    dx = dx + jnp.where(tokens.live[:, None], copied, 0)
+
+    dweight = jnp.stack([_column_sums(dz * tap) for tap in reversed(taps)], axis=1)
+    dhistory = jnp.zeros((num_seqs, width - 1, x.shape[1]), dtype)
+    for p in range(width - 1):
+        token = jnp.minimum(start + p, num_tokens - 1)
+        reaches = (tokens.owner[token] == jnp.arange(num_seqs)) & (
+            tokens.position[token] == p
+        )
+        first = jnp.where(reaches[:, None], dz[token], 0)
+        dhistory = dhistory.at[:, p:].add(first[:, None] * weight.T[: width - 1 - p])
+    return dx.astype(x.dtype), dweight, _column_sums(dz), dhistory
+
+
+def state_rows(dslots) -> int:
+    """L, or 0 where the state has no cotangent."""
+    return 0 if dslots is None else dslots.shape[1]
+
+
+def _copied(dslots, owner, row, dtype):
+    """`dslots[owner, row]` where row >= 0, else 0."""
+    if dslots is None:
+        return jnp.zeros((), dtype)
+    rows = dslots.at[owner, jnp.maximum(row, 0)].get(mode="clip").astype(dtype)
+    return jnp.where((row >= 0)[:, None], rows, 0)
+
+
+def packed_backward(
+    x,
+    weight,
+    bias,
+    history,
+    dy,
+    dslots,
+    query_start_loc,
+    live,
+    metadata=None,
+    *,
+    silu: bool,
+):
+    """Gradients of a packed batch; see `_backward` for arguments and result.
+
+    Args:
+        dslots: `(N, L, D)` cotangent of what each sequence left in its slot, or None.
+        live: `(N,)` bool, sequences that were not skipped.
+    """
+    del metadata
+    num_tokens = x.shape[0]
+    offsets = xla.sanitize_offsets(query_start_loc, num_tokens)
+    seqs = xla.sequences(offsets, None, None, None, (live.shape[0], 0), -1)
+    seqs = seqs._replace(live=live & seqs.live)
+    tokens = xla.tokens_of(seqs, num_tokens)
+    row = state_rows(dslots) - seqs.length[tokens.owner] + tokens.position
+    copied = _copied(dslots, tokens.owner, row, xla.accumulator(x))
+    return _backward(x, weight, bias, history, dy, copied, tokens, seqs.start, silu)
+
+
+def rows_backward(
+    x, weight, bias, history, dy, dslots, live, segment_ids, *, silu: bool
+):
+    """Gradients of B rows of equal length, `x` and `dy` `(B, T, D)`.
+
+    Args:
+        dslots: `(B, L, D)` cotangent of what the last run of real tokens of each row
+            left in its slot, or None.
+        live: `(B,)` bool, rows that were not skipped; None is all.
+        segment_ids: `(B, T)`; None is one run a row.
+
+    Returns:
+        See `_backward`; dx is `(B, T, D)`.
+    """
+    batch, length, dim = x.shape
+    runs = xla.runs_of(segment_ids, batch, length)
+    if live is not None:
+        runs = runs._replace(real=runs.real & live[:, None])
+    tokens = xla.tokens_of_runs(runs)
+    start = jnp.arange(batch, dtype=jnp.int32) * length
+    last = xla.last_runs(runs, 0)
+    token = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length)
+    row = state_rows(dslots) - last.length[:, None] + (token - last.start[:, None])
+    kept = (token >= last.start[:, None]) & (row < state_rows(dslots))
+    row = jnp.where(kept, row, -1).reshape(-1)
+    copied = _copied(dslots, token.reshape(-1) // length, row, xla.accumulator(x))
+    flat = (batch * length, dim)
+    dx, *rest = _backward(
+        x.reshape(flat),
+        weight,
+        bias,
+        xla.with_zero_row(history),
+        dy.reshape(flat),
+        copied,
+        tokens,
+        start,
+        silu,
+    )
+    return dx.reshape(x.shape), *rest
