@@ -199,15 +199,13 @@ def collect() -> Facts:
         backend, devices = f"none: {error}", []
     gpu_capability = _gpu_capability()
     capability = gpu_capability or _DEFAULT_COMPUTE_CAPABILITY
-    bridge_error = _error_of(
-        lambda: importlib.import_module("jax_causal_conv.kernels.bridge")
-    )
+    bridge_error = _error_of(_import_kernels)
     lowered: dict[str, LoweredKernel] = {}
     errors: dict[str, str] = {}
     if bridge_error is None:
         lowered, errors = _lower_kernels(capability)
         if gpu_capability is not None:
-            errors |= _run_kernels([op for op in lowered if op not in errors])
+            errors |= _run_kernels(list(lowered), jax.devices("cuda")[0])
     return Facts(
         versions={name: _version(name) for name in _PACKAGES},
         devices=devices,
@@ -222,6 +220,11 @@ def collect() -> Facts:
         chosen=_chosen(backend),
         assemblers=_assemblers(next(iter(lowered.values()), None)),
     )
+
+
+def _import_kernels() -> None:
+    for module in ("bridge", "launch"):
+        importlib.import_module(f"jax_causal_conv.kernels.{module}")
 
 
 def _version(name: str) -> str | None:
@@ -325,15 +328,15 @@ def _lower_kernels(capability: int) -> tuple[dict[str, LoweredKernel], dict[str,
     return lowered, errors
 
 
-def _run_kernels(ops: list[str]) -> dict[str, str]:
-    """Runs the kernels on the GPU; errors of those that fail or disagree with XLA."""
+def _run_kernels(ops: list[str], device: Any) -> dict[str, str]:
+    """Runs the kernels on a GPU; errors of those that fail or disagree with XLA."""
     errors = {}
     for op in ops:
 
         def run_one(op=op):
             probe, arguments = _PROBES[op], _inputs()
             run = jax.jit(probe, static_argnames="implementation")
-            with jax.default_device(jax.devices("cuda")[0]):
+            with jax.default_device(device):
                 results = [
                     jax.tree.map(np.asarray, run(*arguments, implementation=i))
                     for i in ("triton", "xla")
@@ -371,7 +374,10 @@ def _assemblers(kernel: LoweredKernel | None) -> list[Assembler]:
 
 
 def _files_of(package: str, pattern: str) -> list[Path]:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # there, but broken
+        spec = None
     roots = spec.submodule_search_locations if spec else None
     return sorted(file for root in roots or () for file in Path(root).glob(pattern))
 

@@ -24,53 +24,55 @@ def call(
     kernel: Any,
     arrays: Sequence[jax.Array],
     scalars: Sequence[int],
-    out: jax.ShapeDtypeStruct,
+    outputs: Sequence[jax.ShapeDtypeStruct],
     *,
-    in_place: int,
     grid: int,
     num_warps: int,
     constants: Mapping[str, Any],
+    in_place: int | None = None,
     compute_capability: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Launches `kernel(*arrays, *scalars, out, alias, **constants)` on CUDA.
+) -> tuple[jax.Array, ...]:
+    """Launches `kernel(*arrays, *scalars, *outputs, [alias], **constants)` on CUDA.
 
     Args:
-        arrays: operands; `arrays[in_place]` is updated in place and returned.
-        out: shape and dtype of the fresh output.
+        kernel: a Triton kernel; its parameters have just this order.
+        arrays: operands, passed as pointers.
+        scalars: ints.
+        outputs: shapes and dtypes of the fresh outputs.
         grid: number of programs.
+        num_warps: warps a program.
+        constants: constexpr arguments.
+        in_place: the operand that the kernel updates in place, if any. Such kernels
+            have a last parameter `state_alias_ptr` and leave it alone.
         compute_capability: e.g. 90.
 
     Returns:
-        `(out, arrays[in_place] after the launch)`.
+        The outputs, then the updated operand if there is one.
     """
-    state = jax.ShapeDtypeStruct(arrays[in_place].shape, arrays[in_place].dtype)
-    options: dict[str, Any] = dict(
+    results = list(outputs)
+    options: dict[str, Any] = dict(constants, FAST=True)
+    if in_place is not None:
+        updated = arrays[in_place]
+        options["input_output_aliases"] = {in_place: len(results)}
+        results.append(jax.ShapeDtypeStruct(updated.shape, updated.dtype))
+    options.update(
         kernel=kernel,
         grid=grid,
         num_warps=num_warps,
         num_stages=1,
         compute_capability=compute_capability,
-        input_output_aliases={in_place: 1},
-        **constants,
-        FAST=True,
     )
     if _VERSION < (0, 4):
-        # The aliased buffer arrives a second time, as the last pointer.
-        return jax_triton.triton_call(
-            *arrays, *scalars, out_shape=(out, state), enable_fp_fusion=True, **options
-        )
-    ptx_version = _PTX_VERSION.get(compute_capability // 10)
-    backend = {"enable_fp_fusion": True, "maxnreg": 128}
-    if ptx_version is not None:
-        backend["ptx_version"] = ptx_version
+        # The updated buffer arrives a second time, as the last pointer.
+        options.update(out_shape=tuple(results), enable_fp_fusion=True)
+    else:
+        backend = {"enable_fp_fusion": True, "maxnreg": 128}
+        if (ptx_version := _PTX_VERSION.get(compute_capability // 10)) is not None:
+            backend["ptx_version"] = ptx_version
+        options.update(out_type=tuple(results), backend_options=backend)
+        if in_place is not None:
+            options["state_alias_ptr"] = 0
     with warnings.catch_warnings():
         # Aliases by index are deprecated for Refs, which need a jit around them.
         warnings.simplefilter("ignore", DeprecationWarning)
-        return jax_triton.triton_call(
-            *arrays,
-            *scalars,
-            out_type=(out, state),
-            state_alias_ptr=0,
-            backend_options=backend,
-            **options,
-        )
+        return jax_triton.triton_call(*arrays, *scalars, **options)

@@ -70,17 +70,101 @@ def load_taps(
 
 
 @triton.jit
-def convolve_rows(
-    x_ptrs,
-    out_ptrs,
+def next_visible(segment_ptr, previous, visible, W: tl.constexpr):
+    """Steps the bookkeeping of segments to the token at `segment_ptr`.
+
+    Args:
+        segment_ptr: pointer to the token's segment id.
+        previous: the id of the token before it.
+        visible: how many tokens before that one are of its run, at most W-1.
+
+    Returns:
+        The token's id; its `visible`; and `reach`, which is `visible` but -1 for
+        padding: the token sees itself and others up to `reach` tokens back.
+    """
+    segment = tl.load(segment_ptr)
+    visible = tl.where(segment == previous, tl.minimum(visible + 1, W - 1), 0)
+    return segment, visible, tl.where(segment >= 0, visible, -1)
+
+
+@triton.jit
+def visible_before(segment_ptr, first, W: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
+    """`previous` and `visible` for `next_visible` at token `first` of a row.
+
+    Args:
+        segment_ptr: pointer to the id of token `first`.
+        first: 0, where the run of token 0 sees all the history; or at least W-1.
+    """
+    previous = 0
+    visible = W - 1
+    if HAS_SEGMENTS:
+        back = tl.where(first > 0, 1, 0)
+        previous = tl.load(segment_ptr - back)
+        same = previous == previous
+        visible = tl.where(first > 0, 0, W - 1)
+        for j in tl.static_range(2, W):
+            same = same & (tl.load(segment_ptr - j * back) == previous)
+            visible += tl.where(same & (first > 0), 1, 0)
+    return previous, visible
+
+
+@triton.jit
+def seen(window, reach, W: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
+    """The window with rows out of a token's reach replaced by zeros."""
+    if HAS_SEGMENTS:
+        rows = ()
+        for k in tl.static_range(W):
+            rows = rows + (tl.where(reach >= W - 1 - k, window[k], 0.0),)
+        return rows
+    else:
+        return window
+
+
+@triton.jit
+def preactivation(window, taps, bias, W: tl.constexpr):
+    """`bias + Σ_k taps[k] · window[k]` in float32."""
+    z = bias
+    for k in tl.static_range(W):
+        z = tl.fma(window[k], taps[k], z)
+    return z
+
+
+@triton.jit
+def filter_row(
     window,
     taps,
     bias,
+    reach,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """One row of output in float32; zeros for padding."""
+    y = preactivation(seen(window, reach, W, HAS_SEGMENTS), taps, bias, W)
+    if SILU:
+        y = silu(y, FAST)
+    if HAS_SEGMENTS:
+        y = tl.where(reach >= 0, y, 0.0)
+    return y
+
+
+@triton.jit
+def convolve_rows(
+    x_ptrs,
+    out_ptrs,
+    segment_ptr,
+    window,
+    taps,
+    bias,
+    previous,
+    visible,
     rows,
     mask,
     D: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
     GROUP: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -92,7 +176,9 @@ def convolve_rows(
 
     Args:
         x_ptrs, out_ptrs: `[BLOCK_N]` pointers to the first row.
+        segment_ptr: pointer to its segment id, followed only if HAS_SEGMENTS.
         window: tuple of the W-1 float32 rows before it, oldest first.
+        previous, visible: see `next_visible`.
     """
     for _ in range(rows // GROUP):
         fresh = ()
@@ -100,33 +186,73 @@ def convolve_rows(
             fresh = fresh + (tl.load(x_ptrs + g * D, mask=mask, other=0.0),)
         for g in tl.static_range(GROUP):
             window = window + (fresh[g].to(tl.float32),)
-            y = filter_row(window, taps, bias, W, SILU, FAST)
+            reach = 0
+            if HAS_SEGMENTS:
+                previous, visible, reach = next_visible(
+                    segment_ptr + g, previous, visible, W
+                )
+            y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
             tl.store(out_ptrs + g * D, y.to(out_ptrs.dtype.element_ty), mask=mask)
             window = window[1:]
         x_ptrs += GROUP * D
         out_ptrs += GROUP * D
+        if HAS_SEGMENTS:
+            segment_ptr += GROUP
     if GROUP > 1:
         for _ in range(rows % GROUP):
             x = tl.load(x_ptrs, mask=mask, other=0.0)
             window = window + (x.to(tl.float32),)
-            y = filter_row(window, taps, bias, W, SILU, FAST)
+            reach = 0
+            if HAS_SEGMENTS:
+                previous, visible, reach = next_visible(
+                    segment_ptr, previous, visible, W
+                )
+            y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
             tl.store(out_ptrs, y.to(out_ptrs.dtype.element_ty), mask=mask)
             window = window[1:]
             x_ptrs += D
             out_ptrs += D
+            if HAS_SEGMENTS:
+                segment_ptr += 1
 
 
 @triton.jit
-def filter_row(
-    window, taps, bias, W: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr
+def zero_rows(out_ptrs, rows, mask, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Writes zeros to `rows` consecutive rows."""
+    zeros = tl.full([BLOCK_N], 0, out_ptrs.dtype.element_ty)
+    for _ in range(rows):
+        tl.store(out_ptrs, zeros, mask=mask)
+        out_ptrs += D
+
+
+@triton.jit
+def zero_uncovered(
+    out_ptr,
+    query_start_loc_ptr,
+    num_tokens,
+    num_seqs,
+    chunk,
+    block_m,
+    cols,
+    mask,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    """`act(bias + Σ_k taps[k] · window[k])` in float32."""
-    y = bias
-    for k in tl.static_range(W):
-        y = tl.fma(window[k], taps[k], y)
-    if SILU:
-        y = silu(y, FAST)
-    return y
+    """Writes zeros to block `chunk` of the tokens that no sequence covers.
+
+    They are numbered head first (before the first sequence), then tail.
+    """
+    head = offset_bound(query_start_loc_ptr, 0, num_tokens, FAST)
+    tail = offset_bound(query_start_loc_ptr, num_seqs, num_tokens, FAST)
+    uncovered = head + (num_tokens - tail)
+    if chunk <= (uncovered - 1) // block_m:
+        first = chunk * block_m
+        last = tl.minimum(first + block_m, uncovered)
+        zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
+        for i in range(first, last):
+            token = tl.where(i < head, i, tail + (i - head))
+            tl.store(out_ptr + token.to(tl.int64) * D + cols, zeros, mask=mask)
 
 
 @triton.jit

@@ -126,26 +126,30 @@ def call(
     kernel: Any,
     arrays: Sequence[jax.Array],
     scalars: Sequence[int],
-    out: jax.ShapeDtypeStruct,
+    outputs: Sequence[jax.ShapeDtypeStruct],
     *,
-    in_place: int,
     grid: int,
     num_warps: int,
     constants: Mapping[str, Any],
-) -> tuple[jax.Array, jax.Array]:
+    in_place: int | None = None,
+) -> tuple[jax.Array, ...]:
     """`bridge.call` through the interpreter and a host callback.
 
-    The output is filled with NaN first, so that a row which no program writes shows.
+    Outputs are filled with NaN first, so that a row which no program writes shows.
     """
     del num_warps
-    state = jax.ShapeDtypeStruct(arrays[in_place].shape, arrays[in_place].dtype)
+    results = list(outputs)
+    if in_place is not None:
+        updated = arrays[in_place]
+        results.append(jax.ShapeDtypeStruct(updated.shape, updated.dtype))
 
     def host(*operands):
         buffers = [np.ascontiguousarray(a) for a in operands]
-        buffers[in_place] = buffers[in_place].copy()
-        result = np.full(out.shape, np.nan, out.dtype)
-        args: list[Any] = [*buffers, *scalars, result, buffers[in_place]]
-        run(kernel, args, grid, **constants)
-        return result, buffers[in_place]
+        fresh = [np.full(out.shape, np.nan, out.dtype) for out in outputs]
+        if in_place is not None:
+            buffers[in_place] = buffers[in_place].copy()
+            fresh.append(buffers[in_place])
+        run(kernel, [*buffers, *scalars, *fresh], grid, **constants)
+        return tuple(fresh)
 
-    return jax.pure_callback(host, (out, state), *arrays, vmap_method="sequential")
+    return jax.pure_callback(host, tuple(results), *arrays, vmap_method="sequential")

@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from .device import convolve_rows, load_taps, load_window, offset_bound, roll_slot
+from .device import (
+    convolve_rows,
+    load_taps,
+    load_window,
+    offset_bound,
+    roll_slot,
+    zero_rows,
+    zero_uncovered,
+)
 
 
 # One program filters one chunk (at most block_m tokens) of one sequence for BLOCK_N
@@ -68,16 +76,19 @@ def packed_kernel(
     chunk = tl.load(chunk_offset_ptr + program)
     if seq < 0:
         if (seq == -1) & (chunk >= 0):
-            head = offset_bound(query_start_loc_ptr, 0, num_tokens, FAST)
-            tail = offset_bound(query_start_loc_ptr, num_seqs, num_tokens, FAST)
-            uncovered = head + (num_tokens - tail)
-            if chunk <= (uncovered - 1) // block_m:
-                first = chunk * block_m
-                last = tl.minimum(first + block_m, uncovered)
-                zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
-                for i in range(first, last):
-                    token = tl.where(i < head, i, tail + (i - head))
-                    tl.store(out_ptr + token.to(tl.int64) * D + cols, zeros, mask=mask)
+            zero_uncovered(
+                out_ptr,
+                query_start_loc_ptr,
+                num_tokens,
+                num_seqs,
+                chunk,
+                block_m,
+                cols,
+                mask,
+                D,
+                BLOCK_N,
+                FAST,
+            )
     elif (seq < num_seqs) & (chunk >= 0):
         start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
         end = tl.minimum(tl.load(query_start_loc_ptr + seq + 1), num_tokens)
@@ -118,19 +129,20 @@ def packed_kernel(
                 convolve_rows(
                     first_ptr + cols,
                     out_ptrs,
+                    chunk_seq_ptr,
                     window,
                     taps,
                     bias,
+                    0,
+                    0,
                     rows,
                     mask,
                     D,
                     W,
                     SILU,
+                    False,
                     GROUP,
                     FAST,
                 )
             else:
-                zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
-                for _ in range(rows):
-                    tl.store(out_ptrs, zeros, mask=mask)
-                    out_ptrs += D
+                zero_rows(out_ptrs, rows, mask, D, BLOCK_N)

@@ -52,6 +52,16 @@ def choose(dim: int, width: int, state_len: int, rows: int) -> Tiles:
     return Tiles(block_n, 1, group, l_block, slot_n)
 
 
+def choose_backward(dim: int, width: int, rows: int) -> Tiles:
+    """Tiles of the backward kernels: as forward, with half the channels a thread.
+
+    They keep two windows and the sums for dweight in registers beside the taps.
+    """
+    tile = choose(dim, width, 1, rows)
+    block_n = max(tile.block_n // 2, 1)
+    return Tiles(block_n, 1, tile.group, 1, block_n)
+
+
 def default_block_m(num_tokens: int, num_seqs: int) -> int:
     """Tokens per chunk for `num_tokens` tokens in `num_seqs` sequences.
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import convolve_rows, load_taps, load_window, roll_slot
+from .device import convolve_rows, load_taps, load_window, roll_slot, zero_rows
 
 
 # One program advances one request by its Q tokens for BLOCK_N channels; the grid is
@@ -95,19 +95,20 @@ def update_kernel(
         convolve_rows(
             row_ptr + cols,
             out_ptrs,
+            slot_ptr,
             window,
             taps,
             bias,
+            0,
+            0,
             Q,
             mask,
             D,
             W,
             SILU,
+            False,
             GROUP,
             FAST,
         )
     else:
-        zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
-        for _ in range(Q):
-            tl.store(out_ptrs, zeros, mask=mask)
-            out_ptrs += D
+        zero_rows(out_ptrs, Q, mask, D, BLOCK_N)

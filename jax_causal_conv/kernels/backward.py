@@ -1,0 +1,575 @@
+"""The backward kernels. No JAX here."""
+
+import triton
+import triton.language as tl
+
+from .device import (
+    load_taps,
+    load_window,
+    next_visible,
+    offset_bound,
+    preactivation,
+    seen,
+    visible_before,
+    zero_rows,
+    zero_uncovered,
+)
+
+
+@triton.jit
+def silu_gradient(z, FAST: tl.constexpr):
+    """`silu'(z) = s · (1 + z · (1 - s))` with s the sigmoid of z."""
+    e = tl.exp2(z * -1.4426950408889634)
+    if FAST:
+        s = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [1.0 + e],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        s = 1.0 / (1.0 + e)
+    return s * tl.fma(z, 1.0 - s, 1.0)
+
+
+@triton.jit
+def backward_row(
+    x,
+    dy,
+    window,
+    pending,
+    taps,
+    bias,
+    dtaps,
+    dbias,
+    reach,
+    inside,
+    own,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Steps the backward pass by token t: row t of x and dy comes in, one dx goes out.
+
+    Args:
+        window: the W-1 rows of x before t, oldest first.
+        pending: dx of tokens t-(W-1) … t-1, as far as tokens before t contribute.
+        dtaps, dbias: running sums over the chunk's own tokens.
+        reach: see `next_visible`.
+        inside, own: if MASKED, whether t lies in the sequence, and in the chunk.
+
+    Returns:
+        The finished dx of token t-(W-1), and the new window, pending, dtaps, dbias.
+    """
+    window = window + (x,)
+    rows = seen(window, reach, W, HAS_SEGMENTS)
+    dz = dy
+    if SILU:
+        dz = dy * silu_gradient(preactivation(rows, taps, bias, W), FAST)
+    if HAS_SEGMENTS:
+        dz = tl.where(reach >= 0, dz, 0.0)
+    mine = dz
+    if MASKED:
+        dz = tl.where(inside, dz, 0.0)
+        mine = tl.where(own, dz, 0.0)
+    sums = ()
+    dx = ()
+    for k in tl.static_range(W):
+        sums = sums + (tl.fma(mine, rows[k], dtaps[k]),)
+        back = dz
+        if HAS_SEGMENTS:
+            back = tl.where(reach >= W - 1 - k, dz, 0.0)
+        if k < W - 1:
+            dx = dx + (tl.fma(taps[k], back, pending[k]),)
+        else:
+            dx = dx + (taps[k] * back,)
+    return dx[0], window[1:], dx[1:], sums, dbias + mine
+
+
+@triton.jit
+def masked_step(
+    x_ptrs,
+    dy_ptrs,
+    segment_ptr,
+    step,
+    window,
+    pending,
+    taps,
+    bias,
+    dtaps,
+    dbias,
+    previous,
+    visible,
+    rows,
+    ahead,
+    cols,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """`backward_row` for a token that may lie behind the chunk or the sequence.
+
+    Args:
+        x_ptrs, dy_ptrs, segment_ptr: pointers to the token.
+        step: its number, counted from the chunk's first token.
+        rows, ahead: tokens of the chunk; tokens from its first to the sequence's end.
+    """
+    inside = step < ahead
+    limit = tl.where(inside, D, 0)
+    x = tl.load(x_ptrs, mask=cols < limit, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptrs, mask=cols < limit, other=0.0).to(tl.float32)
+    reach = 0
+    if HAS_SEGMENTS:
+        # Behind the row's end stands another row's id, or nothing: stay on the last.
+        segment_ptr += tl.minimum(ahead - 1 - step, 0)
+        previous, visible, reach = next_visible(segment_ptr, previous, visible, W)
+    dx, window, pending, dtaps, dbias = backward_row(
+        x,
+        dy,
+        window,
+        pending,
+        taps,
+        bias,
+        dtaps,
+        dbias,
+        reach,
+        inside,
+        step < rows,
+        W,
+        SILU,
+        HAS_SEGMENTS,
+        True,
+        FAST,
+    )
+    return dx, window, pending, dtaps, dbias, previous, visible
+
+
+@triton.jit
+def store_dx(
+    dx,
+    dx_ptrs,
+    dslot_ptrs,
+    token,
+    state_start,
+    state_end,
+    cols,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+):
+    """Writes a finished row of dx, with what it owes to the slot's cotangent."""
+    if HAS_SLOTS:
+        row = token - state_end + L
+        kept = (token >= state_start) & (token < state_end) & (row >= 0)
+        limit = tl.where(kept, D, 0)
+        rows = tl.load(dslot_ptrs + row * D, mask=cols < limit, other=0.0)
+        dx += rows.to(tl.float32)
+    tl.store(dx_ptrs, dx.to(dx_ptrs.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit
+def backward_chunk(
+    x_ptrs,
+    dy_ptrs,
+    dx_ptrs,
+    dhistory_ptrs,
+    dslot_ptrs,
+    segment_ptr,
+    window,
+    taps,
+    bias,
+    previous,
+    visible,
+    first,
+    rows,
+    length,
+    state_start,
+    state_end,
+    cols,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    L: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Gradients of tokens `[first, first + rows)` of a sequence.
+
+    Walks over them and the W-1 tokens behind, whose gradients reach back into the
+    chunk, and computes their pre-activations again. The first W-1 rows that come out
+    belong to tokens before the chunk: to the history if it is the first chunk, else
+    to another program, which computes them itself.
+
+    Args:
+        x_ptrs, dy_ptrs, dx_ptrs: `[BLOCK_N]` pointers to row `first`.
+        dhistory_ptrs: to the first of the history's W-1 float32 rows.
+        dslot_ptrs: to row 0 of the slot's cotangent; tokens from `state_start` on have
+            a row there, as far as there are rows, token `state_end - 1` the last one.
+        segment_ptr, previous, visible: see `next_visible`.
+        length: tokens of the sequence.
+
+    Returns:
+        The sums over the chunk's tokens for dweight (a tuple of W rows) and dbias.
+    """
+    dbias = tl.full([BLOCK_N], 0, tl.float32)
+    pending = ()
+    for _ in tl.static_range(W - 1):
+        pending = pending + (dbias,)
+    dtaps = pending + (dbias,)
+    mask = cols < D
+    ahead = length - first
+
+    for s in tl.static_range(W - 1):
+        dx, window, pending, dtaps, dbias, previous, visible = masked_step(
+            x_ptrs + s * D,
+            dy_ptrs + s * D,
+            segment_ptr + s,
+            s,
+            window,
+            pending,
+            taps,
+            bias,
+            dtaps,
+            dbias,
+            previous,
+            visible,
+            rows,
+            ahead,
+            cols,
+            D,
+            W,
+            SILU,
+            HAS_SEGMENTS,
+            FAST,
+        )
+        tl.store(dhistory_ptrs + s * D, dx, mask=cols < tl.where(first == 0, D, 0))
+    x_ptrs += (W - 1) * D
+    dy_ptrs += (W - 1) * D
+    segment_ptr += W - 1
+
+    # Whole groups of the chunk's own tokens need no masks.
+    groups = tl.maximum(rows - (W - 1), 0) // GROUP
+    token = first
+    for _ in range(groups):
+        xs = ()
+        dys = ()
+        for g in tl.static_range(GROUP):
+            xs = xs + (tl.load(x_ptrs + g * D, mask=mask, other=0.0),)
+            dys = dys + (tl.load(dy_ptrs + g * D, mask=mask, other=0.0),)
+        for g in tl.static_range(GROUP):
+            reach = 0
+            if HAS_SEGMENTS:
+                previous, visible, reach = next_visible(
+                    segment_ptr + g, previous, visible, W
+                )
+            dx, window, pending, dtaps, dbias = backward_row(
+                xs[g].to(tl.float32),
+                dys[g].to(tl.float32),
+                window,
+                pending,
+                taps,
+                bias,
+                dtaps,
+                dbias,
+                reach,
+                True,
+                True,
+                W,
+                SILU,
+                HAS_SEGMENTS,
+                False,
+                FAST,
+            )
+            store_dx(
+                dx,
+                dx_ptrs + g * D,
+                dslot_ptrs,
+                token + g,
+                state_start,
+                state_end,
+                cols,
+                D,
+                L,
+                HAS_SLOTS,
+            )
+        x_ptrs += GROUP * D
+        dy_ptrs += GROUP * D
+        dx_ptrs += GROUP * D
+        segment_ptr += GROUP
+        token += GROUP
+
+    for i in range(groups * GROUP, rows):
+        dx, window, pending, dtaps, dbias, previous, visible = masked_step(
+            x_ptrs,
+            dy_ptrs,
+            segment_ptr,
+            i + (W - 1),
+            window,
+            pending,
+            taps,
+            bias,
+            dtaps,
+            dbias,
+            previous,
+            visible,
+            rows,
+            ahead,
+            cols,
+            D,
+            W,
+            SILU,
+            HAS_SEGMENTS,
+            FAST,
+        )
+        store_dx(
+            dx,
+            dx_ptrs,
+            dslot_ptrs,
+            first + i,
+            state_start,
+            state_end,
+            cols,
+            D,
+            L,
+            HAS_SLOTS,
+        )
+        x_ptrs += D
+        dy_ptrs += D
+        dx_ptrs += D
+        segment_ptr += 1
+    return dtaps, dbias
+
+
+@triton.jit
+def store_partial(
+    partial_ptr, program, dtaps, dbias, cols, D: tl.constexpr, W: tl.constexpr
+):
+    """Writes a program's sums to its own W+1 rows of `(P, W+1, D)`."""
+    ptrs = partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols
+    for k in tl.static_range(W):
+        tl.store(ptrs + k * D, dtaps[k], mask=cols < D)
+    tl.store(ptrs + W * D, dbias, mask=cols < D)
+
+
+# One program takes one chunk of one row for BLOCK_N channels, on the grid of the dense
+# forward. It writes its rows of dx, the first chunk the row's dhistory, and its own
+# W+1 rows of `partial`, the sums for dweight and dbias over its tokens, which are
+# added up afterwards in a fixed order: no atomics, the same bits in every run.
+@triton.jit
+def rows_backward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    history_ptr,
+    dy_ptr,
+    dslots_ptr,
+    live_ptr,
+    segment_ids_ptr,
+    state_start_ptr,
+    state_end_ptr,
+    row_len,
+    chunks,
+    block_m,
+    dx_ptr,
+    dhistory_ptr,
+    partial_ptr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    L: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    cols = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < D
+    program = tl.program_id(0) // col_blocks
+    row = program // chunks
+    first = program % chunks * block_m
+    rows = tl.minimum(block_m, row_len - first)
+    token = row.to(tl.int64) * row_len + first
+    dx_ptrs = dx_ptr + token * D + cols
+    dhistory_ptrs = dhistory_ptr + row.to(tl.int64) * ((W - 1) * D) + cols
+
+    live = row == row
+    if HAS_LIVE:
+        live = tl.load(live_ptr + row) != 0
+    if live:
+        state_start = 0
+        state_end = row_len
+        if HAS_SLOTS & HAS_SEGMENTS:
+            state_start = tl.load(state_start_ptr + row)
+            state_end = tl.load(state_end_ptr + row)
+        segment_ptr = segment_ids_ptr + token
+        taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
+        window = load_window(
+            x_ptr + token * D,
+            history_ptr + row.to(tl.int64) * ((W - 1) * D),
+            first,
+            W - 1,
+            cols,
+            D,
+            W,
+        )
+        previous, visible = visible_before(segment_ptr, first, W, HAS_SEGMENTS)
+        dtaps, dbias = backward_chunk(
+            x_ptr + token * D + cols,
+            dy_ptr + token * D + cols,
+            dx_ptrs,
+            dhistory_ptrs,
+            dslots_ptr + row.to(tl.int64) * (L * D) + cols,
+            segment_ptr,
+            window,
+            taps,
+            bias,
+            previous,
+            visible,
+            first,
+            rows,
+            row_len,
+            state_start,
+            state_end,
+            cols,
+            D,
+            W,
+            L,
+            SILU,
+            HAS_SLOTS,
+            HAS_SEGMENTS,
+            BLOCK_N,
+            GROUP,
+            FAST,
+        )
+        store_partial(partial_ptr, program, dtaps, dbias, cols, D, W)
+    else:
+        zero_rows(dx_ptrs, rows, mask, D, BLOCK_N)
+        if first == 0:
+            zero_rows(dhistory_ptrs, W - 1, mask, D, BLOCK_N)
+        zero_rows(
+            partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols,
+            W + 1,
+            mask,
+            D,
+            BLOCK_N,
+        )
+
+
+# The same on the grid of the packed forward: program -> (sequence, chunk) through the
+# metadata, programs behind the last chunk zero the uncovered rows of dx. Values are
+# trusted as little as there. dhistory of sequences without a chunk is not written.
+@triton.jit
+def packed_backward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    history_ptr,
+    dy_ptr,
+    dslots_ptr,
+    query_start_loc_ptr,
+    live_ptr,
+    chunk_seq_ptr,
+    chunk_offset_ptr,
+    num_tokens,
+    num_seqs,
+    block_m,
+    dx_ptr,
+    dhistory_ptr,
+    partial_ptr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    L: tl.constexpr,
+    SILU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    cols = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = cols < D
+    program = tl.program_id(0) // col_blocks
+    partial_ptrs = partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols
+    zero_rows(partial_ptrs, W + 1, mask, D, BLOCK_N)
+
+    seq = tl.load(chunk_seq_ptr + program)
+    chunk = tl.load(chunk_offset_ptr + program)
+    if seq < 0:
+        if (seq == -1) & (chunk >= 0):
+            zero_uncovered(
+                dx_ptr,
+                query_start_loc_ptr,
+                num_tokens,
+                num_seqs,
+                chunk,
+                block_m,
+                cols,
+                mask,
+                D,
+                BLOCK_N,
+                FAST,
+            )
+    elif (seq < num_seqs) & (chunk >= 0):
+        start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
+        end = tl.minimum(tl.load(query_start_loc_ptr + seq + 1), num_tokens)
+        length = end - start
+        if (length > 0) & (chunk <= (length - 1) // block_m):
+            first = chunk * block_m
+            rows = tl.minimum(block_m, length - first)
+            token = start.to(tl.int64) + first
+            if tl.load(live_ptr + seq) != 0:
+                taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
+                window = load_window(
+                    x_ptr + token * D,
+                    history_ptr + seq.to(tl.int64) * ((W - 1) * D),
+                    first,
+                    W - 1,
+                    cols,
+                    D,
+                    W,
+                )
+                dtaps, dbias = backward_chunk(
+                    x_ptr + token * D + cols,
+                    dy_ptr + token * D + cols,
+                    dx_ptr + token * D + cols,
+                    dhistory_ptr + seq.to(tl.int64) * ((W - 1) * D) + cols,
+                    dslots_ptr + seq.to(tl.int64) * (L * D) + cols,
+                    chunk_seq_ptr,
+                    window,
+                    taps,
+                    bias,
+                    0,
+                    0,
+                    first,
+                    rows,
+                    length,
+                    0,
+                    length,
+                    cols,
+                    D,
+                    W,
+                    L,
+                    SILU,
+                    HAS_SLOTS,
+                    False,
+                    BLOCK_N,
+                    GROUP,
+                    FAST,
+                )
+                store_partial(partial_ptr, program, dtaps, dbias, cols, D, W)
+            else:
+                zero_rows(dx_ptr + token * D + cols, rows, mask, D, BLOCK_N)
