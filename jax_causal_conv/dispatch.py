@@ -127,7 +127,7 @@ def _vmapped(function, axes):
 
 
 def _looped(function, axes):
-    """vmap by a loop, for functions that have no batching rule."""
+    """Vmap by a loop, for functions that have no batching rule."""
 
     def loop(*leaves):
         def step(mapped):
@@ -153,10 +153,10 @@ def _abstract_eval(*leaves, **params):
 
 def _batch(leaves, dims, **params):
     leaves = [
-        leaf if dim is batching.not_mapped else jnp.moveaxis(leaf, dim, 0)
+        leaf if dim is None else jnp.moveaxis(leaf, dim, 0)
         for leaf, dim in zip(leaves, dims, strict=True)
     ]
-    axes = tuple(dim is not batching.not_mapped for dim in dims)
+    axes = tuple(dim is not None for dim in dims)
     params["batched"] = (axes, *params["batched"])
     out = causal_conv_p.bind(*leaves, **params)
     return out, [0] * len(out)

@@ -232,7 +232,7 @@ def _dense_fwd(static, *args):
 def _dense_bwd(static, residuals, cotangents):
     x, weight, bias, initial_state, segment_ids = residuals
     dy, dfinal = cotangents
-    implementation, silu, state_len = static
+    implementation, silu, _ = static
     (batch, length, dim), count = x.shape, weight.shape[1] - 1
     if initial_state is None:
         history = jnp.zeros((batch, count, dim), x.dtype)

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
-from . import checks
+from . import checks, xla
 from .checks import PAD_SLOT_ID
 from .kernels.tiles import default_block_m
 
@@ -90,12 +89,17 @@ def build_metadata(
 
     on_host = isinstance(offsets, np.ndarray)
     xp: Any = np if on_host else jnp
-    clipped = xp.clip(offsets, 0, num_tokens)
-    offsets = np.maximum.accumulate(clipped) if on_host else lax.cummax(clipped)
+    if on_host:
+        offsets = np.maximum.accumulate(np.clip(offsets, 0, num_tokens))
+    else:
+        offsets = xla.sanitize_offsets(offsets, num_tokens)
     chunks = -((offsets[:-1] - offsets[1:]) // block_m)  # ceil, per sequence
     last = xp.cumsum(chunks, dtype=np.int32)
     program = xp.arange(num_programs(num_tokens, num_seqs, block_m), dtype=np.int32)
-    seq = xp.searchsorted(last, program, side="right").astype(np.int32)
+    if on_host:
+        seq = np.searchsorted(last, program, side="right").astype(np.int32)
+    else:
+        seq = xla.first_after(last, program)
     # Program number of the first chunk of each sequence, then of the zeroing programs.
     first = xp.concatenate([xp.zeros(1, np.int32), last])
     return ConvMetadata(

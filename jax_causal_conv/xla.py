@@ -71,12 +71,21 @@ def sequences(
     return Sequences(start, length, slot, history, live)
 
 
+def first_after(ends, query):
+    """The first index whose entry of sorted `ends` exceeds `query`; N if none does.
+
+    Unrolled: a loop would be a chain of kernels on a GPU.
+    """
+    found = jnp.searchsorted(ends, query, side="right", method="scan_unrolled")
+    return found.astype(jnp.int32)
+
+
 def tokens_of(seqs: Sequences, num_tokens: int) -> Tokens:
     """The tokens of packed sequences."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     end = seqs.start + seqs.length
     # The first sequence that ends behind the token; N for an uncovered tail.
-    owner = jnp.searchsorted(end, token, side="right").astype(jnp.int32)
+    owner = first_after(end, token)
     covered = (owner < end.shape[0]) & (token >= seqs.start[0])
     live = covered & _rows(seqs.live, owner)
     return Tokens(

@@ -405,7 +405,7 @@ def rows_backward_kernel(
     dx_ptrs = dx_ptr + token * D + cols
     dhistory_ptrs = dhistory_ptr + row.to(tl.int64) * ((W - 1) * D) + cols
 
-    live = row == row
+    live = row >= 0
     if HAS_LIVE:
         live = tl.load(live_ptr + row) != 0
     if live:

@@ -100,11 +100,11 @@ def visible_before(segment_ptr, first, W: tl.constexpr, HAS_SEGMENTS: tl.constex
     if HAS_SEGMENTS:
         back = tl.where(first > 0, 1, 0)
         previous = tl.load(segment_ptr - back)
-        same = previous == previous
-        visible = tl.where(first > 0, 0, W - 1)
+        same = first > 0
+        visible = tl.where(same, 0, W - 1)
         for j in tl.static_range(2, W):
             same = same & (tl.load(segment_ptr - j * back) == previous)
-            visible += tl.where(same & (first > 0), 1, 0)
+            visible += tl.where(same, 1, 0)
     return previous, visible
 
 

@@ -260,7 +260,7 @@ def _metadata_or_default(metadata, query_start_loc, num_tokens: int, width: int)
 
 
 def _kernel_history(history):
-    """History and the shape of its gradient; W = 1 has none, but a buffer needs rows."""
+    """History and its gradient's shape; W = 1 has none, but a buffer needs rows."""
     if history.shape[1] == 0:
         history = jnp.zeros((history.shape[0], 1, history.shape[2]), history.dtype)
     return history, jax.ShapeDtypeStruct(history.shape, jnp.float32)
@@ -276,7 +276,7 @@ def _gradient_shapes(x, dhistory, programs: int, width: int):
 
 
 def _filter_sums(partial):
-    """dweight `(D, W)` and dbias `(D,)`: the second, deterministic reduction."""
+    """Dweight `(D, W)` and dbias `(D,)`: the second, deterministic reduction."""
     sums = partial.sum(axis=0)
     return sums[:-1].T, sums[-1]
 

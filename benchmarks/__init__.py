@@ -1,0 +1,1 @@
+"""Reports and measurements; run them from the repository's root with `python -m`."""
