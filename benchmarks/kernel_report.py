@@ -21,7 +21,7 @@ from tests.gpu_compiler import MachineCode
 
 COMPUTE_CAPABILITIES = (80, 90, 100)
 
-_TOKENS, _SEQS, _SLOTS, _BATCH = 2048, 64, 128, 64
+_TOKENS, _SEQS, _SLOTS, _BATCH, _ROWS = 2048, 64, 128, 64, 2
 
 
 def _struct(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
@@ -97,50 +97,136 @@ def update(
     return call, arguments, _BATCH * tokens * model.dim
 
 
+def dense(model: ModelShape, *, segments: bool = False) -> tuple[Callable, tuple, int]:
+    """Rows of a training batch, perhaps packed with documents."""
+
+    def call(x, weight, bias, ids):
+        return jcc.causal_conv1d(
+            x,
+            weight,
+            bias,
+            segment_ids=ids,
+            activation=model.activation,
+            implementation="triton",
+        )
+
+    arguments = (
+        _struct((_ROWS, _TOKENS, model.dim), model.dtype),
+        *_filters(model),
+        _struct((_ROWS, _TOKENS), "int32") if segments else None,
+    )
+    return call, arguments, _ROWS * _TOKENS * model.dim
+
+
+def gradient(
+    build: Callable[[ModelShape], tuple[Callable, tuple, int]], model: ModelShape
+) -> tuple[Callable, tuple, int]:
+    """All gradients of another case's call, for any cotangents of its results."""
+    forward, arguments, outputs = build(model)
+    results = jax.eval_shape(forward, *arguments)
+
+    def call(arguments, cotangents):
+        floats = [_is_float(a) for a in arguments]
+
+        def of_floats(*values):
+            rest = iter(values)
+            mixed = [
+                next(rest) if f else a for f, a in zip(floats, arguments, strict=True)
+            ]
+            return forward(*mixed)
+
+        primals = [a for f, a in zip(floats, arguments, strict=True) if f]
+        return jax.vjp(of_floats, *primals)[1](cotangents)
+
+    return call, (arguments, results), outputs
+
+
+def _is_float(argument) -> bool:
+    dtype = getattr(argument, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
 @dataclass(frozen=True)
 class KernelCase:
-    """One way to call an op that ends in one kernel.
+    """One way to call an op that runs a certain kernel.
 
     Attributes:
+        name: what the report calls it.
+        kernel: name of the kernel function.
         build: from a model to (function, arguments, number of outputs).
         loops: is the time spent in a loop over tokens, or in straight-line code?
         max_per_output: bound on thread instructions per output. An H200 can issue about
             31 in the time in which its memory moves a bfloat16 in and one out.
+        access: bytes of its narrowest access to an input or output, where rows align.
         models: whose convs it is compiled for.
     """
 
     name: str
+    kernel: str
     build: Callable[[ModelShape], tuple[Callable, tuple, int]]
     loops: bool
     max_per_output: float
+    access: int = 16
     models: tuple[ModelShape, ...] = tuple(by_kernel())
 
 
 _ONE_MODEL = tuple(m for m in MODELS if m.name == "Mamba2-2.7B")
+_THREE_MODELS = tuple(
+    m for m in MODELS if m.name in ("Mamba2-130M", "Mamba2-2.7B", "LFM2-1.2B")
+)
+_FORWARD = {"loops": True, "max_per_output": 24}
+_BACKWARD = {"loops": True, "max_per_output": 36, "access": 8}
+_DECODE = {"loops": False, "max_per_output": 48}
+_packed_drafts = functools.partial(packed, drafts=4)
+_update_drafts = functools.partial(update, tokens=4, drafts=4)
+_update_circular = functools.partial(update, drafts=4, circular=True)
+_dense_segments = functools.partial(dense, segments=True)
 
 # A new kernel needs a line here, and nothing else.
 KERNELS = (
-    KernelCase("packed", packed, loops=True, max_per_output=24),
-    KernelCase("update", update, loops=False, max_per_output=48),
+    KernelCase("packed", "packed_kernel", packed, **_FORWARD),
+    KernelCase("update", "update_kernel", update, **_DECODE),
+    KernelCase("dense", "dense_kernel", dense, **_FORWARD, models=_THREE_MODELS),
+    KernelCase(
+        "packed gradient",
+        "packed_backward_kernel",
+        functools.partial(gradient, packed),
+        **_BACKWARD,
+        models=_THREE_MODELS,
+    ),
+    KernelCase(
+        "dense gradient",
+        "rows_backward_kernel",
+        functools.partial(gradient, dense),
+        **_BACKWARD,
+        models=_THREE_MODELS,
+    ),
     KernelCase(
         "packed, drafts",
-        functools.partial(packed, drafts=4),
-        loops=True,
-        max_per_output=24,
+        "packed_kernel",
+        _packed_drafts,
+        **_FORWARD,
         models=_ONE_MODEL,
     ),
     KernelCase(
         "update, 4 tokens, drafts",
-        functools.partial(update, tokens=4, drafts=4),
-        loops=False,
-        max_per_output=48,
+        "update_kernel",
+        _update_drafts,
+        **_DECODE,
         models=_ONE_MODEL,
     ),
     KernelCase(
         "update, circular",
-        functools.partial(update, drafts=4, circular=True),
-        loops=False,
-        max_per_output=48,
+        "update_kernel",
+        _update_circular,
+        **_DECODE,
+        models=_ONE_MODEL,
+    ),
+    KernelCase(
+        "dense, segments",
+        "dense_kernel",
+        _dense_segments,
+        **_FORWARD,
         models=_ONE_MODEL,
     ),
 )
@@ -170,7 +256,9 @@ class Row:
 def compile_row(case: KernelCase, model: ModelShape, compute_capability: int) -> Row:
     """Compiles one kernel for one model and GPU."""
     function, arguments, outputs = case.build(model)
-    (code,) = gpu_compiler.compile_kernels(function, arguments, compute_capability)
+    (code,) = gpu_compiler.compile_kernels(
+        function, arguments, compute_capability, case.kernel
+    )
     part = code.steady_loop() if case.loops else code
     if part is None:
         raise ValueError(f"{case.name} has no loop over tokens for {model}")

@@ -88,7 +88,7 @@ def main() -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         peer, own, error = compare(*shape, dtype, args.repeats)
         print(
-            f"{jnp.dtype(dtype).name:9} nnx.Conv + silu {peer:7.3f} s   ours {own:7.3f} s"
+            f"{jnp.dtype(dtype).name:9} nnx.Conv + silu {peer:.3f} s   ours {own:.3f} s"
             f"   {peer / own:5.1f} x faster   relative difference {error:.1e}"
         )
 

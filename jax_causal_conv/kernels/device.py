@@ -58,11 +58,28 @@ def silu(y, FAST: tl.constexpr):
 def load_taps(
     weight_ptr, bias_ptr, cols, mask, W: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """float32 filter taps, oldest first, as a tuple of W rows, and the bias row."""
+    """float32 filter taps, oldest first, as a tuple of W rows, and the bias row.
+
+    A channel's taps lie side by side. Where they fill words of 8 bytes they are read
+    as such: strided 2-byte reads would keep a short row busier than its own data.
+    """
+    BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
+    INT: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
     taps = ()
-    for k in tl.static_range(W):
-        w = tl.load(weight_ptr + cols * W + k, mask=mask, other=0.0)
-        taps = taps + (w.to(tl.float32),)
+    if (W * BITS) % 64 == 0:
+        PER_WORD: tl.constexpr = 64 // BITS
+        WORDS: tl.constexpr = W // PER_WORD
+        word_ptr = weight_ptr.to(tl.pointer_type(tl.int64))
+        for j in tl.static_range(WORDS):
+            word = tl.load(word_ptr + cols * WORDS + j, mask=mask, other=0)
+            for i in tl.static_range(PER_WORD):
+                w = (word >> (BITS * i)).to(INT)
+                w = w.to(weight_ptr.dtype.element_ty, bitcast=True)
+                taps = taps + (w.to(tl.float32),)
+    else:
+        for k in tl.static_range(W):
+            w = tl.load(weight_ptr + cols * W + k, mask=mask, other=0.0)
+            taps = taps + (w.to(tl.float32),)
     bias = tl.full(cols.shape, 0, tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)

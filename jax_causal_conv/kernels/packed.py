@@ -90,42 +90,30 @@ def packed_kernel(
                 FAST,
             )
     elif (seq < num_seqs) & (chunk >= 0):
-        start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
+        # All that depends on seq alone first: these loads overlap.
         end = tl.minimum(tl.load(query_start_loc_ptr + seq + 1), num_tokens)
+        slot = seq
+        if HAS_SLOTS:
+            slot = tl.load(slot_ptr + seq)
+        history = 0
+        if HAS_INITIAL_STATE:
+            history = tl.where(tl.load(has_initial_state_ptr + seq), L, 0)
+            if HAS_REJECTED:
+                rejected = tl.load(num_rejected_ptr + seq)
+                rejected = tl.minimum(tl.maximum(rejected, 0), L)
+                history = tl.maximum(history - rejected, 0)
+        start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
         length = end - start
         if (length > 0) & (chunk <= (length - 1) // block_m):
-            slot = seq
-            if HAS_SLOTS:
-                slot = tl.load(slot_ptr + seq)
             first = chunk * block_m
             rows = tl.minimum(block_m, length - first)
             row_ptr = x_ptr + start.to(tl.int64) * D
             out_ptrs = out_ptr + (start + first).to(tl.int64) * D + cols
             if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
-                history = 0
-                if HAS_INITIAL_STATE:
-                    if tl.load(has_initial_state_ptr + seq):
-                        history = L
-                        if HAS_REJECTED:
-                            rejected = tl.load(num_rejected_ptr + seq)
-                            history = L - tl.minimum(tl.maximum(rejected, 0), L)
                 slot_base = state_ptr + slot.to(tl.int64) * (L * D)
-                taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
                 first_ptr = row_ptr + first.to(tl.int64) * D
                 window = load_window(first_ptr, slot_base, first, history, cols, D, W)
-                if chunk == 0:
-                    roll_slot(
-                        row_ptr,
-                        slot_base,
-                        length,
-                        history,
-                        first_col,
-                        D,
-                        L,
-                        L_BLOCK,
-                        BLOCK_N,
-                        SLOT_N,
-                    )
+                taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
                 convolve_rows(
                     first_ptr + cols,
                     out_ptrs,
@@ -144,5 +132,18 @@ def packed_kernel(
                     GROUP,
                     FAST,
                 )
+                if chunk == 0:
+                    roll_slot(
+                        row_ptr,
+                        slot_base,
+                        length,
+                        history,
+                        first_col,
+                        D,
+                        L,
+                        L_BLOCK,
+                        BLOCK_N,
+                        SLOT_N,
+                    )
             else:
                 zero_rows(out_ptrs, rows, mask, D, BLOCK_N)

@@ -64,34 +64,12 @@ def update_kernel(
                 row = tl.where(row < 0, row + L, row)
                 old = tl.load(slot_base + row * D + cols, mask=mask, other=0.0)
                 window = window + (old.to(tl.float32),)
-            tl.debug_barrier()
-            kept: tl.constexpr = min(Q, L)
-            for q in range(Q - kept, Q):
-                x = tl.load(row_ptr + q * D + cols, mask=mask, other=0.0)
-                row = (cursor + q) % L
-                tl.store(
-                    slot_base + row * D + cols,
-                    x.to(state_ptr.dtype.element_ty),
-                    mask=mask,
-                )
         else:
             history = L
             if HAS_REJECTED:
                 rejected = tl.load(num_rejected_ptr + request)
                 history = L - tl.minimum(tl.maximum(rejected, 0), L)
             window = load_window(row_ptr, slot_base, 0, history, cols, D, W)
-            roll_slot(
-                row_ptr,
-                slot_base,
-                Q,
-                history,
-                first_col,
-                D,
-                L,
-                L_BLOCK,
-                BLOCK_N,
-                SLOT_N,
-            )
         convolve_rows(
             row_ptr + cols,
             out_ptrs,
@@ -110,5 +88,29 @@ def update_kernel(
             GROUP,
             FAST,
         )
+        if CIRCULAR:
+            tl.debug_barrier()
+            kept: tl.constexpr = min(Q, L)
+            for q in range(Q - kept, Q):
+                x = tl.load(row_ptr + q * D + cols, mask=mask, other=0.0)
+                row = (cursor + q) % L
+                tl.store(
+                    slot_base + row * D + cols,
+                    x.to(state_ptr.dtype.element_ty),
+                    mask=mask,
+                )
+        else:
+            roll_slot(
+                row_ptr,
+                slot_base,
+                Q,
+                history,
+                first_col,
+                D,
+                L,
+                L_BLOCK,
+                BLOCK_N,
+                SLOT_N,
+            )
     else:
         zero_rows(out_ptrs, Q, mask, D, BLOCK_N)
