@@ -37,15 +37,28 @@ def _shape(name: str, got: tuple, expected: tuple, letters: str) -> None:
         raise ValueError(f"{name} must have shape {letters} = ({sizes}), got {got}")
 
 
-def float_array(name: str, value: Any, expected: tuple, letters: str) -> jax.Array:
-    """A jax array of a supported float dtype and the expected shape."""
+def float_array(
+    name: str, value: Any, expected: tuple | None, letters: str
+) -> jax.Array:
+    """A jax array of a supported float dtype and the expected shape (None is any)."""
     if value is None:
         raise TypeError(f"{name} must be an array of shape {letters}, got None")
     array = jnp.asarray(value)
     array = lax.convert_element_type(array, array.dtype)  # drops a weak type
     if array.dtype.name not in _FLOATS:
         raise TypeError(f"{name} must be one of {_FLOATS}, got dtype {array.dtype}")
-    _shape(name, array.shape, expected, letters)
+    if expected is not None:
+        _shape(name, array.shape, expected, letters)
+    return array
+
+
+def _integers(name: str, value: Any) -> Any:
+    """A jax array as it is, anything else as a NumPy array, of an integer dtype."""
+    if value is None:
+        raise TypeError(f"{name} must be an integer array, got None")
+    array = value if _is_jax(value) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
     return array
 
 
@@ -57,9 +70,7 @@ def index_array(
     NumPy and Python values stay on the host. int32 passes as it is: the
     implementations clamp for themselves, without an extra kernel.
     """
-    array = value if _is_jax(value) else np.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
+    array = _integers(name, value)
     _shape(name, array.shape, expected, letters)
     if jnp.iinfo(array.dtype).max <= _INT32_MAX:
         return array.astype(np.int32)
@@ -71,9 +82,7 @@ def index_array(
 
 def ring_position(name: str, value: Any, batch: int, state_len: int) -> Any:
     """`cache_seqlens` as int32, reduced mod L in its own dtype where it is wider."""
-    array = value if _is_jax(value) else np.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
+    array = _integers(name, value)
     _shape(name, array.shape, (batch,), "(B,)")
     if jnp.iinfo(array.dtype).max > _INT32_MAX and state_len > 0:
         array = array % array.dtype.type(state_len)
@@ -121,9 +130,7 @@ def host_integers(name: str, value: Any) -> np.ndarray:
     """A 1-D NumPy integer array, for checks that look at values."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} must be concrete (call outside jit), got {value}")
-    array = np.asarray(value)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
+    array = np.asarray(_integers(name, value))
     _shape(name, array.shape, (None,), "(N,)")
     return array
 

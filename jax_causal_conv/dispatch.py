@@ -71,7 +71,7 @@ def run(op: str, implementation: str | None, *args: Any, **static: Any) -> Any:
     if implementation in ("xla", "interpret"):
         return _jitted(op, implementation, options)(*args)
     leaves, tree = jax.tree.flatten(args)
-    return causal_conv_p.bind(
+    out = causal_conv_p.bind(
         *leaves,
         op=op,
         tree=tree,
@@ -79,6 +79,7 @@ def run(op: str, implementation: str | None, *args: Any, **static: Any) -> Any:
         required=implementation == "triton",
         batched=(),
     )
+    return tuple(out)
 
 
 @functools.cache

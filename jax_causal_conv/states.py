@@ -55,7 +55,7 @@ def varlen_conv_states(
     num_seqs = offsets.shape[0] - 1
     if conv_states is None:
         states, dtype = None, inputs.dtype
-        num_slots, history_len = 2**31 - 1, 0
+        num_slots, history_len = 2**31 - 1, 0  # any slot, no rows in it
         if cache_indices is not None:
             cache_indices = checks.index_array(
                 "cache_indices", cache_indices, (num_seqs,), "(N,)", -1, 2**31 - 2
@@ -94,6 +94,8 @@ def varlen_conv_states(
         PAD_SLOT_ID,
     )
     length = seqs.length if ends is None else jnp.clip(ends, 0, seqs.length)
+    if history_len == 0:
+        states = None
     rows = xla.slots_after(inputs, states, seqs, length, state_len, dtype)
     return jnp.where(seqs.live[:, None, None], rows, 0)
 

@@ -56,10 +56,10 @@ def causal_conv1d_update(
         >>> step = jax.jit(causal_conv1d_update, donate_argnames="conv_state")
         >>> out, state = step(x, state, weight, bias, conv_state_indices=slots)
     """
-    shape = jnp.shape(x)
+    inputs = checks.float_array("x", x, None, "(B, D) or (B, Q, D)")
+    shape = inputs.shape
     if len(shape) not in (2, 3):
         raise ValueError(f"x must have shape (B, D) or (B, Q, D), got {shape}")
-    inputs = checks.float_array("x", x, shape, "(B, D) or (B, Q, D)")
     batch, dim = shape[0], shape[-1]
     query = shape[1] if len(shape) == 3 else 1
     implementation = checks.implementation_for(implementation, inputs)

@@ -525,8 +525,8 @@ def packed_backward_kernel(
             )
     elif (seq < num_seqs) & (chunk >= 0):
         start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
-        end = tl.minimum(tl.load(query_start_loc_ptr + seq + 1), num_tokens)
-        length = end - start
+        end = tl.load(query_start_loc_ptr + seq + 1)
+        length = tl.maximum(tl.minimum(end, num_tokens), start) - start
         if (length > 0) & (chunk <= (length - 1) // block_m):
             first = chunk * block_m
             rows = tl.minimum(block_m, length - first)
@@ -570,6 +570,7 @@ def packed_backward_kernel(
                     GROUP,
                     FAST,
                 )
+                tl.debug_barrier()  # behind the zeros above
                 store_partial(partial_ptr, program, dtaps, dbias, cols, D, W)
             else:
                 zero_rows(dx_ptr + token * D + cols, rows, mask, D, BLOCK_N)

@@ -61,7 +61,7 @@ def dense_kernel(
         previous,
         visible,
         tl.minimum(block_m, row_len - first),
-        mask,
+        cols,
         D,
         W,
         SILU,

@@ -71,14 +71,14 @@ def load_taps(
         WORDS: tl.constexpr = W // PER_WORD
         word_ptr = weight_ptr.to(tl.pointer_type(tl.int64))
         for j in tl.static_range(WORDS):
-            word = tl.load(word_ptr + cols * WORDS + j, mask=mask, other=0)
+            word = tl.load(word_ptr + cols.to(tl.int64) * WORDS + j, mask=mask, other=0)
             for i in tl.static_range(PER_WORD):
                 w = (word >> (BITS * i)).to(INT)
                 w = w.to(weight_ptr.dtype.element_ty, bitcast=True)
                 taps = taps + (w.to(tl.float32),)
     else:
         for k in tl.static_range(W):
-            w = tl.load(weight_ptr + cols * W + k, mask=mask, other=0.0)
+            w = tl.load(weight_ptr + cols.to(tl.int64) * W + k, mask=mask, other=0.0)
             taps = taps + (w.to(tl.float32),)
     bias = tl.full(cols.shape, 0, tl.float32)
     if HAS_BIAS:
@@ -177,7 +177,7 @@ def convolve_rows(
     previous,
     visible,
     rows,
-    mask,
+    cols,
     D: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
@@ -187,9 +187,9 @@ def convolve_rows(
 ):
     """Filters `rows` consecutive rows, the window rolling in registers.
 
-    Each element of x is loaded and converted once. Whole groups of GROUP rows first:
-    their loads are all in flight before the first use, and with GROUP a multiple of
-    W the window needs no register moves.
+    Each element of x is loaded and converted once. Whole groups of GROUP rows first,
+    the next group's loads in flight while one is filtered; with GROUP a multiple of W
+    the window needs no register moves.
 
     Args:
         x_ptrs, out_ptrs: `[BLOCK_N]` pointers to the first row.
@@ -197,40 +197,50 @@ def convolve_rows(
         window: tuple of the W-1 float32 rows before it, oldest first.
         previous, visible: see `next_visible`.
     """
-    for _ in range(rows // GROUP):
-        fresh = ()
-        for g in tl.static_range(GROUP):
-            fresh = fresh + (tl.load(x_ptrs + g * D, mask=mask, other=0.0),)
-        for g in tl.static_range(GROUP):
-            window = window + (fresh[g].to(tl.float32),)
-            reach = 0
-            if HAS_SEGMENTS:
-                previous, visible, reach = next_visible(
-                    segment_ptr + g, previous, visible, W
-                )
-            y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
-            tl.store(out_ptrs + g * D, y.to(out_ptrs.dtype.element_ty), mask=mask)
-            window = window[1:]
-        x_ptrs += GROUP * D
-        out_ptrs += GROUP * D
-        if HAS_SEGMENTS:
-            segment_ptr += GROUP
+    mask = cols < D
     if GROUP > 1:
-        for _ in range(rows % GROUP):
-            x = tl.load(x_ptrs, mask=mask, other=0.0)
-            window = window + (x.to(tl.float32),)
-            reach = 0
+        groups = rows // GROUP
+        fresh = load_rows(x_ptrs, groups > 0, cols, D, GROUP)
+        for i in range(groups):
+            x_ptrs += GROUP * D
+            ahead = load_rows(x_ptrs, i + 1 < groups, cols, D, GROUP)
+            for g in tl.static_range(GROUP):
+                window = window + (fresh[g].to(tl.float32),)
+                reach = 0
+                if HAS_SEGMENTS:
+                    previous, visible, reach = next_visible(
+                        segment_ptr + g, previous, visible, W
+                    )
+                y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
+                tl.store(out_ptrs + g * D, y.to(out_ptrs.dtype.element_ty), mask=mask)
+                window = window[1:]
+            fresh = ahead
+            out_ptrs += GROUP * D
             if HAS_SEGMENTS:
-                previous, visible, reach = next_visible(
-                    segment_ptr, previous, visible, W
-                )
-            y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
-            tl.store(out_ptrs, y.to(out_ptrs.dtype.element_ty), mask=mask)
-            window = window[1:]
-            x_ptrs += D
-            out_ptrs += D
-            if HAS_SEGMENTS:
-                segment_ptr += 1
+                segment_ptr += GROUP
+    for _ in range(rows % GROUP if GROUP > 1 else rows):
+        x = tl.load(x_ptrs, mask=mask, other=0.0)
+        window = window + (x.to(tl.float32),)
+        reach = 0
+        if HAS_SEGMENTS:
+            previous, visible, reach = next_visible(segment_ptr, previous, visible, W)
+        y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
+        tl.store(out_ptrs, y.to(out_ptrs.dtype.element_ty), mask=mask)
+        window = window[1:]
+        x_ptrs += D
+        out_ptrs += D
+        if HAS_SEGMENTS:
+            segment_ptr += 1
+
+
+@triton.jit
+def load_rows(ptrs, wanted, cols, D: tl.constexpr, GROUP: tl.constexpr):
+    """GROUP consecutive rows as a tuple; no load is issued unless `wanted`."""
+    limit = tl.where(wanted, D, 0)
+    rows = ()
+    for g in tl.static_range(GROUP):
+        rows = rows + (tl.load(ptrs + g * D, mask=cols < limit, other=0.0),)
+    return rows
 
 
 @triton.jit

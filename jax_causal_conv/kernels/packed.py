@@ -91,7 +91,7 @@ def packed_kernel(
             )
     elif (seq < num_seqs) & (chunk >= 0):
         # All that depends on seq alone first: these loads overlap.
-        end = tl.minimum(tl.load(query_start_loc_ptr + seq + 1), num_tokens)
+        end = tl.load(query_start_loc_ptr + seq + 1)
         slot = seq
         if HAS_SLOTS:
             slot = tl.load(slot_ptr + seq)
@@ -103,7 +103,7 @@ def packed_kernel(
                 rejected = tl.minimum(tl.maximum(rejected, 0), L)
                 history = tl.maximum(history - rejected, 0)
         start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
-        length = end - start
+        length = tl.maximum(tl.minimum(end, num_tokens), start) - start
         if (length > 0) & (chunk <= (length - 1) // block_m):
             first = chunk * block_m
             rows = tl.minimum(block_m, length - first)
@@ -124,7 +124,7 @@ def packed_kernel(
                     0,
                     0,
                     rows,
-                    mask,
+                    cols,
                     D,
                     W,
                     SILU,

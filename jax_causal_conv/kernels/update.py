@@ -80,7 +80,7 @@ def update_kernel(
             0,
             0,
             Q,
-            mask,
+            cols,
             D,
             W,
             SILU,
@@ -91,8 +91,10 @@ def update_kernel(
         if CIRCULAR:
             tl.debug_barrier()
             kept: tl.constexpr = min(Q, L)
+            x_ptrs = row_ptr + (Q - kept) * D + cols
             for q in range(Q - kept, Q):
-                x = tl.load(row_ptr + q * D + cols, mask=mask, other=0.0)
+                x = tl.load(x_ptrs, mask=mask, other=0.0)
+                x_ptrs += D
                 row = (cursor + q) % L
                 tl.store(
                     slot_base + row * D + cols,
