@@ -1,6 +1,10 @@
 """Every implementation runs the same tests: take the fixture `implementation`."""
 
 import importlib.util
+import os
+
+# The CUDA plugin is here for its compiler; without its libraries it would complain.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import jax
 import pytest
