@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import triton.language as tl
 from triton import JITFunction
+from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import (
     GridExecutor,
     InterpretedFunction,
@@ -24,6 +25,8 @@ from triton.runtime.interpreter import (
     TensorHandle,
     interpreter_builder,
 )
+
+_stock_patch_tensor = triton_interpreter._patch_lang_tensor
 
 # The interpreter replaces parts of triton.language while it runs.
 _LOCK = threading.RLock()
@@ -76,12 +79,21 @@ def _cast(src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
     return TensorHandle(data.view(np.uint16) if target == tl.bfloat16 else data, target)
 
 
+def _patch_tensor(tensor: type, *scope: Any) -> None:
+    """Triton's patch, with loop bounds that NumPy >= 2.5 accepts in Triton 3.6 too."""
+    _stock_patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # type: ignore[attr-defined]
+
+
 @contextmanager
-def _patched_builder() -> Iterator[None]:
+def _mended() -> Iterator[None]:
+    """The interpreter without the defects that the kernels meet."""
     interpreter_builder.cast_impl = _cast
+    triton_interpreter._patch_lang_tensor = _patch_tensor
     try:
         yield
     finally:
+        triton_interpreter._patch_lang_tensor = _stock_patch_tensor
         del interpreter_builder.cast_impl
 
 
@@ -117,7 +129,7 @@ def run(
     """
     fn = _interpreted(kernel)
     operands = [_Pointer(a) if isinstance(a, np.ndarray) else a for a in args]
-    with _LOCK, _patched_builder(), np.errstate(all="ignore"):
+    with _LOCK, _mended(), np.errstate(all="ignore"):
         executor = _InPlaceExecutor(fn, kernel.arg_names, (grid,))
         executor(*operands, **constants, FAST=False)
 
