@@ -122,7 +122,7 @@ def assert_same_bits(got, want, what=""):
     assert got.dtype == want.dtype, f"dtype {got.dtype}, expected {want.dtype}\n{what}"
     assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}\n{what}"
     if not NAN_BITS_SURVIVE:
-        both = np.isnan(got.astype(np.float32)) & np.isnan(want.astype(np.float32))
+        both = np.isnan(got.astype(float)) & np.isnan(want.astype(float))
         got = np.where(both, want, got)
     bad = bits(got) != bits(want)
     if bad.any():

@@ -41,7 +41,7 @@ def packed(
     num_slots, state_len, _ = states.shape
     num_seqs = query_start_loc.shape[0] - 1
     metadata = _metadata_or_default(metadata, query_start_loc, num_tokens, width)
-    tile = tiles.choose(dim, width, state_len, metadata.block_m)
+    tile = tiles.choose(dim, width, state_len, metadata.block_m, x.dtype.itemsize)
     chunk_seq = jnp.asarray(metadata.chunk_seq)
     arrays = [
         x,
@@ -94,7 +94,7 @@ def update(
     """Launches the decode kernel, see `xla.update`."""
     (batch, query, dim), width = x.shape, weight.shape[1]
     num_slots, state_len, _ = state.shape
-    tile = tiles.choose(dim, width, state_len, query)
+    tile = tiles.choose(dim, width, state_len, query, x.dtype.itemsize)
     # A pointer of the right kind for absent indices.
     unused = next((a for a in (slots, cache_seqlens, num_rejected) if a is not None), x)
     return call(
@@ -136,7 +136,7 @@ def dense(
     (batch, length, dim), width = x.shape, weight.shape[1]
     block_m = max(tiles.default_block_m(batch * length, batch), width - 1)
     chunks = -(-length // block_m)
-    tile = tiles.choose(dim, width, width - 1, block_m)
+    tile = tiles.choose(dim, width, width - 1, block_m, x.dtype.itemsize)
     return call(
         dense_kernel,
         [

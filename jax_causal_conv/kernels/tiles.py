@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-# 16 bytes of bf16 a thread: with 8 channels in registers each, the window, the taps
-# and four rows in flight fit in 128 registers, and x and out move in 16-byte accesses.
-_CHANNELS_PER_THREAD = 8
 _WARP = 32
+_ACCESS = 16  # bytes: the widest access of a thread
+# Channels x taps of a thread that still leave registers for rows in flight.
+_TAPS_PER_THREAD = 32
 # Elements of a slot that a program holds at once (per channel block, all L rows).
 _SLOT_TILE = 8192
 
@@ -33,14 +33,32 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def choose(dim: int, width: int, state_len: int, rows: int) -> Tiles:
-    """Tiles for D channels, W taps and L rows of state, `rows` tokens per program."""
-    # A wide filter keeps W-1 rows and W taps in registers: fewer channels a thread.
-    per_thread = _CHANNELS_PER_THREAD
-    while per_thread > 1 and per_thread * width > 8 * _CHANNELS_PER_THREAD:
+def choose(dim: int, width: int, state_len: int, rows: int, itemsize: int) -> Tiles:
+    """Tiles for D channels of `itemsize` bytes, W taps and L rows of state.
+
+    `rows` is the tokens per program.
+    """
+    # As many channels a thread as one access moves; fewer where D cannot be aligned
+    # and every channel is an access of its own, with registers for its address.
+    per_thread = _ACCESS // itemsize
+    if dim % per_thread:
+        per_thread = 4
+    return _tiles(dim, width, state_len, rows, per_thread)
+
+
+def choose_backward(dim: int, width: int, rows: int) -> Tiles:
+    """Tiles of the backward kernels.
+
+    They keep two windows and the sums for dweight in registers beside the taps.
+    """
+    return _tiles(dim, width, 1, rows, 4)
+
+
+def _tiles(dim: int, width: int, state_len: int, rows: int, per_thread: int) -> Tiles:
+    while per_thread > 1 and per_thread * width > _TAPS_PER_THREAD:
         per_thread //= 2
     # One warp a program: no barrier costs anything, and the last block of channels
-    # leaves few threads idle. 19 such programs fit on a multiprocessor.
+    # leaves few threads idle.
     block_n = min(per_thread * _WARP, _power_of_two(dim))
     # A multiple of W lets the window rotate through the registers without moves; a
     # very wide filter would unroll into too much code and takes one row at a time.
@@ -50,16 +68,6 @@ def choose(dim: int, width: int, state_len: int, rows: int) -> Tiles:
     l_block = _power_of_two(state_len)
     slot_n = max(1, min(block_n, _SLOT_TILE // l_block))
     return Tiles(block_n, 1, group, l_block, slot_n)
-
-
-def choose_backward(dim: int, width: int, rows: int) -> Tiles:
-    """Tiles of the backward kernels: as forward, with half the channels a thread.
-
-    They keep two windows and the sums for dweight in registers beside the taps.
-    """
-    tile = choose(dim, width, 1, rows)
-    block_n = max(tile.block_n // 2, 1)
-    return Tiles(block_n, 1, tile.group, 1, block_n)
 
 
 def default_block_m(num_tokens: int, num_seqs: int) -> int:
