@@ -67,7 +67,7 @@ class UpdateShape:
 class Case:
     """Arguments of one call, by their public names."""
 
-    shape: PackedShape | UpdateShape
+    shape: "PackedShape | UpdateShape | DenseShape"
     arrays: dict[str, np.ndarray | None]
     options: dict[str, Any]
 
@@ -340,3 +340,52 @@ def update_case(shape: UpdateShape, rng, *, malformed=False) -> Case:
         )
     options = {"activation": shape.activation, "pad_slot_id": shape.pad_slot_id}
     return Case(shape, arrays, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseShape:
+    num_rows: int
+    num_tokens: int  # per row
+    channels: int
+    width: int
+    state_len: int | None = None  # None: without initial state
+    x_dtype: Any = FLOATS[0]
+    weight_dtype: Any = FLOATS[0]
+    bias_dtype: Any | None = FLOATS[0]
+    state_dtype: Any = FLOATS[0]
+    segment_ids: bool = True
+    activation: str | bool | None = "silu"
+
+
+def random_segments(rng, shape):
+    """Runs of length 1, < W and longer; few ids, so that they return; padding."""
+    ids = np.zeros((shape.num_rows, shape.num_tokens), np.int32)
+    for row in ids:
+        first, previous = 0, None
+        while first < shape.num_tokens:
+            length = int(choose(rng, (1, 1, 2, shape.width - 1, shape.width, 9, 20)))
+            segment = int(choose(rng, (-3, -1, 0, 1, 5)))
+            if segment == previous:
+                continue
+            row[first : first + max(length, 1)] = previous = segment
+            first += max(length, 1)
+    return ids
+
+
+def dense_case(shape: DenseShape, rng) -> Case:
+    rows = (shape.num_rows, shape.num_tokens)
+    arrays = {
+        "x": floats(rng, (*rows, shape.channels), shape.x_dtype),
+        "weight": floats(rng, (shape.channels, shape.width), shape.weight_dtype, 0.5),
+        "bias": None,
+        "initial_state": None,
+        "segment_ids": None,
+    }
+    if shape.bias_dtype is not None:
+        arrays["bias"] = floats(rng, shape.channels, shape.bias_dtype)
+    if shape.state_len is not None:
+        size = (shape.num_rows, shape.state_len, shape.channels)
+        arrays["initial_state"] = floats(rng, size, shape.state_dtype)
+    if shape.segment_ids:
+        arrays["segment_ids"] = random_segments(rng, shape)
+    return Case(shape, arrays, {"activation": shape.activation})

@@ -7,6 +7,8 @@ Letters: T tokens, N sequences, S slots, D channels, W filter width, L state len
 B rows, Q tokens per row, P programs. The newest input is the last row of a slot.
 """
 
+import dataclasses
+
 import numpy as np
 
 PAD_SLOT_ID = -1
@@ -178,3 +180,198 @@ def build_metadata(query_start_loc, num_tokens, block_m):
     programs += [(PAD_SLOT_ID, number) for number in range(spare)]
     chunk_seq, chunk_offset = np.array(programs, np.int32).reshape(-1, 2).T
     return chunk_seq, chunk_offset
+
+
+def runs_of(segment_ids):
+    """[(first, end)] of the contiguous runs of equal ids >= 0 of one row (T,)."""
+    runs, first = [], 0
+    for end in range(1, len(segment_ids) + 1):
+        if end == len(segment_ids) or segment_ids[end] != segment_ids[first]:
+            if segment_ids[first] >= 0:
+                runs.append((first, end))
+            first = end
+    return runs
+
+
+def causal_conv1d(
+    x, weight, bias=None, *, initial_state=None, segment_ids=None, activation=None
+):
+    """The dense op. Returns (float64 out before rounding, final_state)."""
+    batch, length, dim = x.shape
+    if initial_state is None:
+        initial_state = np.zeros((batch, weight.shape[1] - 1, dim), x.dtype)
+    out, final_state = np.zeros(x.shape), initial_state.copy()
+    for b in range(batch):
+        runs = [(0, length)] if segment_ids is None else runs_of(segment_ids[b])
+        for first, end in runs:
+            history = initial_state[b]
+            if first > 0:
+                history = np.zeros_like(history)
+            tokens = x[b, first:end]
+            out[b, first:end] = convolve(history, tokens, weight, bias, activation)
+            final_state[b] = shift_in(history, tokens)  # that of the last run stays
+    return out, final_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Where one request's rows stand, for the gradients.
+
+    Attributes:
+        tokens: its rows of the flat x (T, D).
+        history: (slot, row) of every history row, oldest first; None: a row of zeros.
+        kept: what it leaves behind: for every (slot, row) that it writes, which row of
+            concat(history, tokens) goes there.
+    """
+
+    tokens: list[int]
+    history: list[tuple[int, int] | None]
+    kept: dict[tuple[int, int], int]
+
+
+def rows_left_in(slot, state_len, num_tokens):
+    return {(slot, row): num_tokens + row for row in range(state_len)}
+
+
+def packed_requests(
+    num_tokens,
+    num_slots,
+    state_len,
+    query_start_loc,
+    *,
+    cache_indices=None,
+    has_initial_state=None,
+    num_rejected_tokens=None,
+    pad_slot_id=PAD_SLOT_ID,
+):
+    offsets = clean_offsets(query_start_loc, num_tokens)
+    requests = []
+    for i in range(len(offsets) - 1):
+        tokens = list(range(offsets[i], offsets[i + 1]))
+        slot = i if cache_indices is None else int(cache_indices[i])
+        if not tokens or not is_slot(slot, num_slots, pad_slot_id):
+            continue
+        valid = 0
+        if has_initial_state is not None and has_initial_state[i]:
+            rejected = 0 if num_rejected_tokens is None else num_rejected_tokens[i]
+            valid = state_len - min(max(int(rejected), 0), state_len)
+        history = [None] * (state_len - valid) + [(slot, row) for row in range(valid)]
+        kept = rows_left_in(slot, state_len, len(tokens))
+        requests.append(Request(tokens, history, kept))
+    return requests
+
+
+def update_requests(
+    num_rows,
+    num_queries,
+    num_slots,
+    state_len,
+    width,
+    *,
+    cache_seqlens=None,
+    conv_state_indices=None,
+    num_rejected_tokens=None,
+    pad_slot_id=PAD_SLOT_ID,
+):
+    if cache_seqlens is None:
+        return packed_requests(
+            num_rows * num_queries,
+            num_slots,
+            state_len,
+            np.arange(num_rows + 1) * num_queries,
+            cache_indices=conv_state_indices,
+            has_initial_state=[True] * num_rows,
+            num_rejected_tokens=num_rejected_tokens,
+            pad_slot_id=pad_slot_id,
+        )
+    requests = []
+    for b in range(num_rows):
+        slot = b if conv_state_indices is None else int(conv_state_indices[b])
+        if not is_slot(slot, num_slots, pad_slot_id):
+            continue
+        tokens = list(range(b * num_queries, (b + 1) * num_queries))
+        history, kept, position = [], {}, int(cache_seqlens[b])
+        for back in range(width - 1, 0, -1):
+            history.append((slot, (position - back) % state_len))
+        for q in range(num_queries if state_len else 0):  # the last one to a row stays
+            kept[slot, (position + q) % state_len] = len(history) + q
+        requests.append(Request(tokens, history, kept))
+    return requests
+
+
+def dense_requests(batch, length, state_len, *, segment_ids=None):
+    requests = []
+    for b in range(batch):
+        runs = [(0, length)] if segment_ids is None else runs_of(segment_ids[b])
+        for first, end in runs:
+            history = [(b, row) if first == 0 else None for row in range(state_len)]
+            kept = {}
+            if (first, end) == runs[-1]:
+                kept = rows_left_in(b, state_len, end - first)
+            tokens = [b * length + position for position in range(first, end)]
+            requests.append(Request(tokens, history, kept))
+    return requests
+
+
+def silu_slope(z):
+    sigmoid = 1 / (1 + np.exp(-z))
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+def gradients(
+    x, weight, bias, states, requests, activation, dout, dstates, *, measure=None
+):
+    """float64 (dx, dweight, dbias, dstates) of any op, by the chain rule.
+
+    x, dout (T, D); states, dstates (S, L, D), dstates the cotangent of the new states.
+    With `measure` (dy, z, Σ|terms of z|) -> (D,), the absolute values of all factors
+    are taken instead, and dz is what `measure` says: sizes of sums, for error bounds.
+    """
+    silu = activation in ("silu", "swish", True)
+
+    def operand(array):
+        array = array.astype(x.dtype if x.dtype == np.float64 else np.float32)
+        return array.astype(np.float64)
+
+    def sized(array):
+        return array if measure is None else abs(array)
+
+    width = weight.shape[1]
+    taps = operand(weight)
+    dx, dweight, dbias = np.zeros(x.shape), np.zeros(weight.shape), np.zeros(x.shape[1])
+    dnew = sized(dstates.astype(np.float64))
+    dold = dnew.copy()
+    for request in requests:
+        for place in request.kept:
+            dold[place] = 0
+    for request in requests:
+        rows = [
+            np.zeros(x.shape[1]) if place is None else operand(states[place])
+            for place in request.history
+        ] + [operand(x[token]) for token in request.tokens]
+        drows = np.zeros((len(rows), x.shape[1]))
+        for place, row in request.kept.items():
+            drows[row] += dnew[place]
+        for number, token in enumerate(request.tokens):
+            oldest = len(request.history) + number - (width - 1)
+            z = np.zeros(x.shape[1]) if bias is None else operand(bias)
+            terms = abs(z)
+            for tap in range(width):
+                z = z + taps[:, tap] * rows[oldest + tap]
+                terms = terms + abs(taps[:, tap] * rows[oldest + tap])
+            dy = dout[token].astype(np.float64)
+            dz = dy * silu_slope(z) if silu else dy
+            if measure is not None:
+                dz = measure(dy, z, terms)
+            dbias += dz
+            for tap in range(width):
+                dweight[:, tap] += dz * sized(rows[oldest + tap])
+                drows[oldest + tap] += dz * sized(taps[:, tap])
+        for place, drow in zip(request.history, drows, strict=False):
+            if place is not None:
+                dold[place] += drow
+        for token, drow in zip(
+            request.tokens, drows[len(request.history) :], strict=True
+        ):
+            dx[token] = drow
+    return dx, dweight, None if bias is None else dbias, dold

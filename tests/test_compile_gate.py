@@ -21,7 +21,7 @@ if reason := gpu_compiler.missing_for_kernels():
 from benchmarks import kernel_report
 from jax_causal_conv import doctor
 
-# 65,536 registers a multiprocessor leave room for 12 warps of 168 registers. No limit is
+# 65,536 registers a multiprocessor leave room for 12 warps of 168. No limit is
 # set: most kernels take 128 or fewer under Triton 3.9, and under a limit of 128 some
 # would spill instead.
 MAX_REGISTERS = 168
