@@ -164,14 +164,15 @@ def compile_kernels(
     """
     import jax
 
-    from jax_causal_conv import doctor, target_compute_capability
+    from jax_causal_conv import target_compute_capability
+    from jax_causal_conv.lowered import lowered_kernels
 
     with target_compute_capability(compute_capability):
         traced = jax.jit(function).trace(*arguments)
         lowered = traced.lower(lowering_platforms=("cuda",))
     return [
         _machine_code(kernel, compute_capability)
-        for kernel in doctor.lowered_kernels(lowered)
+        for kernel in lowered_kernels(lowered)
         if kernel.name == name
     ]
 

@@ -19,7 +19,7 @@ if reason := gpu_compiler.missing_for_kernels():
     pytest.skip(reason, allow_module_level=True)
 
 from benchmarks import kernel_report
-from jax_causal_conv import doctor
+from jax_causal_conv.lowered import lowered_kernels
 
 # 65,536 registers a multiprocessor leave room for 12 warps of 168. No limit is
 # set: most kernels take 128 or fewer under Triton 3.9, and under a limit of 128 some
@@ -72,7 +72,7 @@ def test_code_is_for_the_gpu_that_is_asked_for():
     for capability in kernel_report.COMPUTE_CAPABILITIES:
         with target_compute_capability(capability):
             lowered = jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
-        (kernel,) = doctor.lowered_kernels(lowered)
+        (kernel,) = lowered_kernels(lowered)
         targets[capability] = kernel.target.rstrip("af")
     assert targets == {80: "sm_80", 90: "sm_90", 100: "sm_100"}
 

@@ -66,7 +66,7 @@ def call(
         # The updated buffer arrives a second time, as the last pointer.
         options.update(out_shape=tuple(results), enable_fp_fusion=True)
     else:
-        backend = {"enable_fp_fusion": True}
+        backend: dict[str, Any] = {"enable_fp_fusion": True}
         if (ptx_version := _PTX_VERSION.get(compute_capability // 10)) is not None:
             backend["ptx_version"] = ptx_version
         options.update(out_type=tuple(results), backend_options=backend)
