@@ -158,9 +158,37 @@ def _batch(leaves, dims, **params):
         for leaf, dim in zip(leaves, dims, strict=True)
     ]
     axes = tuple(dim is not None for dim in dims)
+    if params["op"] == "dense" and not params["batched"]:
+        _, weight, bias, *_ = jax.tree.unflatten(params["tree"], axes)
+        if not (weight or bias):
+            return _fold_rows(leaves, axes, params)
     params["batched"] = (axes, *params["batched"])
     out = causal_conv_p.bind(*leaves, **params)
     return out, [0] * len(out)
+
+
+def _fold_rows(leaves, axes, params):
+    """Dense op under vmap over anything but its filter: more rows of one batch."""
+    size = next(leaf.shape[0] for leaf, axis in zip(leaves, axes, strict=True) if axis)
+
+    def fold(leaf, axis):
+        if not axis:
+            leaf = jnp.broadcast_to(leaf, (size, *leaf.shape))
+        return leaf.reshape(-1, *leaf.shape[2:])
+
+    x, weight, bias, *rest = jax.tree.unflatten(params["tree"], leaves)
+    x_axis, _, _, *rest_axes = jax.tree.unflatten(params["tree"], axes)
+    folded = [
+        fold(x, x_axis),
+        weight,
+        bias,
+        *(
+            None if leaf is None else fold(leaf, axis)
+            for leaf, axis in zip(rest, rest_axes, strict=True)
+        ),
+    ]
+    out = causal_conv_p.bind(*jax.tree.leaves(folded), **params)
+    return [o.reshape(size, -1, *o.shape[1:]) for o in out], [0] * len(out)
 
 
 batching.primitive_batchers[causal_conv_p] = _batch
