@@ -125,6 +125,8 @@ def slots_after(x, states, seqs: Sequences, length, state_len: int, dtype):
 
     Zero rows in front of the first known one. `states` None means no history.
     """
+    if state_len == 0:
+        return jnp.zeros((length.shape[0], 0, x.shape[1]), dtype)
     row = jnp.arange(state_len, dtype=jnp.int32)
     token = length[:, None] - state_len + row  # of the sequence; < 0: history
     new = _rows(x, jnp.maximum(seqs.start[:, None] + token, 0)).astype(dtype)

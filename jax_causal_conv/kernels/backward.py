@@ -220,6 +220,8 @@ def backward_chunk(
     Returns:
         The sums over the chunk's tokens for dweight (a tuple of W rows) and dbias.
     """
+    previous = tl.cast(previous, tl.int32)  # loops carry tensors, not constants
+    visible = tl.cast(visible, tl.int32)
     dbias = tl.full([BLOCK_N], 0, tl.float32)
     pending = ()
     for _ in tl.static_range(W - 1):
