@@ -10,9 +10,15 @@ import functools
 import importlib.metadata
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from jax_causal_conv import target_compute_capability
+from jax_causal_conv import (
+    causal_conv1d,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    target_compute_capability,
+)
 from tests import gpu_compiler
 
 if reason := gpu_compiler.missing_for_kernels():
@@ -127,3 +133,29 @@ def _in_scan(function):
 def _with_state(function, arguments, at, state, _):
     out, state = function(*arguments[:at], state, *arguments[at + 1 :])
     return state, out.sum()
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 9, 17])
+def test_kernels_of_any_width_compile_forward_and_backward(width):
+    x, weight, bias = jnp.ones((2, 9, 64)), jnp.ones((64, width)), jnp.ones(64)
+    states = jnp.ones((2, width + 1, 64))
+    segment_ids = jnp.zeros((2, 9), jnp.int32)
+
+    def all_ops(x, weight, bias, states):
+        dense = causal_conv1d(
+            x, weight, bias, initial_state=states, segment_ids=segment_ids
+        )
+        packed, states = causal_conv1d_fn(
+            x[0], weight, bias, states, jnp.array([0, 3, 9])
+        )
+        row, states = causal_conv1d_update(x, states, weight, bias)
+        ring, states = causal_conv1d_update(
+            x, states, weight, bias, cache_seqlens=jnp.array([0, 1])
+        )
+        return sum(y.sum() for y in (dense, packed, row, ring, states))
+
+    traced = jax.jit(jax.grad(all_ops, (0, 1, 2, 3))).trace(x, weight, bias, states)
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    names = [kernel.name for kernel in lowered_kernels(lowered)]
+    assert names.count("rows_backward_kernel") == 3, names
+    assert names.count("packed_backward_kernel") == 1, names
