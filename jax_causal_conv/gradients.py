@@ -112,7 +112,8 @@ def _packed_sequences(static, x, states, offsets, slots, has_initial_state, reje
 def _packed_fwd(static, x, weight, bias, states, *rest):
     *index, metadata = rest
     seqs = _packed_sequences(static, x, states, *index)
-    history = xla.history_before(states, seqs, weight.shape[1] - 1, states.dtype)
+    wide = xla.wide_slots(states, seqs, states.dtype)  # as stored
+    history = xla.history_before(states, wide, seqs, weight.shape[1] - 1)
     history, states = _keep_before_update(history, states)
     out = _packed(static, x, weight, bias, states, *index, metadata)
     return out, (x, weight, bias, history, seqs, index[0], metadata)
@@ -163,12 +164,12 @@ def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
     batch, query, _ = x.shape
     offsets = jnp.arange(batch + 1, dtype=jnp.int32) * query
     seqs = xla.sequences(offsets, slots, True, rejected, state.shape, static[2])
-    count, dtype = weight.shape[1] - 1, state.dtype
+    count, wide = weight.shape[1] - 1, xla.wide_slots(state, seqs, state.dtype)
     if cursor is None:
-        history = xla.history_before(state, seqs, count, dtype)
+        history = xla.history_before(state, wide, seqs, count)
     else:
         cursor = jnp.mod(cursor, state.shape[1])
-        history = xla.ring_before(state, seqs, cursor, count, dtype)
+        history = xla.ring_before(state, wide, seqs, cursor, count)
     history, state = _keep_before_update(history, state)
     out = _update(static, x, weight, bias, state, cursor, slots, rejected)
     return out, (x, weight, bias, history, seqs, cursor)
@@ -215,11 +216,8 @@ _update.defvjp(_update_fwd, _update_bwd)
 def _dense_forward(static, x, weight, bias, initial_state, segment_ids):
     implementation, silu, state_len = static
     args = (x, weight, bias, initial_state, segment_ids)
-    (out,) = dispatch.run("dense", implementation, *args, silu=silu)
-    if state_len is None:
-        return out, None
-    dtype = x.dtype if initial_state is None else initial_state.dtype
-    return out, xla.final_state(x, initial_state, segment_ids, state_len, dtype)
+    out = dispatch.run("dense", implementation, *args, silu=silu, state_len=state_len)
+    return out if len(out) == 2 else (*out, None)
 
 
 _dense = jax.custom_vjp(_dense_forward, nondiff_argnums=(0,))

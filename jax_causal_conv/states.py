@@ -96,7 +96,9 @@ def varlen_conv_states(
     length = seqs.length if ends is None else jnp.clip(ends, 0, seqs.length)
     if history_len == 0:
         states = None
-    rows = xla.slots_after(inputs, states, seqs, length, state_len, dtype)
+    wide_x = inputs.astype(xla.accumulator(inputs))
+    wide = None if states is None else xla.wide_slots(states, seqs, wide_x.dtype)
+    rows = xla.slots_after(inputs, wide_x, states, wide, seqs, length, state_len, dtype)
     return jnp.where(seqs.live[:, None, None], rows, 0)
 
 

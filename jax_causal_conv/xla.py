@@ -103,24 +103,61 @@ def _rows(table, *index):
     return table.at[index].get(mode="clip")
 
 
-def history_before(states, seqs: Sequences, count: int, dtype):
+@jax.custom_jvp
+def _differentiate_as(value, twin):
+    """`value`, with the derivative of its equal `twin`.
+
+    The twin comes from one conversion to the accumulator's dtype, so that gradients
+    through several paths are added there and rounded once, while `value` keeps its
+    bits. Where no derivative is taken the twin is never computed.
+    """
+    del twin
+    return value
+
+
+@_differentiate_as.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[1].astype(primals[0].dtype)
+
+
+def wide_slots(states, seqs: Sequences, dtype):
+    """Each sequence's slot `(N, L, D)` in the accumulator's dtype."""
+    return _rows(states, seqs.slot).astype(dtype)
+
+
+def _slot_rows(states, wide, seqs: Sequences, row, dtype):
+    """`states[slot, row]` as `dtype` for `(N, K)` rows, clamped."""
+    each = jnp.arange(row.shape[0])[:, None]
+    value = _rows(states, seqs.slot[:, None], row).astype(dtype)
+    return _differentiate_as(value, _rows(wide, each, row).astype(dtype))
+
+
+def history_before(states, wide, seqs: Sequences, count: int):
     """The `count` rows before each sequence's first token, `(N, count, D)`.
 
-    Zeros where there are fewer, and for skipped sequences.
+    Zeros where there are fewer, and for skipped sequences; in the dtype of `wide`,
+    which is `wide_slots(states)`.
     """
     row = seqs.history[:, None] - count + jnp.arange(count, dtype=jnp.int32)
-    old = _rows(states, seqs.slot[:, None], jnp.maximum(row, 0)).astype(dtype)
+    old = _slot_rows(states, wide, seqs, jnp.maximum(row, 0), wide.dtype)
     return jnp.where(((row >= 0) & seqs.live[:, None])[..., None], old, 0)
 
 
-def ring_before(states, seqs: Sequences, cursor, count: int, dtype):
+def ring_before(states, wide, seqs: Sequences, cursor, count: int):
     """`history_before` for circular buffers whose next row is `cursor` `(N,)`."""
     row = cursor[:, None] - count + jnp.arange(count, dtype=jnp.int32)
-    old = _rows(states, seqs.slot[:, None], jnp.mod(row, states.shape[1]))
-    return jnp.where(seqs.live[:, None, None], old.astype(dtype), 0)
+    row = jnp.mod(row, states.shape[1])
+    old = _slot_rows(states, wide, seqs, row, wide.dtype)
+    return jnp.where(seqs.live[:, None, None], old, 0)
 
 
-def slots_after(x, states, seqs: Sequences, length, state_len: int, dtype):
+def _token_rows(x, wide, token, dtype):
+    """Rows of x as `dtype`; `wide` is x in the accumulator's dtype."""
+    value = _rows(x, token).astype(dtype)
+    return _differentiate_as(value, _rows(wide, token).astype(dtype))
+
+
+def slots_after(x, wide_x, states, wide, seqs, length, state_len: int, dtype):
     """The last `state_len` of `concat(history, x[start:start+length])`, `(N, ·, D)`.
 
     Zero rows in front of the first known one. `states` None means no history.
@@ -129,12 +166,13 @@ def slots_after(x, states, seqs: Sequences, length, state_len: int, dtype):
         return jnp.zeros((length.shape[0], 0, x.shape[1]), dtype)
     row = jnp.arange(state_len, dtype=jnp.int32)
     token = length[:, None] - state_len + row  # of the sequence; < 0: history
-    new = _rows(x, jnp.maximum(seqs.start[:, None] + token, 0)).astype(dtype)
+    new = jnp.maximum(seqs.start[:, None] + token, 0)
+    new = _token_rows(x, wide_x, new, dtype)
     if states is None:
         old = jnp.zeros((), dtype)
     else:
         row = seqs.history[:, None] + token
-        old = _rows(states, seqs.slot[:, None], jnp.maximum(row, 0)).astype(dtype)
+        old = _slot_rows(states, wide, seqs, jnp.maximum(row, 0), dtype)
         old = jnp.where((row >= 0)[..., None], old, 0)
     return jnp.where((token >= 0)[..., None], new, old)
 
@@ -154,16 +192,19 @@ def taps_of(x, history, tokens: Tokens, width: int):
         yield jnp.where(tokens.live[:, None], tap, 0)
 
 
-def convolve(x, weight, bias, history, tokens: Tokens, silu: bool):
-    """`act(bias + Σ w·u)` for each row of x `(T, D)`; zeros where not live."""
-    dtype, width = accumulator(x), weight.shape[1]
-    weight = weight.astype(dtype)
-    acc = jnp.zeros(x.shape, dtype) if bias is None else bias.astype(dtype)
-    for d, tap in enumerate(taps_of(x.astype(dtype), history, tokens, width)):
+def convolve(x, weight, bias, history, tokens: Tokens, silu: bool, dtype):
+    """`act(bias + Σ w·u)` for each row of x `(T, D)`; zeros where not live.
+
+    x and history are of the accumulator's dtype; the result is rounded to `dtype`.
+    """
+    width = weight.shape[1]
+    weight = weight.astype(x.dtype)
+    acc = jnp.zeros(x.shape, x.dtype) if bias is None else bias.astype(x.dtype)
+    for d, tap in enumerate(taps_of(x, history, tokens, width)):
         acc = acc + tap * weight[:, width - 1 - d]
     if silu:
         acc = jax.nn.silu(acc)
-    return jnp.where(tokens.live[:, None], acc, 0).astype(x.dtype)
+    return jnp.where(tokens.live[:, None], acc, 0).astype(dtype)
 
 
 def _store(states, out, slot, row, rows, live):
@@ -199,12 +240,16 @@ def packed(
     seqs = sequences(
         offsets, slots, has_initial_state, num_rejected, states.shape, pad_slot_id
     )
-    history = history_before(states, seqs, width - 1, accumulator(x))
+    wide_x = x.astype(accumulator(x))
+    wide = wide_slots(states, seqs, wide_x.dtype)
+    history = history_before(states, wide, seqs, width - 1)
     tokens = tokens_of(seqs, num_tokens)
-    out = convolve(x, weight, bias, history, tokens, silu)
+    out = convolve(wide_x, weight, bias, history, tokens, silu, x.dtype)
     if state_len == 0:
         return out, states
-    rows = slots_after(x, states, seqs, seqs.length, state_len, states.dtype)
+    rows = slots_after(
+        x, wide_x, states, wide, seqs, seqs.length, state_len, states.dtype
+    )
     row = jnp.arange(state_len, dtype=jnp.int32)
     return _store(states, out, seqs.slot, row, rows, seqs.live)
 
@@ -228,23 +273,28 @@ def update(
     seqs = sequences(offsets, slots, True, num_rejected, state.shape, pad_slot_id)
     owner, position = jnp.divmod(jnp.arange(batch * query, dtype=jnp.int32), query)
     tokens = Tokens(owner, position, _rows(seqs.live, owner))
-    dtype = accumulator(x)
+    wide_x = flat.astype(accumulator(x))
 
     if state_len == 0:  # W = 1
-        history = jnp.zeros((batch, 0, dim), dtype)
-        out = convolve(flat, weight, bias, history, tokens, silu)
+        history = jnp.zeros((batch, 0, dim), wide_x.dtype)
+        out = convolve(wide_x, weight, bias, history, tokens, silu, x.dtype)
         return out.reshape(x.shape), state
+    wide = wide_slots(state, seqs, wide_x.dtype)
     if cache_seqlens is None:
-        history = history_before(state, seqs, width - 1, dtype)
+        history = history_before(state, wide, seqs, width - 1)
         row = jnp.arange(state_len, dtype=jnp.int32)
-        rows = slots_after(flat, state, seqs, seqs.length, state_len, state.dtype)
+        rows = slots_after(
+            flat, wide_x, state, wide, seqs, seqs.length, state_len, state.dtype
+        )
     else:
         cursor = jnp.mod(cache_seqlens, state_len)  # reduced first: cannot overflow
-        history = ring_before(state, seqs, cursor, width - 1, dtype)
+        history = ring_before(state, wide, seqs, cursor, width - 1)
         kept = min(query, state_len)  # each row is written once
-        row = (cursor[:, None] + jnp.arange(query - kept, query)) % state_len
-        rows = x[:, query - kept :].astype(state.dtype)
-    out = convolve(flat, weight, bias, history, tokens, silu)
+        kept_from = jnp.arange(query - kept, query)
+        row = (cursor[:, None] + kept_from) % state_len
+        token = jnp.arange(batch)[:, None] * query + kept_from
+        rows = _token_rows(flat, wide_x, token, state.dtype)
+    out = convolve(wide_x, weight, bias, history, tokens, silu, x.dtype)
     out, state = _store(state, out, seqs.slot, row, rows, seqs.live)
     return out.reshape(x.shape), state
 
@@ -301,23 +351,45 @@ def with_zero_row(history):
     return jnp.concatenate([history, jnp.zeros_like(history[:1])])
 
 
-def dense(x, weight, bias, initial_state, segment_ids, *, silu: bool):
-    """`causal_conv1d` on checked arguments, without the final state."""
+def dense(
+    x,
+    weight,
+    bias,
+    initial_state,
+    segment_ids,
+    *,
+    silu: bool,
+    state_len: int | None,
+):
+    """`causal_conv1d` on checked arguments; `state_len` None is without final state."""
     (batch, length, dim), width = x.shape, weight.shape[1]
-    dtype = accumulator(x)
-    if initial_state is None:
-        history = jnp.zeros((batch, width - 1, dim), dtype)
-    else:
-        history = initial_state[:, initial_state.shape[1] - (width - 1) :].astype(dtype)
-    tokens = tokens_of_runs(runs_of(segment_ids, batch, length))
     flat = x.reshape(batch * length, dim)
-    out = convolve(flat, weight, bias, with_zero_row(history), tokens, silu)
-    return (out.reshape(x.shape),)
+    wide_x = flat.astype(accumulator(x))
+    if initial_state is None:
+        wide = None
+        history = jnp.zeros((batch, width - 1, dim), wide_x.dtype)
+    else:
+        wide = initial_state.astype(wide_x.dtype)
+        history = wide[:, initial_state.shape[1] - (width - 1) :]
+    runs = runs_of(segment_ids, batch, length)
+    history, tokens = with_zero_row(history), tokens_of_runs(runs)
+    out = convolve(wide_x, weight, bias, history, tokens, silu, x.dtype)
+    out = out.reshape(x.shape)
+    if state_len is None:
+        return (out,)
+    return out, _final_state(flat, wide_x, initial_state, wide, runs, state_len)
 
 
-def final_state(x, initial_state, segment_ids, state_len: int, dtype):
+def final_state(x, initial_state, segment_ids, state_len: int):
     """What a continuation of each row's last run needs, `(B, state_len, D)`."""
     batch, length, dim = x.shape
-    seqs = last_runs(runs_of(segment_ids, batch, length), state_len)
-    flat = x.reshape(batch * length, dim)
-    return slots_after(flat, initial_state, seqs, seqs.length, state_len, dtype)
+    flat, runs = x.reshape(batch * length, dim), runs_of(segment_ids, batch, length)
+    return _final_state(flat, flat, initial_state, initial_state, runs, state_len)
+
+
+def _final_state(x, wide_x, initial_state, wide, runs: Runs, state_len: int):
+    seqs = last_runs(runs, state_len)
+    dtype = x.dtype if initial_state is None else initial_state.dtype
+    return slots_after(
+        x, wide_x, initial_state, wide, seqs, seqs.length, state_len, dtype
+    )

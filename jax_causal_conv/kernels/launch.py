@@ -130,14 +130,22 @@ def update(
 
 
 def dense(
-    call, x, weight, bias, initial_state, segment_ids, *, silu: bool
-) -> tuple[jax.Array, ...]:
+    call,
+    x,
+    weight,
+    bias,
+    initial_state,
+    segment_ids,
+    *,
+    silu: bool,
+    state_len: int | None,
+):
     """Launches the dense forward kernel, see `xla.dense`."""
     (batch, length, dim), width = x.shape, weight.shape[1]
     block_m = max(tiles.default_block_m(batch * length, batch), width - 1)
     chunks = -(-length // block_m)
     tile = tiles.choose(dim, width, width - 1, block_m, x.dtype.itemsize)
-    return call(
+    (out,) = call(
         dense_kernel,
         [
             x,
@@ -162,6 +170,9 @@ def dense(
             "GROUP": tile.group,
         },
     )
+    if state_len is None:
+        return (out,)
+    return out, xla.final_state(x, initial_state, segment_ids, state_len)
 
 
 def packed_backward(
