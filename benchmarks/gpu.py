@@ -1,8 +1,10 @@
 """Device time of the kernels on an NVIDIA GPU: `python -m benchmarks.gpu`.
 
-Every result is compared with the XLA implementation before it is timed. Times are the
-sum of all kernels of a call, read from the profiler, median over calls; GB/s counts
-every byte that must move once. The ceiling is a device-to-device copy in the same run.
+Results are compared with the XLA implementation before they are timed, but for the
+largest dense batch. Times are summed over the kernels of a call, from the profiler,
+each kernel's the median over calls; GB/s counts every byte that must move once. The
+ceiling is a device-to-device copy of 1 GB in the same run. Every call gets the same
+arrays: small cases may find them in the L2 cache.
 """
 
 import argparse
@@ -77,12 +79,12 @@ def normal(rng, *shape):
 
 def difference(got, expected) -> float:
     """The largest difference over the largest value, over all arrays."""
-    worst = 0.0
+    errors = []
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         exact = b.astype(jnp.float32)
         error = jnp.abs(a.astype(jnp.float32) - exact).max()
-        worst = max(worst, float(error / jnp.abs(exact).max()))
-    return worst
+        errors.append(float(error / jnp.abs(exact).max()))
+    return float(np.max(errors))  # NaN stays NaN
 
 
 def copy(rng, megabytes: int):
@@ -167,7 +169,7 @@ def dense(rng, batch: int, length: int, backward: bool):
 
     args = (dy, x, weight, bias)
     call = functools.partial(step(None), *args)
-    error = 0.0  # the reference's gathers would not fit for the longest
+    error = float("nan")  # the longest is not compared
     if batch * length <= 16384:
         error = difference(call(), step("xla")(*args))
     return call, (3 if backward else 2) * x.nbytes, error
@@ -213,7 +215,7 @@ def main() -> None:
         row = Row(suite, case, time, nbytes / time / 1e3, error, kernels)
         rows.append(row)
         if suite == "copy":
-            ceiling = max(ceiling, row.gigabytes_per_second)
+            ceiling = row.gigabytes_per_second
         print(
             f"{suite:15}{case:>19}{time:9.1f}{row.gigabytes_per_second:8.0f}"
             f"{row.gigabytes_per_second / ceiling:9.0%}{error:10.1e}{kernels:9.1f}"

@@ -19,7 +19,6 @@ IMPLEMENTATIONS = (None, "xla", "triton", "interpret")
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _INT32_MAX = 2**31 - 1
-INT32 = (-(2**31), _INT32_MAX)
 
 
 def _is_jax(value: Any) -> bool:
@@ -57,6 +56,8 @@ def _integers(name: str, value: Any) -> Any:
     if value is None:
         raise TypeError(f"{name} must be an integer array, got None")
     array = value if _is_jax(value) else np.asarray(value)
+    if not _is_jax(value) and isinstance(value, (list, tuple)) and array.size == 0:
+        return array.astype(np.int32)  # an empty list has no dtype of its own
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype, got {array.dtype}")
     return array
@@ -87,6 +88,21 @@ def ring_position(name: str, value: Any, batch: int, state_len: int) -> Any:
     if jnp.iinfo(array.dtype).max > _INT32_MAX and state_len > 0:
         array = array % array.dtype.type(state_len)
     return array.astype(np.int32)
+
+
+def segments(name: str, value: Any, expected: tuple[int, int]) -> Any:
+    """Segment ids `(B, T)` as int32: which are equal to their neighbour must survive.
+
+    Ids of a wider dtype (hashes, say) are therefore numbered, not clamped.
+    """
+    array = _integers(name, value)
+    _shape(name, array.shape, expected, "(B, T)")
+    if jnp.iinfo(array.dtype).max <= _INT32_MAX:
+        return array.astype(np.int32)
+    xp: Any = jnp if _is_jax(array) else np
+    changes = xp.cumsum(array[:, 1:] != array[:, :-1], axis=1, dtype=np.int32)
+    numbers = xp.pad(changes, ((0, 0), (1, 0)))
+    return xp.where(array < 0, -1, numbers[:, : expected[1]]).astype(np.int32)
 
 
 def bool_array(name: str, value: Any, expected: tuple, letters: str) -> jax.Array:
@@ -137,9 +153,11 @@ def host_integers(name: str, value: Any) -> np.ndarray:
 
 def silu_wanted(activation: Any) -> bool:
     """None/False: no activation; "silu"/"swish"/True: silu."""
-    if activation is None or activation is False:
+    if activation is None:
         return False
-    if activation is True or activation in ("silu", "swish"):
+    if isinstance(activation, (bool, np.bool_)):
+        return bool(activation)
+    if isinstance(activation, str) and activation in ("silu", "swish"):
         return True
     raise ValueError(
         f'activation must be None, "silu", "swish", True or False, got {activation!r}'
@@ -190,11 +208,15 @@ def state_array(name: str, value: Any, dim: int, width: int) -> jax.Array:
             f"{name} must have shape (S, L, D) with L >= W-1 = {width - 1}, "
             f"got {state.shape}"
         )
-    if state.shape[1] * dim > _INT32_MAX:
+    _slot_size(name, state)
+    return state
+
+
+def _slot_size(name: str, state: jax.Array) -> None:
+    if state.shape[1] * state.shape[2] > _INT32_MAX:
         raise ValueError(
             f"{name} must have fewer than 2**31 elements in a slot, got {state.shape}"
         )
-    return state
 
 
 def row_states(name: str, value: Any, x: jax.Array, least: int) -> jax.Array:
@@ -206,6 +228,7 @@ def row_states(name: str, value: Any, x: jax.Array, least: int) -> jax.Array:
             f"{name} must have shape (B, L, D) with L >= W-1 = {least}, "
             f"got {state.shape}"
         )
+    _slot_size(name, state)
     return state
 
 
@@ -224,7 +247,8 @@ def pad_slot(pad_slot_id: Any, num_slots: int) -> int:
 
 def implementation_for(implementation: Any, x: jax.Array) -> str | None:
     """A valid `implementation`, with what x's dtype says about None."""
-    if implementation not in IMPLEMENTATIONS:
+    known = implementation is None or isinstance(implementation, str)
+    if not known or implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}"
         )

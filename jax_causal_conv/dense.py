@@ -67,9 +67,7 @@ def causal_conv1d(
         state = checks.row_states("initial_state", initial_state, inputs, state_len)
         state_len = state.shape[1]
     if segment_ids is not None:
-        segment_ids = checks.index_array(
-            "segment_ids", segment_ids, (batch, length), "(B, T)", *checks.INT32
-        )
+        segment_ids = checks.segments("segment_ids", segment_ids, (batch, length))
     silu = checks.silu_wanted(activation)
     wanted = checks.static_bool("return_final_state", return_final_state)
     checks.token_count("B * T", batch * length, 1)

@@ -5,6 +5,7 @@ twin of the same name in `kernels/launch.py`. Everything here is the same for al
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,18 +159,20 @@ def _batch(leaves, dims, **params):
         for leaf, dim in zip(leaves, dims, strict=True)
     ]
     axes = tuple(dim is not None for dim in dims)
+    size = next(leaf.shape[0] for leaf, axis in zip(leaves, axes, strict=True) if axis)
     if params["op"] == "dense" and not params["batched"]:
-        _, weight, bias, *_ = jax.tree.unflatten(params["tree"], axes)
-        if not (weight or bias):
-            return _fold_rows(leaves, axes, params)
+        x, *_ = jax.tree.unflatten(params["tree"], leaves)
+        x_axis, weight_axis, bias_axis, *_ = jax.tree.unflatten(params["tree"], axes)
+        tokens = size * math.prod(x.shape[x_axis : x_axis + 2])
+        if not (weight_axis or bias_axis) and 0 < tokens < 2**31:
+            return _fold_rows(leaves, axes, size, params)
     params["batched"] = (axes, *params["batched"])
     out = causal_conv_p.bind(*leaves, **params)
     return out, [0] * len(out)
 
 
-def _fold_rows(leaves, axes, params):
+def _fold_rows(leaves, axes, size, params):
     """Dense op under vmap over anything but its filter: more rows of one batch."""
-    size = next(leaf.shape[0] for leaf, axis in zip(leaves, axes, strict=True) if axis)
 
     def fold(leaf, axis):
         if not axis:

@@ -246,7 +246,7 @@ def _run_kernels(ops: list[str], device: Any) -> dict[str, str]:
                     for i in ("triton", "xla")
                 ]
             pairs = zip(*map(jax.tree.leaves, results), strict=True)
-            worst = max(float(np.abs(a - b).max()) for a, b in pairs)
+            worst = float(np.max([np.abs(a - b).max() for a, b in pairs]))
             if not worst <= _TOLERANCE:
                 raise ArithmeticError(f"kernel and XLA differ by {worst:.3g}")
 

@@ -61,7 +61,8 @@ def _state_cotangent(dstates, dslots, dhistory, seqs: xla.Sequences, source):
             bounds where it was none.
     """
     row = jnp.arange(dslots.shape[0])[:, None]
-    dslots = dslots.astype(dhistory.dtype).at[row, source].add(dhistory, mode="drop")
+    dtype = jnp.promote_types(dslots.dtype, dhistory.dtype)
+    dslots = dslots.astype(dtype).at[row, source].add(dhistory, mode="drop")
     slot = jnp.where(seqs.live, seqs.slot, dstates.shape[0])
     rows = dslots.astype(dstates.dtype)
     return dstates.at[slot].set(rows, mode="drop", unique_indices=True)

@@ -142,19 +142,24 @@ def validate_batch(
     checks.at_least_one_offset(q)
     if q[0] != 0:
         raise ValueError(f"query_start_loc[0] must be 0, got {q[0]}")
-    if (bad := np.flatnonzero(q[1:] < q[:-1])).size:
-        i = int(bad[0]) + 1
-        raise ValueError(
-            f"query_start_loc must not decrease, got query_start_loc[{i}] = {q[i]} "
-            f"after {q[i - 1]}"
-        )
-    if (bad := np.flatnonzero(q > num_tokens)).size:
+    decreasing = np.concatenate([[False], q[1:] < q[:-1]])
+    if (bad := np.flatnonzero(decreasing | (q > num_tokens))).size:
         i = int(bad[0])
+        if decreasing[i]:
+            raise ValueError(
+                f"query_start_loc must not decrease, got query_start_loc[{i}] = {q[i]} "
+                f"after {q[i - 1]}"
+            )
         raise ValueError(
             f"query_start_loc[{i}] = {q[i]} is beyond num_tokens = {num_tokens}"
         )
     n = q.size - 1
     if cache_indices is None:
+        if num_slots < n:
+            raise ValueError(
+                f"num_slots must be at least N = {n} when cache_indices is None, "
+                f"got {num_slots}"
+            )
         slots = np.arange(n)
     else:
         slots = checks.host_integers("cache_indices", cache_indices)

@@ -65,7 +65,8 @@ def causal_conv1d_fn(
         pad_slot_id: static int, the slot number that means "skip".
         implementation: None (Triton on CUDA, XLA elsewhere, chosen at lowering),
             "triton", "xla", or "interpret" (the Triton kernels in Triton's
-            interpreter on the host, for debugging).
+            interpreter on the host, for debugging). A state without rows (L = 0, for
+            W = 1) leaves kernels nothing to do in place: XLA runs whatever is asked.
 
     Returns:
         `out` `(T, D)` in x's dtype, and the new conv states, like `conv_states`.
@@ -148,6 +149,8 @@ def _checked(metadata, num_tokens: int, num_seqs: int, width: int) -> int:
     programs = num_programs(num_tokens, num_seqs, block_m)
     for name in ("chunk_seq", "chunk_offset"):
         array = getattr(metadata, name)
+        if not hasattr(array, "shape"):
+            raise TypeError(f"metadata.{name} must be an array, got {array!r}")
         if array.shape != (programs,):
             raise ValueError(
                 f"metadata.{name} must have shape (P,) = ({programs},) for "

@@ -59,7 +59,7 @@ def varlen_conv_states(
         if cache_indices is not None:
             cache_indices = checks.index_array(
                 "cache_indices", cache_indices, (num_seqs,), "(N,)", -1, 2**31 - 2
-            )
+            ).clip(max=2**31 - 2)
     else:
         states = checks.state_array("conv_states", conv_states, dim, 1)
         dtype, (num_slots, history_len) = states.dtype, states.shape[:2]
@@ -126,6 +126,8 @@ def layer_slots(
     Raises:
         TypeError: slots or layer are not integers.
 
+    A layer that is negative, or too large for slot numbers in int32, gives PAD_SLOT_ID.
+
     Example:
         >>> layer_slots(jnp.array([0, 3, -1, 9]), layer=2, num_slots=4).tolist()
         [8, 11, -1, -1]
@@ -133,7 +135,8 @@ def layer_slots(
     num_slots = checks.static_int("num_slots", num_slots, minimum=0)
     pad = checks.pad_slot(pad_slot_id, num_slots)
     slots = checks.index_array("slots", slots, jnp.shape(slots), "(...)", -1, num_slots)
-    layer = checks.index_array("layer", layer, (), "()", 0, 2**31 - 1)
-    slots = jnp.asarray(slots)
+    layer = checks.index_array("layer", layer, (), "()", -1, 2**31 - 1)
+    slots, layer = jnp.asarray(slots), jnp.asarray(layer)
     valid = (slots >= 0) & (slots < num_slots) & (slots != pad)
+    valid &= (layer >= 0) & (layer <= (2**31 - 1) // max(num_slots, 1) - 1)
     return jnp.where(valid, layer * num_slots + slots, PAD_SLOT_ID)

@@ -57,8 +57,9 @@ def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu)
     for d in range(width):
         later = jnp.minimum(token + d, num_tokens - 1)
         same = (token + d < num_tokens) & (tokens.position[later] >= d)
-        dx = dx + jnp.where(same[:, None], dz[later], 0) * weight[:, width - 1 - d]
-    dx = dx + jnp.where(tokens.live[:, None], copied, 0)
+        back = dz[later] * weight[:, width - 1 - d]
+        dx = dx + jnp.where(same[:, None], back, 0)
+    dx = jnp.where(tokens.live[:, None], dx + copied, 0)
 
     dweight = jnp.stack([_column_sums(dz * tap) for tap in reversed(taps)], axis=1)
     dhistory = jnp.zeros((num_seqs, width - 1, x.shape[1]), dtype)
@@ -67,8 +68,9 @@ def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu)
         reaches = (tokens.owner[token] == jnp.arange(num_seqs)) & (
             tokens.position[token] == p
         )
-        first = jnp.where(reaches[:, None], dz[token], 0)
-        dhistory = dhistory.at[:, p:].add(first[:, None] * weight.T[: width - 1 - p])
+        back = dz[token][:, None] * weight.T[: width - 1 - p]
+        back = jnp.where(reaches[:, None, None], back, 0)
+        dhistory = dhistory.at[:, p:].add(back)
     return dx.astype(x.dtype), dweight, _column_sums(dz), dhistory
 
 

@@ -514,3 +514,19 @@ def test_forced_triton_raises_where_it_cannot_run():
         jax.block_until_ready(
             causal_conv1d(**jax.tree.map(jnp.asarray, DENSE), implementation="triton")
         )
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.uint64])
+def test_large_segment_ids_stay_apart(dtype):
+    ids = np.array([[2**31] * 3 + [2**31 + 5] * 3], dtype)
+    x, weight = np.ones((1, 6, 2), np.float32), np.ones((2, 2), np.float32)
+    out = causal_conv1d(x, weight, segment_ids=ids)
+    want = causal_conv1d(x, weight, segment_ids=[[0] * 3 + [1] * 3])
+    np.testing.assert_array_equal(out, want)
+
+
+def test_negative_ids_of_a_wide_dtype_are_padding():
+    ids = np.array([[-(2**40), -(2**40), 7, 7]])
+    x, weight = np.ones((1, 4, 2), np.float32), np.ones((2, 2), np.float32)
+    out = causal_conv1d(x, weight, segment_ids=ids)
+    assert out[0, :, 0].tolist() == [0, 0, 1, 2]

@@ -228,3 +228,10 @@ def test_layers_scan_over_one_big_cache(implementation):
         checks.assert_output(outs[number], exact, magnitude, 4, "silu", number)
         checks.assert_same_bits(new_cache[part], states, number)
         x = outs[number]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, int])
+@pytest.mark.parametrize("layer", [-1, 2**30, -(2**31)])
+def test_layer_out_of_range_is_padding_whatever_its_dtype(layer, dtype):
+    got = layer_slots(np.array([0, 3, -1]), dtype(layer), 4)
+    assert got.tolist() == [-1, -1, -1], f"layer {layer} gives {got}"

@@ -568,3 +568,27 @@ def test_packed_gradient_without_metadata_equals_that_with_it(implementation):
 
         got = jax.jit(jax.grad(loss))(floats, metadata)
         assert_gradients(checks.to_host(got), case, cotangents)
+
+
+def test_vmap_over_an_axis_of_size_0_gives_empty_results():
+    x, weight = jnp.ones((0, 2, 5, 3)), jnp.ones((3, 2))
+
+    def loss(x):
+        return jax_causal_conv.causal_conv1d(x, weight).sum()
+
+    assert jax.vmap(loss)(x).shape == (0,)
+    assert jax.vmap(jax.grad(loss))(x).shape == x.shape
+
+
+def test_tap_that_is_nan_leaves_the_gradient_of_padding_alone(implementation):
+    x, weight = jnp.ones((1, 4, 3)), jnp.full((3, 2), jnp.nan)
+    ids = jnp.array([[-1, 0, 0, -1]])
+
+    def loss(x):
+        out = jax_causal_conv.causal_conv1d(
+            x, weight, segment_ids=ids, implementation=implementation
+        )
+        return out.sum()
+
+    dx = jax.grad(loss)(x)
+    assert not dx[0, 0].any() and not dx[0, 3].any(), f"{dx}"

@@ -10,6 +10,7 @@ from .device import (
     offset_bound,
     preactivation,
     seen,
+    sigmoid,
     visible_before,
     zero_rows,
     zero_uncovered,
@@ -19,18 +20,7 @@ from .device import (
 @triton.jit
 def silu_gradient(z, FAST: tl.constexpr):
     """`silu'(z) = s · (1 + z · (1 - s))` with s the sigmoid of z."""
-    e = tl.exp2(z * -1.4426950408889634)
-    if FAST:
-        s = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;",
-            "=f,f",
-            [1.0 + e],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        s = 1.0 / (1.0 + e)
+    s = sigmoid(z, FAST)
     return s * tl.fma(z, 1.0 - s, 1.0)
 
 
@@ -80,13 +70,12 @@ def backward_row(
     dx = ()
     for k in tl.static_range(W):
         sums = sums + (tl.fma(mine, rows[k], dtaps[k]),)
-        back = dz
+        # Selected behind the product: even a tap that is NaN reaches only what it may.
         if HAS_SEGMENTS:
-            back = tl.where(reach >= W - 1 - k, dz, 0.0)
-        if k < W - 1:
-            dx = dx + (tl.fma(taps[k], back, pending[k]),)
+            back = tl.where(reach >= W - 1 - k, taps[k] * dz, 0.0)
+            dx = dx + (pending[k] + back if k < W - 1 else back,)
         else:
-            dx = dx + (taps[k] * back,)
+            dx = dx + (tl.fma(taps[k], dz, pending[k]) if k < W - 1 else taps[k] * dz,)
     return dx[0], window[1:], dx[1:], sums, dbias + mine
 
 

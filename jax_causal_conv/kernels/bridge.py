@@ -16,8 +16,9 @@ _VERSION = tuple(
     int(part) for part in importlib.metadata.version("jax-triton").split(".")[:2]
 )
 # The oldest PTX version that knows the target. Triton would emit the newest one of its
-# own ptxas, which the (older) ptxas or driver that XLA finds may reject.
-_PTX_VERSION = {8: 80, 9: 80, 10: 86, 12: 87}
+# own ptxas, which the (older) ptxas or driver that XLA finds may reject; a version that
+# does not know the target would end the process, so others are left to Triton.
+_PTX_VERSION = {80: 80, 86: 80, 89: 80, 90: 80, 100: 86, 103: 88, 120: 87, 121: 88}
 
 
 def call(
@@ -67,7 +68,7 @@ def call(
         options.update(out_shape=tuple(results), enable_fp_fusion=True)
     else:
         backend: dict[str, Any] = {"enable_fp_fusion": True}
-        if (ptx_version := _PTX_VERSION.get(compute_capability // 10)) is not None:
+        if (ptx_version := _PTX_VERSION.get(compute_capability)) is not None:
             backend["ptx_version"] = ptx_version
         options.update(out_type=tuple(results), backend_options=backend)
         if in_place is not None:

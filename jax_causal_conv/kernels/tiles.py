@@ -7,7 +7,7 @@ _ACCESS = 16  # bytes: the widest access of a thread
 # Channels x taps of a thread that still leave registers for rows in flight.
 _TAPS_PER_THREAD = 32
 # Elements of a slot that a program holds at once (per channel block, all L rows).
-_SLOT_TILE = 8192
+_SLOT_TILE = 2048
 
 
 @dataclass(frozen=True)
