@@ -214,7 +214,7 @@ def _lower_to_triton(ctx, *leaves, **params):
     try:
         from .kernels import bridge, launch
     except ImportError as error:
-        cure = 'pip install "jax-causal-conv[cuda13]" (or [cuda12])'
+        cure = 'pip install "jax[cuda13]" jax-triton (or jax[cuda12])'
         if params["required"]:
             raise ImportError(
                 f'implementation="triton" needs jax-triton: {error}. Try {cure}'

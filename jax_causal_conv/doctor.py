@@ -326,12 +326,12 @@ _KNOWN_ERRORS = (
     (
         r"jax-triton requires JAX to be installed with GPU support",
         "jax-triton 0.3 refuses to be imported without jax's CUDA plugin.",
-        'pip install "jax-causal-conv[cuda13]" (or [cuda12])',
+        'pip install "jax[cuda13]" jax-triton (or jax[cuda12])',
     ),
     (
         r"No module named '(jax_triton|triton)",
         "jax-triton or triton is not installed, so that the ops use XLA on CUDA too.",
-        'pip install "jax-causal-conv[cuda13]" (or [cuda12]); both are Linux packages',
+        'pip install "jax[cuda13]" jax-triton (or jax[cuda12]); both are Linux packages',
     ),
     (
         r"dce_rule\(\) takes 2 positional arguments",

@@ -37,7 +37,7 @@ KNOWN_TROUBLES = {
     "jax_triton_is_absent": (
         {"bridge_error": NOT_THERE},
         "not installed",
-        "jax-causal-conv[cuda13]",
+        "jax[cuda13]",
     ),
     "jax_triton_without_plugin": (
         {
@@ -45,7 +45,7 @@ KNOWN_TROUBLES = {
             "GPU support."
         },
         "refuses to be imported",
-        "jax-causal-conv[cuda13]",
+        "jax[cuda13]",
     ),
     "jax_triton_with_an_old_triton": (
         {

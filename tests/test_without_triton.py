@@ -47,7 +47,7 @@ def test_lowering_for_cuda_falls_back_to_xla_and_says_so_once():
                 traced = step.trace(jnp.ones((tokens, 8)))
                 text = traced.lower(lowering_platforms=("cuda",)).as_text()
         messages = [str(w.message) for w in caught]
-        messages = [m for m in messages if "jax-causal-conv" in m]
+        messages = [m for m in messages if "causal conv uses XLA" in m]
         print(len(messages), "pip install" in messages[0], "triton" in text)
     """)
     assert out.split("\n")[0] == "1 True False"
