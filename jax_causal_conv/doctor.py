@@ -331,7 +331,7 @@ _KNOWN_ERRORS = (
     (
         r"No module named '(jax_triton|triton)",
         "jax-triton or triton is not installed, so that the ops use XLA on CUDA too.",
-        'pip install "jax[cuda13]" jax-triton (or jax[cuda12]); both are Linux packages',
+        'pip install "jax[cuda13]" jax-triton (or jax[cuda12]), on Linux',
     ),
     (
         r"dce_rule\(\) takes 2 positional arguments",
