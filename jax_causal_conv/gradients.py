@@ -6,8 +6,6 @@ and the gathered history (W-1 rows a sequence), never the cache, so that a donat
 cache can be updated in place.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -16,20 +14,16 @@ from . import dispatch, xla
 
 def packed(implementation, *args, silu: bool, pad_slot_id: int):
     """`causal_conv1d_fn` on checked arguments, differentiable."""
+    static = (implementation, silu, pad_slot_id)
     args = jax.tree.map(jnp.asarray, args)
-    static = {"silu": silu, "pad_slot_id": pad_slot_id}
-    if implementation == "xla":
-        return dispatch.run("packed", implementation, *args, **static)
-    return _packed((implementation, silu, pad_slot_id), *args)
+    return (_run_packed if implementation == "xla" else _packed)(static, *args)
 
 
 def update(implementation, *args, silu: bool, pad_slot_id: int):
     """`causal_conv1d_update` on checked arguments, differentiable."""
+    static = (implementation, silu, pad_slot_id)
     args = jax.tree.map(jnp.asarray, args)
-    static = {"silu": silu, "pad_slot_id": pad_slot_id}
-    if implementation == "xla":
-        return dispatch.run("update", implementation, *args, **static)
-    return _update((implementation, silu, pad_slot_id), *args)
+    return (_run_update if implementation == "xla" else _update)(static, *args)
 
 
 def dense(implementation, *args, silu: bool, state_len: int | None):
@@ -37,10 +31,34 @@ def dense(implementation, *args, silu: bool, state_len: int | None):
 
     `state_len` None is without a final state.
     """
+    static = (implementation, silu, state_len)
     args = jax.tree.map(jnp.asarray, args)
-    if implementation == "xla":
-        return _dense_forward(("xla", silu, state_len), *args)
-    return _dense((implementation, silu, state_len), *args)
+    return (_run_dense if implementation == "xla" else _dense)(static, *args)
+
+
+def _run_packed(static, *args):
+    implementation, silu, pad_slot_id = static
+    return dispatch.run(
+        "packed", implementation, *args, silu=silu, pad_slot_id=pad_slot_id
+    )
+
+
+def _run_update(static, *args):
+    implementation, silu, pad_slot_id = static
+    return dispatch.run(
+        "update", implementation, *args, silu=silu, pad_slot_id=pad_slot_id
+    )
+
+
+def _run_dense(static, *args):
+    implementation, silu, state_len = static
+    out = dispatch.run("dense", implementation, *args, silu=silu, state_len=state_len)
+    return out if len(out) == 2 else (*out, None)
+
+
+_packed = jax.custom_vjp(_run_packed, nondiff_argnums=(0,))
+_update = jax.custom_vjp(_run_update, nondiff_argnums=(0,))
+_dense = jax.custom_vjp(_run_dense, nondiff_argnums=(0,))
 
 
 def _keep_before_update(history, states):
@@ -95,14 +113,6 @@ def _filter_cotangents(dweight, dbias, weight, bias):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed(static, *args):
-    implementation, silu, pad_slot_id = static
-    return dispatch.run(
-        "packed", implementation, *args, silu=silu, pad_slot_id=pad_slot_id
-    )
-
-
 def _packed_sequences(static, x, states, offsets, slots, has_initial_state, rejected):
     offsets = xla.sanitize_offsets(offsets, x.shape[0])
     return xla.sequences(
@@ -116,7 +126,7 @@ def _packed_fwd(static, x, weight, bias, states, *rest):
     wide = xla.wide_slots(states, seqs, states.dtype)  # as stored
     history = xla.history_before(states, wide, seqs, weight.shape[1] - 1)
     history, states = _keep_before_update(history, states)
-    out = _packed(static, x, weight, bias, states, *index, metadata)
+    out = _run_packed(static, x, weight, bias, states, *index, metadata)
     return out, (x, weight, bias, history, seqs, index[0], metadata)
 
 
@@ -153,14 +163,6 @@ def _packed_bwd(static, residuals, cotangents):
 _packed.defvjp(_packed_fwd, _packed_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _update(static, *args):
-    implementation, silu, pad_slot_id = static
-    return dispatch.run(
-        "update", implementation, *args, silu=silu, pad_slot_id=pad_slot_id
-    )
-
-
 def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
     batch, query, _ = x.shape
     offsets = jnp.arange(batch + 1, dtype=jnp.int32) * query
@@ -172,7 +174,7 @@ def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
         cursor = jnp.mod(cursor, state.shape[1])
         history = xla.ring_before(state, wide, seqs, cursor, count)
     history, state = _keep_before_update(history, state)
-    out = _update(static, x, weight, bias, state, cursor, slots, rejected)
+    out = _run_update(static, x, weight, bias, state, cursor, slots, rejected)
     return out, (x, weight, bias, history, seqs, cursor)
 
 
@@ -214,18 +216,8 @@ def _update_bwd(static, residuals, cotangents):
 _update.defvjp(_update_fwd, _update_bwd)
 
 
-def _dense_forward(static, x, weight, bias, initial_state, segment_ids):
-    implementation, silu, state_len = static
-    args = (x, weight, bias, initial_state, segment_ids)
-    out = dispatch.run("dense", implementation, *args, silu=silu, state_len=state_len)
-    return out if len(out) == 2 else (*out, None)
-
-
-_dense = jax.custom_vjp(_dense_forward, nondiff_argnums=(0,))
-
-
 def _dense_fwd(static, *args):
-    return _dense_forward(static, *args), args
+    return _run_dense(static, *args), args
 
 
 def _dense_bwd(static, residuals, cotangents):
