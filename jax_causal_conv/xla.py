@@ -359,7 +359,7 @@ def dense(
     segment_ids,
     *,
     silu: bool,
-    state_len: int | None,
+    state_len: int | None = None,
 ):
     """`causal_conv1d` on checked arguments; `state_len` None is without final state."""
     (batch, length, dim), width = x.shape, weight.shape[1]

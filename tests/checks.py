@@ -122,7 +122,8 @@ def assert_same_bits(got, want, what=""):
     assert got.dtype == want.dtype, f"dtype {got.dtype}, expected {want.dtype}\n{what}"
     assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}\n{what}"
     if not NAN_BITS_SURVIVE:
-        both = np.isnan(got.astype(float)) & np.isnan(want.astype(float))
+        with np.errstate(invalid="ignore"):
+            both = np.isnan(got.astype(float)) & np.isnan(want.astype(float))
         got = np.where(both, want, got)
     bad = bits(got) != bits(want)
     if bad.any():

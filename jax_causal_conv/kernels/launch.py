@@ -138,7 +138,7 @@ def dense(
     segment_ids,
     *,
     silu: bool,
-    state_len: int | None,
+    state_len: int | None = None,
 ):
     """Launches the dense forward kernel, see `xla.dense`."""
     (batch, length, dim), width = x.shape, weight.shape[1]
