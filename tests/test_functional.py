@@ -65,7 +65,7 @@ def test_donated_state_is_consumed_and_the_result_is_right(implementation):
         (draw_update(3), update, "conv_state"),
         (draw_update(4, cache_seqlens=True, num_rejected_tokens=False), update, None),
     ):
-        name = name or "conv_state"  # noqa: PLW2901
+        name = name or "conv_state"  # noqa: PLW2901 - the default for this op
 
         def step(state, arrays, op=op, name=name):
             return op(arrays | {name: state}, implementation=implementation)

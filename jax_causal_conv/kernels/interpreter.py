@@ -82,7 +82,9 @@ def _cast(src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
 def _patch_tensor(tensor: type, *scope: Any) -> None:
     """Triton's patch, with loop bounds that NumPy >= 2.5 accepts in Triton 3.6 too."""
     _stock_patch_tensor(tensor, *scope)
-    tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # type: ignore[attr-defined]
+    setattr(  # noqa: B010 - `type` has no such attribute to a type checker
+        tensor, "__index__", lambda self: int(self.handle.data.squeeze())
+    )
 
 
 @contextmanager
