@@ -3,6 +3,7 @@
 from .checks import PAD_SLOT_ID
 from .dense import causal_conv1d
 from .dispatch import target_compute_capability
+from .halo import halo_state
 from .metadata import ConvMetadata, build_metadata, validate_batch
 from .packed import causal_conv1d_fn
 from .states import layer_slots, varlen_conv_states
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "halo_state",
     "layer_slots",
     "target_compute_capability",
     "validate_batch",

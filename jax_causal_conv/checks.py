@@ -63,6 +63,13 @@ def _integers(name: str, value: Any) -> Any:
     return array
 
 
+def integer_array(name: str, value: Any, expected: tuple, letters: str) -> jax.Array:
+    """An array of integers of any dtype, as it is, of the expected shape."""
+    array = _integers(name, value)
+    _shape(name, array.shape, expected, letters)
+    return jnp.asarray(array)
+
+
 def index_array(
     name: str, value: Any, expected: tuple, letters: str, low: int, high: int
 ) -> Any:

@@ -77,7 +77,7 @@ def causal_conv1d(
         if state is None:
             state = jnp.zeros((batch, state_len, dim), inputs.dtype)
         return (out, state) if wanted else out
-    out, final = gradients.dense(
+    results = gradients.dense(
         implementation,
         inputs,
         taps,
@@ -87,4 +87,4 @@ def causal_conv1d(
         silu=silu,
         state_len=state_len if wanted else None,
     )
-    return (out, final) if wanted else out
+    return results if wanted else results[0]

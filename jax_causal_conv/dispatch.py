@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from . import checks, xla, xla_backward
+from . import checks, sharding, xla, xla_backward
 
 OPS: dict[str, Callable] = {
     "packed": xla.packed,
@@ -70,7 +70,8 @@ def run(op: str, implementation: str | None, *args: Any, **static: Any) -> Any:
     """Runs `op` on checked arguments (arrays, pytrees of arrays, or None)."""
     options = tuple(sorted(static.items()))
     if implementation in ("xla", "interpret"):
-        return _jitted(op, implementation, options)(*args)
+        out = _jitted(op, implementation, options)(*args)
+        return sharding.varying_alike((args, out))[1]  # a callback forgets it
     leaves, tree = jax.tree.flatten(args)
     out = causal_conv_p.bind(
         *leaves,
@@ -100,6 +101,7 @@ def _jitted(op, implementation, options):
 # first, which operands have that vmap's axis (in front).
 causal_conv_p = Primitive("causal_conv")
 causal_conv_p.multiple_results = True
+sharding.needs_devices(causal_conv_p)
 
 
 @causal_conv_p.def_impl
@@ -149,8 +151,9 @@ def _looped(function, axes):
 
 @causal_conv_p.def_abstract_eval
 def _abstract_eval(*leaves, **params):
-    shapes = jax.eval_shape(_function(params, OPS[params["op"]], _vmapped), *leaves)
-    return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    shapes = jax.eval_shape(_function(params, OPS[params["op"]], _vmapped), *shapes)
+    return sharding.result_types(shapes, leaves)
 
 
 def _batch(leaves, dims, **params):
@@ -223,7 +226,8 @@ def _lower_to_triton(ctx, *leaves, **params):
         return _lower_to_xla(ctx, *leaves, **params)
     call = functools.partial(bridge.call, compute_capability=_compute_capability())
     kernel = functools.partial(getattr(launch, params["op"]), call)
-    return _lower(ctx, *leaves, function=_function(params, kernel, _looped))
+    function = _function(params, kernel, _looped)
+    return _lower(ctx, *leaves, function=sharding.partitioned(function, params, ctx))
 
 
 @functools.cache

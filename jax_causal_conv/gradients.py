@@ -6,24 +6,27 @@ and the gathered history (W-1 rows a sequence), never the cache, so that a donat
 cache can be updated in place.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from . import dispatch, xla
+from . import dispatch, sharding, xla
+from .checks import PAD_SLOT_ID
 
 
 def packed(implementation, *args, silu: bool, pad_slot_id: int):
     """`causal_conv1d_fn` on checked arguments, differentiable."""
     static = (implementation, silu, pad_slot_id)
-    args = jax.tree.map(jnp.asarray, args)
-    return (_run_packed if implementation == "xla" else _packed)(static, *args)
+    function = _run_packed if implementation == "xla" else _packed
+    return _on_mesh(function, static, 2, args)
 
 
 def update(implementation, *args, silu: bool, pad_slot_id: int):
     """`causal_conv1d_update` on checked arguments, differentiable."""
     static = (implementation, silu, pad_slot_id)
-    args = jax.tree.map(jnp.asarray, args)
-    return (_run_update if implementation == "xla" else _update)(static, *args)
+    function = _run_update if implementation == "xla" else _update
+    return _on_mesh(function, static, 2, args)
 
 
 def dense(implementation, *args, silu: bool, state_len: int | None):
@@ -32,8 +35,13 @@ def dense(implementation, *args, silu: bool, state_len: int | None):
     `state_len` None is without a final state.
     """
     static = (implementation, silu, state_len)
+    function = _run_dense if implementation == "xla" else _dense
+    return _on_mesh(function, static, 1 if state_len is None else 2, args)
+
+
+def _on_mesh(function, static, num_results, args):
     args = jax.tree.map(jnp.asarray, args)
-    return (_run_dense if implementation == "xla" else _dense)(static, *args)
+    return sharding.on_mesh(functools.partial(function, static), num_results, *args)
 
 
 def _run_packed(static, *args):
@@ -52,8 +60,7 @@ def _run_update(static, *args):
 
 def _run_dense(static, *args):
     implementation, silu, state_len = static
-    out = dispatch.run("dense", implementation, *args, silu=silu, state_len=state_len)
-    return out if len(out) == 2 else (*out, None)
+    return dispatch.run("dense", implementation, *args, silu=silu, state_len=state_len)
 
 
 _packed = jax.custom_vjp(_run_packed, nondiff_argnums=(0,))
@@ -163,27 +170,41 @@ def _packed_bwd(static, residuals, cotangents):
 _packed.defvjp(_packed_fwd, _packed_bwd)
 
 
-def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
-    batch, query, _ = x.shape
-    offsets = jnp.arange(batch + 1, dtype=jnp.int32) * query
-    seqs = xla.sequences(offsets, slots, True, rejected, state.shape, static[2])
-    count, wide = weight.shape[1] - 1, xla.wide_slots(state, seqs, state.dtype)
+def _update_history(count, query, pad_slot_id, state, cursor, slots, rejected):
+    """The sequences of an update, their ring positions, and history as stored."""
+    offsets = jnp.arange(slots.shape[0] + 1, dtype=jnp.int32) * query
+    seqs = xla.sequences(offsets, slots, True, rejected, state.shape, pad_slot_id)
+    wide = xla.wide_slots(state, seqs, state.dtype)
     if cursor is None:
-        history = xla.history_before(state, wide, seqs, count)
+        return seqs, cursor, xla.history_before(state, wide, seqs, count)
+    cursor = jnp.mod(cursor, state.shape[1])
+    return seqs, cursor, xla.ring_before(state, wide, seqs, cursor, count)
+
+
+def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
+    (batch, query, _), pad_slot_id = x.shape, static[2]
+    own = xla.own_slots(slots, batch, state.shape[0], pad_slot_id)
+    gather = functools.partial(_update_history, weight.shape[1] - 1, query)
+    if own is not None:
+        seqs, place, history = xla.row_by_row(functools.partial(gather, PAD_SLOT_ID))(
+            state, cursor, own, rejected
+        )
     else:
-        cursor = jnp.mod(cursor, state.shape[1])
-        history = xla.ring_before(state, wide, seqs, cursor, count)
+        numbers = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
+        seqs, place, history = gather(pad_slot_id, state, cursor, numbers, rejected)
     history, state = _keep_before_update(history, state)
     out = _run_update(static, x, weight, bias, state, cursor, slots, rejected)
-    return out, (x, weight, bias, history, seqs, cursor)
+    return out, (x, weight, bias, history, seqs, place, slots)
 
 
 def _update_bwd(static, residuals, cotangents):
-    x, weight, bias, history, seqs, cursor = residuals
+    x, weight, bias, history, seqs, cursor, slots = residuals
     dy, dstate = cotangents
     implementation, silu, _ = static
-    (_, query, _), state_len, count = x.shape, dstate.shape[1], history.shape[1]
-    dslots = _slots_of(dstate, seqs)
+    (batch, query, _), state_len, count = x.shape, dstate.shape[1], history.shape[1]
+    own = slots is None and batch == dstate.shape[0]
+    by_row = xla.row_by_row if own else lambda function: function
+    dslots = by_row(_slots_of)(dstate, seqs)
     if cursor is None:
         into_tokens, through = dslots, _shifted(dslots, seqs)
         source = _history_rows(seqs, count, state_len)
@@ -208,7 +229,7 @@ def _update_bwd(static, residuals, cotangents):
         None,
         silu=silu,
     )
-    dstate = _state_cotangent(dstate, through, dhistory, seqs, source)
+    dstate = by_row(_state_cotangent)(dstate, through, dhistory, seqs, source)
     dweight, dbias = _filter_cotangents(dweight, dbias, weight, bias)
     return dx, dweight, dbias, dstate, None, None, None
 
@@ -222,7 +243,7 @@ def _dense_fwd(static, *args):
 
 def _dense_bwd(static, residuals, cotangents):
     x, weight, bias, initial_state, segment_ids = residuals
-    dy, dfinal = cotangents
+    dy, dfinal = (*cotangents, None)[:2]
     if dfinal is not None and dfinal.shape[1] == 0:  # W = 1
         dfinal = None
     implementation, silu, _ = static
@@ -246,12 +267,12 @@ def _dense_bwd(static, residuals, cotangents):
     )
     dinitial = None
     if initial_state is not None:
-        dinitial = jnp.zeros(initial_state.shape, dhistory.dtype)
+        unread = initial_state.shape[1] - count
+        dinitial = jnp.pad(dhistory, ((0, 0), (unread, 0), (0, 0)))
         if dfinal is not None:
             runs = xla.runs_of(segment_ids, batch, length)
             last = xla.last_runs(runs, initial_state.shape[1])
-            dinitial = _shifted(dfinal.astype(dhistory.dtype), last)
-        dinitial = dinitial.at[:, dinitial.shape[1] - count :].add(dhistory)
+            dinitial = dinitial + _shifted(dfinal.astype(dhistory.dtype), last)
         dinitial = dinitial.astype(initial_state.dtype)
     dweight, dbias = _filter_cotangents(dweight, dbias, weight, bias)
     return dx, dweight, dbias, dinitial, None

@@ -6,11 +6,14 @@ the two, so that what a token must not see is never multiplied with anything. Th
 loop over taps is static and XLA fuses it into one pass over the output.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from .checks import PAD_SLOT_ID
 
 
 class Sequences(NamedTuple):
@@ -254,6 +257,30 @@ def packed(
     return _store(states, out, seqs.slot, row, rows, seqs.live)
 
 
+def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
+    """For `row_by_row`: each row's slot in a cache of its own (0, or -1 to skip).
+
+    None where rows and slots do not correspond.
+    """
+    if slots is not None or batch != num_slots:
+        return None
+    return jnp.where(jnp.arange(batch, dtype=jnp.int32) == pad_slot_id, -1, 0)
+
+
+def row_by_row(function):
+    """`function` of a batch as a vmap over batches of one.
+
+    Gathers then stay inside a row by construction, and a batch sharded over devices
+    stays where it is.
+    """
+
+    def of_row(*row):
+        out = function(*jax.tree.map(lambda a: a[None], row))
+        return jax.tree.map(lambda a: a[0], out)
+
+    return jax.vmap(of_row)
+
+
 def update(
     x,
     weight,
@@ -267,6 +294,17 @@ def update(
     pad_slot_id: int,
 ):
     """`causal_conv1d_update` on checked arguments; x is `(B, Q, D)`."""
+    own = own_slots(slots, x.shape[0], state.shape[0], pad_slot_id)
+    if own is None:
+        index = cache_seqlens, slots, num_rejected
+        return _update(weight, bias, silu, pad_slot_id, x, state, *index)
+    function = functools.partial(_update, weight, bias, silu, PAD_SLOT_ID)
+    return row_by_row(function)(x, state, cache_seqlens, own, num_rejected)
+
+
+def _update(
+    weight, bias, silu, pad_slot_id, x, state, cache_seqlens, slots, num_rejected
+):
     (batch, query, dim), width, state_len = x.shape, weight.shape[1], state.shape[1]
     flat = x.reshape(batch * query, dim)
     offsets = jnp.arange(batch + 1, dtype=jnp.int32) * query
@@ -323,32 +361,31 @@ def runs_of(segment_ids, batch: int, length: int) -> Runs:
 
 
 def tokens_of_runs(runs: Runs) -> Tokens:
-    """Tokens whose history is row b of `(B+1, W-1, D)`, or its last row, of zeros."""
-    batch, length = runs.start.shape
-    owner = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    owner = jnp.where(runs.start == 0, owner, batch)
-    position = jnp.arange(length, dtype=jnp.int32) - runs.start
-    return Tokens(owner.reshape(-1), position.reshape(-1), runs.real.reshape(-1))
+    """Tokens, all `(B, T)`, whose history is entry 0 of their row's, or 1: zeros."""
+    owner = jnp.where(runs.start == 0, 0, 1)
+    position = jnp.arange(runs.start.shape[1], dtype=jnp.int32) - runs.start
+    return Tokens(owner, position, runs.real)
 
 
 def last_runs(runs: Runs, state_len: int) -> Sequences:
-    """The last run of real tokens of each row, as sequences of the flat tokens.
+    """The last run of real tokens of each row, as a sequence of the row's tokens.
 
     An empty one at position 0, with all its history, where a row is only padding.
     """
     batch, length = runs.start.shape
     position = jnp.arange(length, dtype=jnp.int32)
     end = jnp.max(jnp.where(runs.real, position + 1, 0), axis=1)
-    row = jnp.arange(batch, dtype=jnp.int32)
-    start = jnp.where(end > 0, runs.start[row, jnp.maximum(end - 1, 0)], 0)
+    last = jnp.maximum(end - 1, 0)[:, None]
+    start = jnp.take_along_axis(runs.start, last, axis=1, mode="clip")[:, 0]
+    start = jnp.where(end > 0, start, 0)
     history = jnp.where(start == 0, state_len, 0)
-    live = jnp.ones((batch,), bool)
-    return Sequences(row * length + start, end - start, row, history, live)
+    slot, live = jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool)
+    return Sequences(start, end - start, slot, history, live)
 
 
-def with_zero_row(history):
-    """Appends a history of zeros, for runs that do not start their row."""
-    return jnp.concatenate([history, jnp.zeros_like(history[:1])])
+def with_zeros(history):
+    """`(B, 2, W-1, D)`: each row's history, and one of zeros for its later runs."""
+    return jnp.stack([history, jnp.zeros_like(history)], axis=1)
 
 
 def dense(
@@ -362,9 +399,8 @@ def dense(
     state_len: int | None = None,
 ):
     """`causal_conv1d` on checked arguments; `state_len` None is without final state."""
-    (batch, length, dim), width = x.shape, weight.shape[1]
-    flat = x.reshape(batch * length, dim)
-    wide_x = flat.astype(accumulator(x))
+    (batch, length, dim), width, dtype = x.shape, weight.shape[1], x.dtype
+    wide_x = x.astype(accumulator(x))
     if initial_state is None:
         wide = None
         history = jnp.zeros((batch, width - 1, dim), wide_x.dtype)
@@ -372,24 +408,28 @@ def dense(
         wide = initial_state.astype(wide_x.dtype)
         history = wide[:, initial_state.shape[1] - (width - 1) :]
     runs = runs_of(segment_ids, batch, length)
-    history, tokens = with_zero_row(history), tokens_of_runs(runs)
-    out = convolve(wide_x, weight, bias, history, tokens, silu, x.dtype)
-    out = out.reshape(x.shape)
+
+    def convolve_row(x, history, tokens):
+        return convolve(x, weight, bias, history, tokens, silu, dtype)
+
+    out = jax.vmap(convolve_row)(wide_x, with_zeros(history), tokens_of_runs(runs))
     if state_len is None:
         return (out,)
-    return out, _final_state(flat, wide_x, initial_state, wide, runs, state_len)
+    return out, _final_states(x, wide_x, initial_state, wide, runs, state_len)
 
 
-def final_state(x, initial_state, segment_ids, state_len: int):
+def final_states(x, initial_state, segment_ids, state_len: int):
     """What a continuation of each row's last run needs, `(B, state_len, D)`."""
-    batch, length, dim = x.shape
-    flat, runs = x.reshape(batch * length, dim), runs_of(segment_ids, batch, length)
-    return _final_state(flat, flat, initial_state, initial_state, runs, state_len)
+    runs = runs_of(segment_ids, *x.shape[:2])
+    return _final_states(x, x, initial_state, initial_state, runs, state_len)
 
 
-def _final_state(x, wide_x, initial_state, wide, runs: Runs, state_len: int):
-    seqs = last_runs(runs, state_len)
+def _final_states(x, wide_x, initial_state, wide, runs: Runs, state_len: int):
     dtype = x.dtype if initial_state is None else initial_state.dtype
-    return slots_after(
-        x, wide_x, initial_state, wide, seqs, seqs.length, state_len, dtype
-    )
+
+    def of_row(x, wide_x, state, wide, last):
+        length = last.length
+        return slots_after(x[0], wide_x[0], state, wide, last, length, state_len, dtype)
+
+    last = last_runs(runs, state_len)
+    return row_by_row(of_row)(x, wide_x, initial_state, wide, last)

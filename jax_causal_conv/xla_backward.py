@@ -70,7 +70,7 @@ def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu)
         )
         back = dz[token][:, None] * weight.T[: width - 1 - p]
         back = jnp.where(reaches[:, None, None], back, 0)
-        dhistory = dhistory.at[:, p:].add(back)
+        dhistory = dhistory + jnp.pad(back, ((0, 0), (p, 0), (0, 0)))
     return dx.astype(x.dtype), dweight, _column_sums(dz), dhistory
 
 
@@ -131,28 +131,23 @@ def rows_backward(
     Returns:
         See `_backward`; dx is `(B, T, D)`.
     """
-    batch, length, dim = x.shape
+    batch, length, _ = x.shape
     runs = xla.runs_of(segment_ids, batch, length)
     if live is not None:
         runs = runs._replace(real=runs.real & live[:, None])
-    tokens = xla.tokens_of_runs(runs)
-    start = jnp.arange(batch, dtype=jnp.int32) * length
     last = xla.last_runs(runs, 0)
-    token = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length)
+    token = jnp.arange(length, dtype=jnp.int32)
     row = state_rows(dslots) - last.length[:, None] + (token - last.start[:, None])
     kept = (token >= last.start[:, None]) & (row < state_rows(dslots))
-    row = jnp.where(kept, row, -1).reshape(-1)
-    copied = _copied(dslots, token.reshape(-1) // length, row, xla.accumulator(x))
-    flat = (batch * length, dim)
-    dx, *rest = _backward(
-        x.reshape(flat),
-        weight,
-        bias,
-        xla.with_zero_row(history),
-        dy.reshape(flat),
-        copied,
-        tokens,
-        start,
-        silu,
+    row = jnp.where(kept, row, -1)
+
+    def of_row(x, history, dy, dslots, tokens, row):
+        dslots = None if dslots is None else dslots[None]
+        copied = _copied(dslots, 0, row, xla.accumulator(x))
+        start = jnp.zeros((1,), jnp.int32)
+        return _backward(x, weight, bias, history, dy, copied, tokens, start, silu)
+
+    dx, dweight, dbias, dhistory = jax.vmap(of_row)(
+        x, xla.with_zeros(history), dy, dslots, xla.tokens_of_runs(runs), row
     )
-    return dx.reshape(x.shape), *rest
+    return dx, dweight.sum(axis=0), dbias.sum(axis=0), dhistory[:, 0]

@@ -172,7 +172,7 @@ def dense(
     )
     if state_len is None:
         return (out,)
-    return out, xla.final_state(x, initial_state, segment_ids, state_len)
+    return out, xla.final_states(x, initial_state, segment_ids, state_len)
 
 
 def packed_backward(
@@ -232,8 +232,7 @@ def rows_backward(
     state_start = state_end = unused
     if segment_ids is not None and dslots is not None:
         last = xla.last_runs(xla.runs_of(segment_ids, batch, length), 0)
-        state_start = last.start - jnp.arange(batch, dtype=jnp.int32) * length
-        state_end = state_start + last.length
+        state_start, state_end = last.start, last.start + last.length
     history, dhistory = _kernel_history(history)
     dx, dhistory, partial = call(
         rows_backward_kernel,
