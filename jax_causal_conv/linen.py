@@ -1,0 +1,171 @@
+"""A Flax Linen layer over the ops; needs the extra `flax`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from . import checks
+from .dense import causal_conv1d
+from .packed import causal_conv1d_fn
+from .update import causal_conv1d_update
+
+try:
+    from flax import linen as nn
+    from flax.linen.dtypes import canonicalize_dtype
+except ModuleNotFoundError as error:
+    raise ImportError(
+        'jax_causal_conv.linen needs Flax: pip install "jax-causal-conv[flax]"'
+    ) from error
+
+default_kernel_init = jax.nn.initializers.variance_scaling(
+    1 / 3, "fan_in", "uniform", in_axis=-1, out_axis=-2
+)
+default_bias_init = nn.initializers.zeros_init()
+
+
+class CausalConv1d(nn.Module):
+    """Causal depthwise conv1d for training, packed serving and decoding.
+
+    The Linen twin of `jax_causal_conv.nnx.CausalConv1d`: what is said there about
+    dtypes, initialisers and states holds here. States are arguments and results, not
+    variables of a collection, so that a server may donate them.
+
+    Params: `kernel` `(features, kernel_size)`, whose last column meets the current
+    token, and `bias` `(features,)`. The params of a depthwise
+    `nn.Conv(features, (W,), feature_group_count=features, padding="CAUSAL")` become
+    `{"kernel": kernel[:, 0, :].T, "bias": bias}`.
+
+    Attributes:
+        features: D, the number of channels.
+        kernel_size: W, the width of the filter, an int >= 1.
+        use_bias: whether there is a bias.
+        activation: None, "silu" or "swish".
+        dtype: of the computation and of outputs; None infers it from x and params.
+        param_dtype: of the params.
+        kernel_init: called with shape `(D, W)`: fan-in is the last axis.
+        bias_init: called with shape `(D,)`.
+        implementation: as for `causal_conv1d_fn`.
+
+    Example:
+        >>> conv = CausalConv1d(64, 4, activation="silu")
+        >>> params = conv.init(jax.random.key(0), jnp.ones((2, 16, 64)))
+        >>> y = conv.apply(params, x, segment_ids=ids)
+        >>> out, states = conv.apply(params, tokens, states, query_start_loc,
+        ...                          cache_indices=slots, method="packed")
+    """
+
+    features: int
+    kernel_size: int
+    use_bias: bool = True
+    activation: str | bool | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = default_bias_init
+    implementation: str | None = None
+
+    def setup(self):
+        """Creates the params."""
+        features = checks.static_int("features", self.features, minimum=0)
+        width = checks.static_int("kernel_size", self.kernel_size, minimum=1)
+        self.kernel = self.param(
+            "kernel", self.kernel_init, (features, width), self.param_dtype
+        )
+        self.bias = (
+            self.param("bias", self.bias_init, (features,), self.param_dtype)
+            if self.use_bias
+            else None
+        )
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        initial_state: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        return_final_state: bool = False,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Applies `causal_conv1d` to rows `(B, T, D)`, for training.
+
+        Arguments, results and errors are those of `causal_conv1d`.
+        """
+        return causal_conv1d(
+            self._cast(x),
+            self.kernel,
+            self.bias,
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+            activation=self.activation,
+            return_final_state=return_final_state,
+            implementation=self.implementation,
+        )
+
+    def packed(
+        self,
+        x: ArrayLike,
+        conv_states: ArrayLike,
+        query_start_loc: ArrayLike,
+        **batch: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Applies `causal_conv1d_fn` to packed tokens `(T, D)`, for serving.
+
+        `batch` holds its keyword arguments: `cache_indices`, `has_initial_state`,
+        `metadata` and so on. Returns the outputs and the new states.
+        """
+        return causal_conv1d_fn(
+            self._cast(x),
+            self.kernel,
+            self.bias,
+            conv_states,
+            query_start_loc,
+            activation=self.activation,
+            implementation=self.implementation,
+            **batch,
+        )
+
+    def decode(
+        self, x: ArrayLike, conv_state: ArrayLike, **batch: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Applies `causal_conv1d_update` to `(B, D)` or `(B, Q, D)`, for decoding.
+
+        `batch` holds its keyword arguments: `conv_state_indices`, `cache_seqlens` and
+        so on. Returns the outputs and the new state.
+        """
+        return causal_conv1d_update(
+            self._cast(x),
+            conv_state,
+            self.kernel,
+            self.bias,
+            self.activation,
+            implementation=self.implementation,
+            **batch,
+        )
+
+    @nn.nowrap
+    def init_state(
+        self,
+        num_slots: int,
+        *,
+        state_len: int | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> jax.Array:
+        """Conv states of requests without history; needs no params.
+
+        Args:
+            num_slots: S.
+            state_len: L >= W-1, more for speculative decoding. None is W-1.
+            dtype: None is the layer's `dtype`, else its `param_dtype`.
+
+        Returns:
+            `(S, L, D)` zeros.
+        """
+        rows = self.kernel_size - 1 if state_len is None else state_len
+        dtype = dtype or self.dtype or self.param_dtype
+        return jnp.zeros((num_slots, rows, self.features), dtype)
+
+    def _cast(self, x: ArrayLike) -> jax.Array:
+        dtype = canonicalize_dtype(x, self.kernel, self.bias, dtype=self.dtype)
+        return jnp.asarray(x, dtype)
