@@ -6,6 +6,7 @@ from .dispatch import target_compute_capability
 from .halo import halo_state
 from .metadata import ConvMetadata, build_metadata, validate_batch
 from .packed import causal_conv1d_fn
+from .ssd import ssd, ssd_packed
 from .states import layer_slots, varlen_conv_states
 from .update import causal_conv1d_update
 
@@ -20,6 +21,8 @@ __all__ = [
     "causal_conv1d_update",
     "halo_state",
     "layer_slots",
+    "ssd",
+    "ssd_packed",
     "target_compute_capability",
     "validate_batch",
     "varlen_conv_states",
