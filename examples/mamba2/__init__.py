@@ -1,0 +1,1 @@
+"""Mamba2 language models: load, train and serve."""
