@@ -1,0 +1,212 @@
+r"""Benchmarks: `python -m benchmarks [SUITE ...]`, by default all, on what is here.
+
+    python -m benchmarks                          # a few minutes on a CPU
+    python -m benchmarks mixed --dtype bfloat16
+    python -m benchmarks decode prefill --json gpu.json --plots plots \
+        --peer-path vllm=.peers/vllm_causal_conv1d.py
+    python -m benchmarks plot gpu.json plots      # draws what --json wrote
+    python -m benchmarks tune                     # tile sizes; compiles them on a CPU
+
+Results are compared with float64 before anything is timed. Peers take part where they
+are installed, or with --peer-path NAME=PATH: a file, a folder or a wheel.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import machine, tune
+from benchmarks.peers import PACKAGES
+from benchmarks.suites import SUITES, Options, Row, best_peers, run_case
+from tests.gpu_compiler import expect_no_gpu
+
+_COLUMNS = ("us", "p10-p90", "GB/s", "{}", "x ours", "error", "kernels")
+
+
+def table(suite: str, rows: list[Row]) -> Table:
+    """The rows of a suite, cases apart from each other."""
+    made = Table(title=suite, title_justify="left")
+    for heading in ("case", "dtype", "who"):
+        made.add_column(heading, no_wrap=True)
+    yardstick = next((r.candidate for r in rows if r.of_yardstick == 1), "yardstick")
+    for heading in _COLUMNS:
+        made.add_column(heading.format(f"x {yardstick}"), justify="right")
+    made.add_column("note", overflow="fold")
+    last = None
+    for row in rows:
+        key = (row.case, row.dtype)
+        if last not in (None, key):
+            made.add_section()
+        made.add_row(*(key if key != last else ("", "")), *_cells(row))
+        last = key
+    return made
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    spread = "" if row.low is None else f"{row.low:,.1f}-{row.high:,.1f}"
+    return (
+        row.candidate,
+        number(row.microseconds, ",.1f"),
+        spread,
+        number(row.gigabytes_per_second, ",.0f"),
+        number(row.of_yardstick, ".2f"),
+        number(row.of_ours, ".2f"),
+        number(row.error, ".0e"),
+        number(row.kernels, ".1f"),
+        ", ".join(filter(None, (row.note, _clock(row)))),
+    )
+
+
+def _clock(row: Row) -> str:
+    """How it was timed, where that is not how all are."""
+    return "" if row.clock in ("", "wall", "jax.profiler") else f"by {row.clock}"
+
+
+def _peer_path(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not separator or name not in PACKAGES:
+        raise argparse.ArgumentTypeError(
+            f"want NAME=PATH with one of the names {', '.join(PACKAGES)}, got {text!r}"
+        )
+    return name, Path(path).resolve()
+
+
+def parser() -> argparse.ArgumentParser:
+    about = {
+        name: (suite.__doc__ or "").split("\n")[0] for name, suite in SUITES.items()
+    }
+    suites = "\n".join(f"  {name:10}{line}" for name, line in about.items())
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=f"suites:\n{suites}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
+    made.add_argument("--long", action="store_true", help="more sizes, more time")
+    made.add_argument("--seconds", type=float, help="for each case (default 2; long 8)")
+    made.add_argument(
+        "--dtype", nargs="+", default=(), choices=("float32", "bfloat16", "float16")
+    )
+    made.add_argument(
+        "--shape",
+        default="tiny",
+        choices=("tiny", "130m", "780m", "2.7b"),
+        help="of the engine's model",
+    )
+    made.add_argument(
+        "--peer-path",
+        type=_peer_path,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help=f"where a peer is: {', '.join(PACKAGES)}",
+    )
+    made.add_argument("--no-peers", action="store_true", help="ours and yardsticks")
+    made.add_argument("--json", type=Path, help="write all results to this file")
+    made.add_argument("--plots", type=Path, help="draw PNG and SVG into this folder")
+    return made
+
+
+def run(arguments: list[str], console: Console) -> dict[str, Any]:
+    """Runs suites and returns what `--json` writes."""
+    made = parser()
+    given = made.parse_args(arguments)
+    names = given.suites or list(SUITES)
+    if unknown := set(names) - SUITES.keys():
+        made.error(f"no such suite: {', '.join(sorted(unknown))}")
+    options = Options(
+        long=given.long,
+        seconds=given.seconds or (8.0 if given.long else 2.0),
+        dtypes=tuple(given.dtype),
+        shape=given.shape,
+        paths=dict(given.peer_path),
+        with_peers=not given.no_peers,
+    )
+    result: dict[str, Any] = {"machine": machine.describe(), "rows": []}
+    console.print(machine.title(result["machine"]))
+    rows: list[Row] = []
+    with Progress(console=console, transient=True) as progress:
+        for name in names:
+            own: list[Row] = []
+            cases = _cases(name, SUITES[name], options)
+            if not isinstance(cases, list):
+                console.print(f"[red]{name}: {cases}[/red]")
+                continue
+            task = progress.add_task(name, total=len(cases))
+            while cases:  # and let go of its arrays
+                case = cases.pop(0)
+                progress.update(task, description=f"{name}: {case.name}, {case.dtype}")
+                own += run_case(case, options)
+                progress.advance(task)
+            progress.remove_task(task)
+            rows += own
+            console.print(table(name, own))
+            result["rows"] = [
+                dataclasses.asdict(r) | {"gigabytes_per_second": r.gigabytes_per_second}
+                for r in rows
+            ]
+            if given.json:  # after each suite: what is there stays
+                given.json.write_text(json.dumps(result, indent=1))
+    summary = _summary(rows, best_peers(rows))
+    if summary.row_count:
+        console.print(summary)
+    if given.plots:
+        _draw(result, given.plots, console)
+    return result
+
+
+def _draw(result: dict[str, Any], folder: Path, console: Console) -> None:
+    from benchmarks import plots  # noqa: PLC0415 (needs matplotlib)
+
+    for path in plots.draw(result, folder):
+        console.print(f"drawn: {path}")
+
+
+def _cases(name: str, suite, options) -> list | str:
+    """All cases of a suite, or why there are none."""
+    try:
+        return list(suite(options))
+    except Exception as error:  # the other suites' results must not be lost
+        return f"not run: {type(error).__name__}: {error}"
+
+
+def _summary(rows: list, best: dict) -> Table:
+    """This package against the best peer of each case."""
+    made = Table(title="against the best peer", title_justify="left")
+    for heading in ("suite", "case", "dtype", "best peer"):
+        made.add_column(heading, no_wrap=True)
+    made.add_column("its time over ours", justify="right")
+    for (suite, case, dtype), row in best.items():
+        if row.of_ours is not None:
+            made.add_row(suite, case, dtype, row.candidate, f"{row.of_ours:.2f} x")
+    return made
+
+
+def main() -> int:
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    arguments = sys.argv[1:]
+    if not Path("/proc/driver/nvidia/version").exists():
+        expect_no_gpu()
+    match arguments:
+        case ["plot", source, folder]:
+            _draw(json.loads(Path(source).read_text()), Path(folder), console)
+        case ["tune", *rest]:
+            tune.main(rest, console)
+        case _:
+            run(arguments, console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,738 @@
+"""Everybody who can compute a `Workload`: this package, yardsticks, and the peers.
+
+A peer is imported where it is installed, or from a path that the user gives; none of
+its code is here. Each gets its inputs in the layout that suits it, before the clock
+starts, and computes what it can: where it knows no slots, the slots' states have been
+gathered for it. What fails to import, to run or to be right is reported as such.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import Prepared
+from benchmarks.workload import Workload
+from jax_causal_conv import (
+    build_metadata,
+    causal_conv1d,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+)
+
+OURS = "jax-causal-conv"
+
+
+class Absent(ImportError):
+    """A peer that is simply not here: no news for the table."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Somebody who computes workloads.
+
+    Attributes:
+        name: in tables.
+        prepare: puts a workload's inputs in place; raises `Absent` where it cannot be.
+        ops: what it computes.
+        platforms: where it runs.
+        package: name of the peer in `--peer-path`.
+    """
+
+    name: str
+    prepare: Callable[[Workload, Path | None], Prepared]
+    ops: tuple[str, ...]
+    platforms: tuple[str, ...] = ("cpu", "gpu")
+    package: str = ""
+
+    def takes(self, work: Workload) -> bool:
+        """Whether this is something for it."""
+        fits = work.op in self.ops or self._as_rows(work) in self.ops
+        return fits and jax.default_backend() in self.platforms
+
+    def _as_rows(self, work: Workload) -> str:
+        """A batch of one fresh prompt is a row of the dense op, but for its state."""
+        fresh = work.op == "packed" and len(work.lengths) == 1 and not work.seen
+        return "dense" if fresh else ""
+
+
+# ---- This package, and yardsticks --------------------------------------------------
+
+
+def ours(
+    work: Workload, path: Path | None = None, *, implementation: str | None = None
+) -> Prepared:
+    """This package; with "xla", what XLA makes of it on a GPU."""
+    x, weight, bias = work.x, work.weight, work.bias
+    if work.op == "packed":
+        options = {
+            "cache_indices": jnp.asarray(work.cache_indices),
+            "has_initial_state": jnp.asarray(work.has_initial_state),
+            "metadata": jax.tree.map(
+                jnp.asarray, build_metadata(work.offsets, work.tokens)
+            ),
+        }
+        offsets = jnp.asarray(work.offsets)
+
+        def packed(states, x, weight, bias, offsets, options):
+            return causal_conv1d_fn(
+                x,
+                weight,
+                bias,
+                states,
+                offsets,
+                implementation=implementation,
+                **options,
+            )
+
+        return _jax_with_states(work, packed, x, weight, bias, offsets, options)
+    if work.op == "update":
+
+        def update(states, x, weight, bias, slots):
+            return causal_conv1d_update(
+                x,
+                states,
+                weight,
+                bias,
+                "silu",
+                conv_state_indices=slots,
+                implementation=implementation,
+            )
+
+        slots = jnp.asarray(work.cache_indices)
+        return _jax_with_states(work, update, x, weight, bias, slots)
+    return _jax_rows(
+        work,
+        lambda x, weight, bias: causal_conv1d(
+            x, weight, bias, activation="silu", implementation=implementation
+        ),
+    )
+
+
+def _jax_with_states(work: Workload, function: Callable, *args: Any) -> Prepared:
+    """`(out, states) = function(states, *args)` with a donated cache."""
+    step = jax.jit(function, donate_argnums=0)
+    holder = [work.states()]
+    note = ""
+    if jax.default_backend() == "cpu":
+        hlo = step.lower(holder[0], *args).compile().as_text() or ""
+        if copies := cache_copies(hlo, holder[0].shape):
+            note = f"{copies} copies of the cache"
+
+    def call():
+        out, holder[0] = step(holder[0], *args)
+        return out, holder[0]
+
+    def view(result):
+        out, states = result
+        left = jnp.take(states, work.cache_indices, axis=0)
+        return {"out": work.pick(out), "states": work.pick(left)}
+
+    # Waiting for the cache would keep it from being donated to the next call.
+    return Prepared(call, lambda result: result[0].block_until_ready(), view, note=note)
+
+
+def cache_copies(hlo: str, shape: tuple[int, ...]) -> int:
+    """Copies and converts of `shape`, or its rows flattened, in HLO text."""
+    flat = (shape[0] * shape[1], shape[2])
+    sizes = "|".join(re.escape(",".join(map(str, s))) for s in (shape, flat))
+    return len(re.findall(rf"\[(?:{sizes})\]\S* (?:copy|convert)\(", hlo))
+
+
+def _jax_rows(work: Workload, forward: Callable) -> Prepared:
+    """`forward(x (B, T, D), weight, bias)`, or with all its gradients."""
+    x = work.x.reshape(work.rows)
+    if work.op != "gradient":
+        call = functools.partial(jax.jit(forward), x, work.weight, work.bias)
+        return Prepared(call, view=lambda out: {"out": work.pick(_flat(out))})
+
+    @jax.jit
+    def step(x, weight, bias, dy):
+        out, pull = jax.vjp(forward, x, weight, bias)
+        return out, *pull(dy)
+
+    def view(result):
+        out, dx, dweight, dbias = result
+        return {
+            "out": work.pick(_flat(out)),
+            "dx": work.pick(_flat(dx)),
+            "dweight": work.pick(dweight, 0),
+            "dbias": work.pick(dbias),
+        }
+
+    dy = work.dy.reshape(work.rows)
+    return Prepared(functools.partial(step, x, work.weight, work.bias, dy), view=view)
+
+
+def _flat(array):
+    return array.reshape(-1, array.shape[-1])
+
+
+def copy(work: Workload, path: Path | None = None) -> Prepared:
+    """A copy that reads and writes as many bytes as the op must, into a new array."""
+    source = jnp.ones(work.nbytes // 2, jnp.uint8)
+    return Prepared(functools.partial(jax.jit(jnp.copy), source))
+
+
+def memcpy(work: Workload, path: Path | None = None) -> Prepared:
+    """The same on a CPU into memory that is there already, perhaps in its caches."""
+    source = np.ones(work.nbytes // 2, np.uint8)
+    target = np.zeros_like(source)
+    return Prepared(functools.partial(np.copyto, target, source), lambda _: None)
+
+
+def silu(work: Workload, path: Path | None = None) -> Prepared:
+    """`jax.nn.silu` of the same x: a yardstick for what computes as many outputs."""
+    return Prepared(functools.partial(jax.jit(jax.nn.silu), work.x))
+
+
+# ---- JAX peers ---------------------------------------------------------------------
+
+
+def _nnx_conv(work: Workload, path: Path | None) -> Prepared:
+    """A depthwise `flax.nnx.Conv` and silu."""
+    nnx = _import("flax.nnx", path)
+    layer = nnx.Conv(
+        work.dim,
+        work.dim,
+        work.width,
+        padding=((work.width - 1, 0),),
+        feature_group_count=work.dim,
+        dtype=work.dtype,
+        param_dtype=work.dtype,
+        rngs=nnx.Rngs(0),
+    )
+    graph, _ = nnx.split(layer)
+
+    def forward(x, weight, bias):
+        state = nnx.State({"kernel": weight.T[:, None], "bias": bias})
+        return jax.nn.silu(nnx.merge(graph, state)(x))
+
+    return _jax_rows(work, forward)
+
+
+def _mamba2_jax(work: Workload, path: Path | None) -> Prepared:
+    """The conv of mamba2-jax (of bonsai's Mamba2, too) and silu."""
+    modeling, nnx = _import("mamba2_jax.modeling", path), _import("flax.nnx", None)
+    layer = modeling.DepthwiseConv1d(work.dim, work.width, rngs=nnx.Rngs(0))
+    graph, _ = nnx.split(layer)
+
+    def conv(x, weight, bias, states=None):
+        state = nnx.State({"conv": {"kernel": weight.T[:, None], "bias": bias}})
+        out, states = nnx.merge(graph, state)(x, states)
+        return jax.nn.silu(out), states
+
+    if work.op != "update":
+        return _jax_rows(work, lambda *args: conv(*args)[0])
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(states, x, weight, bias):
+        out, states = conv(x[:, None], weight, bias, states)
+        return out[:, 0], states
+
+    gathered = work.states()[work.cache_indices].swapaxes(1, 2)
+    holder = [jnp.array(gathered)]
+
+    def call():
+        out, holder[0] = step(holder[0], work.x, work.weight, work.bias)
+        return out, holder[0]
+
+    def view(result):
+        out, states = result
+        return {"out": work.pick(out), "states": work.pick(states.swapaxes(1, 2))}
+
+    return Prepared(call, lambda result: result[0].block_until_ready(), view)
+
+
+def _tpu_inference(work: Workload, path: Path | None) -> Prepared:
+    """Tpu-inference's `ragged_conv1d`, and silu as its layer applies it."""
+    name = "tpu_inference.layers.common.ragged_conv1d_jax"
+    module = _import(name, path)
+    batch = len(work.lengths)
+    decodes = sum(length == 1 for length in work.lengths)
+    # Its three numbers: rows that decode, those or whole prefills, all rows.
+    distribution = jnp.array([decodes, decodes, batch], jnp.int32)
+
+    def step(states, x, weight, bias, offsets, slots, seen, distribution):
+        out, states = module.ragged_conv1d(
+            x,
+            states,
+            weight[:, None],
+            bias,
+            offsets,
+            slots,
+            distribution,
+            seen,
+            kernel_size=work.width,
+        )
+        return jax.nn.silu(out), states
+
+    return _jax_with_states(
+        work,
+        step,
+        work.x,
+        work.weight,
+        work.bias,
+        jnp.asarray(work.offsets),
+        jnp.asarray(work.cache_indices),
+        jnp.asarray(work.has_initial_state),
+        distribution,
+    )
+
+
+# ---- PyTorch peers -----------------------------------------------------------------
+
+
+class _Torch:
+    """A workload's inputs as tensors, and the way back."""
+
+    def __init__(self, work: Workload):
+        self.torch = _import("torch", None)
+        self.work = work
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        if self.device == "cuda" and not self.torch.cuda.is_available():
+            raise Absent("torch sees no GPU")
+        self.x, self.weight, self.bias = map(
+            self.tensor, (work.x, work.weight, work.bias)
+        )
+
+    def tensor(self, array) -> Any:
+        """A tensor of its own with an array's numbers."""
+        if self.device == "cuda" and isinstance(array, jax.Array):
+            with contextlib.suppress(Exception):  # then by way of the host
+                shared = self.torch.from_dlpack(jax.block_until_ready(array))
+                return shared.clone()
+        array = np.asarray(array)
+        if array.dtype == jnp.bfloat16:
+            bits = self.torch.from_numpy(array.view(np.int16).copy())
+            return bits.view(self.torch.bfloat16).to(self.device)
+        return self.torch.from_numpy(array.copy()).to(self.device)
+
+    def states(self) -> Any:
+        return self.tensor(self.work.states())
+
+    def gathered(self, width: int | None = None) -> Any:
+        """States of the sequences `(N, D, width)`, oldest first, zeros in front."""
+        states = self.tensor(self.work.states()[self.work.cache_indices])
+        states = states.transpose(1, 2)
+        missing = (width or states.shape[2]) - states.shape[2]
+        return self.torch.nn.functional.pad(states, (missing, 0)).contiguous()
+
+    def pick(self, tensor, axis: int = -1) -> np.ndarray:
+        channels = self.torch.as_tensor(self.work.channels, device=tensor.device)
+        picked = tensor.detach().index_select(axis % tensor.dim(), channels)
+        return picked.float().cpu().numpy()
+
+    def wait(self, result: Any) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def prepared(self, call: Callable, view: Callable) -> Prepared:
+        def no_grad():
+            with self.torch.no_grad():
+                return call()
+
+        call_it = call if self.work.op == "gradient" else no_grad
+        return Prepared(call_it, self.wait, view, by_torch=True)
+
+    def rows(self, forward: Callable, channel_last: bool) -> Prepared:
+        """`forward(x, weight, bias)` of `(B, T, D)`, or `(B, D, T)`, with gradients."""
+        shape = self.work.rows
+
+        def layout(tensor):
+            tensor = tensor.reshape(shape)
+            return tensor if channel_last else tensor.transpose(1, 2).contiguous()
+
+        def flat(tensor):
+            tensor = tensor if channel_last else tensor.transpose(1, 2)
+            return self.pick(tensor.reshape(-1, shape[2]))
+
+        inputs = [layout(self.x), self.weight, self.bias]
+        if self.work.op != "gradient":
+            return self.prepared(lambda: forward(*inputs), lambda y: {"out": flat(y)})
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        dy = layout(self.tensor(self.work.dy))
+
+        def call():
+            out = forward(*inputs)
+            return out, *self.torch.autograd.grad(out, inputs, dy)
+
+        def view(result):
+            out, dx, dweight, dbias = result
+            return {
+                "out": flat(out),
+                "dx": flat(dx),
+                "dweight": self.pick(dweight, 0),
+                "dbias": self.pick(dbias),
+            }
+
+        return self.prepared(call, view)
+
+
+def _torch_conv(work: Workload, path: Path | None) -> Prepared:
+    """A depthwise `F.conv1d` of `(B, D, T)` and silu."""
+    torch = _Torch(work)
+    functional = torch.torch.nn.functional
+
+    def forward(x, weight, bias):
+        padded = functional.pad(x, (work.width - 1, 0))
+        out = functional.conv1d(padded, weight[:, None], bias, groups=work.dim)
+        return functional.silu(out)
+
+    return torch.rows(forward, channel_last=False)
+
+
+def _torch_roll(work: Workload, path: Path | None) -> Prepared:
+    """What transformers does without kernels: a padded conv, or roll and sum."""
+    torch = _Torch(work)
+    functional = torch.torch.nn.functional
+    if work.op == "update":
+        states = torch.gathered(work.width)
+
+        def step():
+            rolled = states.roll(-1, dims=-1)
+            rolled[:, :, -1] = torch.x
+            states.copy_(rolled)
+            return functional.silu((states * torch.weight).sum(-1) + torch.bias)
+
+        def view(out):
+            left = states[:, :, 1:].transpose(1, 2)
+            return {"out": torch.pick(out), "states": torch.pick(left)}
+
+        return torch.prepared(step, view)
+
+    def forward(x, weight, bias):
+        out = functional.conv1d(
+            x.transpose(1, 2),
+            weight[:, None],
+            bias,
+            padding=work.width - 1,
+            groups=work.dim,
+        )
+        return functional.silu(out[..., : x.shape[1]].transpose(1, 2))
+
+    return torch.rows(forward, channel_last=True)
+
+
+def _vllm(work: Workload, path: Path | None) -> Prepared:
+    """The Triton kernels of vLLM, with metadata built before, as its scheduler does.
+
+    From a path: its `causal_conv1d.py` alone, without dependent launches, in which a
+    kernel's duration would contain its wait for the one before it.
+    """
+    torch = _Torch(work)
+    if path is None:
+        module = _import("vllm.model_executor.layers.mamba.ops.causal_conv1d", None)
+    else:
+        with _stand_in("vllm", _vllm_names()):
+            module = _import("vllm_causal_conv1d", path)
+    states = torch.states()
+    slots = torch.tensor(work.cache_indices)
+
+    def view(out):
+        out = out if work.op == "update" else out.T
+        return {"out": torch.pick(out), "states": torch.pick(states[slots.long()])}
+
+    if work.op == "update":
+        options = {}
+        if "out" in inspect.signature(module.causal_conv1d_update).parameters:
+            options["out"] = torch.torch.empty_like(torch.x)
+
+        def update():
+            return module.causal_conv1d_update(
+                torch.x,
+                states.transpose(1, 2),
+                torch.weight,
+                torch.bias,
+                "silu",
+                conv_state_indices=slots,
+                **options,
+            )
+
+        return torch.prepared(update, view)
+    offsets = torch.tensor(work.offsets)
+    seen = torch.tensor(work.has_initial_state)
+    metadata = _vllm_metadata(torch, work, block_m=8)
+
+    def packed():
+        return module.causal_conv1d_fn(
+            torch.x.T,
+            torch.weight,
+            torch.bias,
+            states.transpose(1, 2),
+            offsets,
+            cache_indices=slots,
+            has_initial_state=seen,
+            activation="silu",
+            metadata=metadata,
+        )
+
+    return torch.prepared(packed, view)
+
+
+def _vllm_names() -> dict[str, Any]:
+    """What its file imports from the rest of vLLM."""
+    triton = _import("triton", None)
+    platform = types.SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        is_arch_support_pdl=lambda: False,
+    )
+    return {
+        "triton": triton,
+        "tl": _import("triton.language", None),
+        "current_platform": platform,
+        "PAD_SLOT_ID": -1,
+        "NULL_BLOCK_ID": 0,
+    }
+
+
+def _vllm_metadata(torch: _Torch, work: Workload, block_m: int) -> Any:
+    """Which program owns which chunk, in the form that its launcher takes."""
+    chunks = [-(-length // block_m) for length in work.lengths]
+    owners = np.repeat(np.arange(len(chunks), dtype=np.int32), chunks)
+    offsets = np.concatenate([np.arange(n, dtype=np.int32) for n in chunks])
+    arrays = {
+        "batch_ptr": torch.tensor(owners),
+        "token_chunk_offset_ptr": torch.tensor(offsets),
+    }
+    numbers = {"tot": len(owners), "mlist": owners, "mlist_len": len(owners)}
+    table = {block_m: numbers | {"offsetlist": offsets} | arrays}
+    return types.SimpleNamespace(nums_dict=table, **arrays)
+
+
+def _fla(work: Workload, path: Path | None) -> Prepared:
+    """flash-linear-attention's Triton kernels; in packed batches with states apart."""
+    torch = _Torch(work)
+    module = _import("fla.modules.causal_conv1d", path)
+    if work.op in ("dense", "gradient"):
+        return torch.rows(
+            lambda x, weight, bias: module.causal_conv1d(
+                x, weight, bias, activation="silu"
+            )[0],
+            channel_last=True,
+        )
+    states = torch.gathered(work.width)
+    if work.op == "update":
+
+        def update():
+            return module.causal_conv1d_update(
+                torch.x[:, None],
+                states,
+                weight=torch.weight,
+                bias=torch.bias,
+                activation="silu",
+            )
+
+    else:
+        offsets = torch.tensor(work.offsets).long()
+        lengths_on_host = offsets.cpu()
+        index = _import("fla.ops.utils", None).prepare_chunk_indices(offsets, 64)
+
+        def update():
+            return module.causal_conv1d(
+                torch.x[None],
+                torch.weight,
+                torch.bias,
+                initial_state=states if work.seen else None,
+                output_final_state=True,
+                activation="silu",
+                cu_seqlens=offsets,
+                cu_seqlens_cpu=lengths_on_host,
+                chunk_indices=index,
+            )
+
+    def view(result):
+        out, left = result
+        left = left[..., 1:].transpose(1, 2)
+        return {
+            "out": torch.pick(out.reshape(-1, work.dim)),
+            "states": torch.pick(left),
+        }
+
+    return torch.prepared(update, view)
+
+
+def _dao(work: Workload, path: Path | None) -> Prepared:
+    """Dao-AILab's CUDA kernels, channel-last; a source tree is built where it lies."""
+    torch = _Torch(work)
+    if path is not None and (path / "csrc").is_dir():
+        _build_dao(path)
+    module = _import("causal_conv1d", path)
+    if work.op == "update":
+        states = torch.states().transpose(1, 2).contiguous()
+        slots = torch.tensor(work.cache_indices)
+
+        def update():
+            return module.causal_conv1d_update(
+                torch.x,
+                states,
+                torch.weight,
+                torch.bias,
+                "silu",
+                conv_state_indices=slots,
+            )
+
+        def view(out):
+            left = states[slots.long()].transpose(1, 2)
+            return {"out": torch.pick(out), "states": torch.pick(left)}
+
+        return torch.prepared(update, view)
+    return torch.rows(
+        lambda x, weight, bias: module.causal_conv1d_fn(
+            x.transpose(1, 2), weight, bias, activation="silu"
+        ).transpose(1, 2),
+        channel_last=True,
+    )
+
+
+@functools.cache
+def _build_dao(path: Path) -> None:
+    """Compiles its extension for the GPU at hand, with its own compiler flags."""
+    from torch.utils import cpp_extension  # noqa: PLC0415
+
+    build = path / "build"
+    build.mkdir(exist_ok=True)
+    half_operators = ("HALF_OPERATORS", "HALF_CONVERSIONS")
+    bfloat16_operators = ("BFLOAT16_OPERATORS", "BFLOAT16_CONVERSIONS")
+    undefine = [
+        f"-U__CUDA_NO_{name}__"
+        for name in (*half_operators, *bfloat16_operators, "BFLOAT162_OPERATORS")
+    ]
+    sys.modules["causal_conv1d_cuda"] = cpp_extension.load(
+        name="causal_conv1d_cuda",
+        sources=sorted(map(str, (path / "csrc").glob("causal_conv1d*.c*"))),
+        build_directory=str(build),
+        extra_include_paths=[str(path / "csrc")],
+        extra_cuda_cflags=[
+            "-O3",
+            "--use_fast_math",
+            "--expt-relaxed-constexpr",
+            "--expt-extended-lambda",
+            *undefine,
+        ],
+    )
+
+
+# ---- Who takes part ----------------------------------------------------------------
+
+_ROWS = ("dense", "gradient")
+_GPU = ("gpu",)
+
+CANDIDATES = (
+    Candidate(OURS, ours, ("packed", "update", *_ROWS)),
+    Candidate(
+        f"{OURS}, by XLA",
+        functools.partial(ours, implementation="xla"),
+        ("packed", "update", *_ROWS),
+        platforms=_GPU,
+    ),
+    Candidate("flax nnx.Conv + silu", _nnx_conv, _ROWS),
+    Candidate("mamba2-jax", _mamba2_jax, ("update", *_ROWS), package="mamba2-jax"),
+    Candidate(
+        "tpu-inference", _tpu_inference, ("packed", "update"), package="tpu-inference"
+    ),
+    Candidate("torch F.conv1d + silu", _torch_conv, _ROWS),
+    Candidate("torch, padded or rolled", _torch_roll, ("update", "dense")),
+    Candidate("vLLM", _vllm, ("packed", "update"), platforms=_GPU, package="vllm"),
+    Candidate(
+        "flash-linear-attention",
+        _fla,
+        ("packed", "update", *_ROWS),
+        platforms=_GPU,
+        package="fla",
+    ),
+    Candidate(
+        "causal-conv1d",
+        _dao,
+        ("update", *_ROWS),
+        platforms=_GPU,
+        package="causal-conv1d",
+    ),
+)
+YARDSTICKS = {
+    "copy": Candidate("copy", copy, ()),
+    "memcpy": Candidate("memcpy", memcpy, ()),
+    "silu(x)": Candidate("silu(x)", silu, ()),
+}
+PACKAGES = tuple(c.package for c in CANDIDATES if c.package)
+
+
+# ---- Imports -----------------------------------------------------------------------
+
+
+def _import(name: str, path: Path | None) -> types.ModuleType:
+    """A module: installed, from a file, or from a folder or wheel.
+
+    Raises:
+        Absent: no path was given, and it is not installed.
+    """
+    if path is None:
+        return _import_installed(name)
+    if not path.exists():
+        raise FileNotFoundError(path)
+    if path.suffix == ".py":
+        return _import_file(name.replace(".", "_"), path)
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+    return importlib.import_module(name)
+
+
+def _import_installed(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise Absent(f"{name} is not installed") from error
+        raise
+
+
+@functools.cache
+def _import_file(name: str, path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Triton looks its kernels' modules up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _stand_in(package: str, names: Mapping[str, Any]) -> Iterator[None]:
+    """Every module of a package that is not here can be imported, and has `names`."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name.split(".")[0] != package:
+                return None
+            return importlib.machinery.ModuleSpec(name, Loader(), is_package=True)
+
+    class Loader(importlib.abc.Loader):
+        def exec_module(self, module):
+            vars(module).update(names)
+
+    before = set(sys.modules)
+    sys.meta_path.insert(0, Finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(Finder)
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] == package:
+                del sys.modules[name]
