@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .columns import Columns
+
 PAD_SLOT_ID = -1
 """The slot number that means "skip this sequence" unless the caller names another."""
 
@@ -171,6 +173,35 @@ def silu_wanted(activation: Any) -> bool:
     )
 
 
+def columns(
+    channel_offset: Any, split: Any, x: jax.Array, weight: Any
+) -> tuple[int, Columns]:
+    """D, and the columns of x and parts of the output that a caller asks for.
+
+    D is the width of x, or with `channel_offset` that of the weight.
+    """
+    width = x.shape[-1]
+    dim, offset = width, None
+    if channel_offset is not None:
+        offset = static_int("channel_offset", channel_offset, minimum=0)
+        dim = float_array("weight", weight, (None, None), "(D, W)").shape[0]
+        if offset + dim > width:
+            raise ValueError(
+                f"channel_offset + D must be at most {width}, the channels of x, "
+                f"got {offset} + {dim}"
+            )
+        if dim == width:
+            offset = None
+    if split is None:
+        return dim, Columns(offset)
+    if not isinstance(split, (tuple, list)):
+        raise TypeError(f"split must be a tuple of static ints or None, got {split!r}")
+    sizes = tuple(static_int("split", size, minimum=1) for size in split)
+    if sum(sizes) != dim:
+        raise ValueError(f"split must sum to D = {dim}, got {sizes}")
+    return dim, Columns(offset, sizes)
+
+
 def filters(weight: Any, bias: Any, x: jax.Array, dim: int) -> tuple[Any, Any]:
     """Checked weight `(D, W)` and bias `(D,)` or None.
 
@@ -226,9 +257,9 @@ def _slot_size(name: str, state: jax.Array) -> None:
         )
 
 
-def row_states(name: str, value: Any, x: jax.Array, least: int) -> jax.Array:
-    """Checked states `(B, L, D)` of the rows of x, with L >= W-1 = `least`."""
-    batch, _, dim = x.shape
+def row_states(name: str, value: Any, out: Any, least: int) -> jax.Array:
+    """Checked states `(B, L, D)` of the rows of `out`, with L >= W-1 = `least`."""
+    batch, _, dim = out.shape
     state = float_array(name, value, (batch, None, dim), "(B, L, D)")
     if state.shape[1] < least:
         raise ValueError(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import checks, gradients
+from .columns import Output
 
 
 def causal_conv1d(
@@ -16,8 +17,10 @@ def causal_conv1d(
     segment_ids: ArrayLike | None = None,
     activation: str | bool | None = None,
     return_final_state: bool = False,
+    channel_offset: int | None = None,
+    split: tuple[int, ...] | None = None,
     implementation: str | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Output | tuple[Output, jax.Array]:
     """Causal depthwise conv of B rows of T tokens.
 
     Token t of a row becomes `act(bias + sum_k weight[:, k] * u[t - (W-1) + k])`, where
@@ -44,12 +47,15 @@ def causal_conv1d(
         activation: None, "silu" or "swish"; True is silu, False is None.
         return_final_state: also return what a continuation of each row's last run
             that is not padding needs.
+        channel_offset: the first column of an x wider than D, and
+        split: sizes of the parts of `out`, both as for `causal_conv1d_fn`.
         implementation: as for `causal_conv1d_fn`.
 
     Returns:
-        `out` `(B, T, D)` in x's dtype. With `return_final_state` a pair of it and the
-        final state `(B, L, D)`: L and dtype of `initial_state`, else W-1 and x's
-        dtype. A row of nothing but padding returns its initial state, or zeros.
+        `out` `(B, T, D)` in x's dtype; with `split` a tuple of its parts. With
+        `return_final_state` a pair of it and the final state `(B, L, D)`: L and dtype
+        of `initial_state`, else W-1 and x's dtype. A row of nothing but padding
+        returns its initial state, or zeros.
 
     Raises:
         TypeError: a dtype or the type of a static argument is wrong.
@@ -59,12 +65,14 @@ def causal_conv1d(
         >>> out = causal_conv1d(x, weight, bias, segment_ids=ids, activation="silu")
     """
     inputs = checks.float_array("x", x, (None, None, None), "(B, T, D)")
-    batch, length, dim = inputs.shape
+    batch, length = inputs.shape[:2]
+    dim, columns = checks.columns(channel_offset, split, inputs, weight)
     implementation = checks.implementation_for(implementation, inputs)
     taps, bias = checks.filters(weight, bias, inputs, dim)
+    out = jax.ShapeDtypeStruct((batch, length, dim), inputs.dtype)
     state, state_len = None, taps.shape[1] - 1
     if initial_state is not None:
-        state = checks.row_states("initial_state", initial_state, inputs, state_len)
+        state = checks.row_states("initial_state", initial_state, out, state_len)
         state_len = state.shape[1]
     if segment_ids is not None:
         segment_ids = checks.segments("segment_ids", segment_ids, (batch, length))
@@ -73,18 +81,21 @@ def causal_conv1d(
     checks.token_count("B * T", batch * length, 1)
 
     if 0 in (batch, length, dim):
-        out = jnp.zeros_like(inputs)
+        parts = columns.parts(jnp.zeros(out.shape, out.dtype))
         if state is None:
-            state = jnp.zeros((batch, state_len, dim), inputs.dtype)
-        return (out, state) if wanted else out
-    results = gradients.dense(
-        implementation,
-        inputs,
-        taps,
-        bias,
-        state,
-        segment_ids,
-        silu=silu,
-        state_len=state_len if wanted else None,
-    )
-    return results if wanted else results[0]
+            state = jnp.zeros((batch, state_len, dim), out.dtype)
+        results = (*parts, state)
+    else:
+        results = gradients.dense(
+            implementation,
+            inputs,
+            taps,
+            bias,
+            state,
+            segment_ids,
+            silu=silu,
+            state_len=state_len if wanted else None,
+            columns=columns,
+        )
+    whole = columns.output(results[: columns.num_parts])
+    return (whole, results[-1]) if wanted else whole

@@ -4,63 +4,87 @@ XLA's own differentiation of `xla.py` is right too, in any mode and order; the r
 here are faster, and the only ones that Triton kernels can have. They keep the inputs
 and the gathered history (W-1 rows a sequence), never the cache, so that a donated
 cache can be updated in place.
+
+Results are flat: the parts of the output (see `Columns`), then the states.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from . import dispatch, sharding, xla
 from .checks import PAD_SLOT_ID
+from .columns import ALL, Columns
 
 
-def packed(implementation, *args, silu: bool, pad_slot_id: int):
+class _Static(NamedTuple):
+    """An op's static arguments; `option` is its own: pad slot, or length of a state."""
+
+    implementation: str | None
+    silu: bool
+    columns: Columns
+    option: int | None
+
+
+def packed(implementation, *args, silu: bool, pad_slot_id: int, columns: Columns = ALL):
     """`causal_conv1d_fn` on checked arguments, differentiable."""
-    static = (implementation, silu, pad_slot_id)
+    static = _Static(implementation, silu, columns, pad_slot_id)
     function = _run_packed if implementation == "xla" else _packed
-    return _on_mesh(function, static, 2, args)
+    return _on_mesh(function, static, True, args)
 
 
-def update(implementation, *args, silu: bool, pad_slot_id: int):
+def update(implementation, *args, silu: bool, pad_slot_id: int, columns: Columns = ALL):
     """`causal_conv1d_update` on checked arguments, differentiable."""
-    static = (implementation, silu, pad_slot_id)
+    static = _Static(implementation, silu, columns, pad_slot_id)
     function = _run_update if implementation == "xla" else _update
-    return _on_mesh(function, static, 2, args)
+    return _on_mesh(function, static, True, args)
 
 
-def dense(implementation, *args, silu: bool, state_len: int | None):
+def dense(
+    implementation, *args, silu: bool, state_len: int | None, columns: Columns = ALL
+):
     """`causal_conv1d` on checked arguments, differentiable.
 
     `state_len` None is without a final state.
     """
-    static = (implementation, silu, state_len)
+    static = _Static(implementation, silu, columns, state_len)
     function = _run_dense if implementation == "xla" else _dense
-    return _on_mesh(function, static, 1 if state_len is None else 2, args)
+    return _on_mesh(function, static, state_len is not None, args)
 
 
-def _on_mesh(function, static, num_results, args):
+def _on_mesh(function, static, with_states, args):
     args = jax.tree.map(jnp.asarray, args)
-    return sharding.on_mesh(functools.partial(function, static), num_results, *args)
+    function = functools.partial(function, static)
+    return sharding.on_mesh(function, static.columns, with_states, *args)
 
 
 def _run_packed(static, *args):
-    implementation, silu, pad_slot_id = static
-    return dispatch.run(
-        "packed", implementation, *args, silu=silu, pad_slot_id=pad_slot_id
-    )
+    return _run("packed", static, *args, pad_slot_id=static.option)
 
 
 def _run_update(static, *args):
-    implementation, silu, pad_slot_id = static
-    return dispatch.run(
-        "update", implementation, *args, silu=silu, pad_slot_id=pad_slot_id
-    )
+    return _run("update", static, *args, pad_slot_id=static.option)
 
 
 def _run_dense(static, *args):
-    implementation, silu, state_len = static
-    return dispatch.run("dense", implementation, *args, silu=silu, state_len=state_len)
+    return _run("dense", static, *args, state_len=static.option)
+
+
+def _run(op, static, *args, **options):
+    options.update(silu=static.silu, columns=static.columns)
+    return dispatch.run(op, static.implementation, *args, **options)
+
+
+def _run_backward(op, static, x, weight, bias, history, dy, *rest):
+    """Cotangents of x, weight, bias and history, from those of the parts."""
+    columns = static.columns
+    args = (x, weight, bias, history, columns.output(dy), *rest)
+    dx, dweight, dbias, dhistory = _run(op, static, *args)
+    dweight = dweight.astype(weight.dtype)
+    dbias = None if bias is None else dbias.astype(bias.dtype)
+    return columns.widen(dx, x.shape[-1]), dweight, dbias, dhistory
 
 
 _packed = jax.custom_vjp(_run_packed, nondiff_argnums=(0,))
@@ -114,16 +138,10 @@ def _history_rows(seqs: xla.Sequences, count: int, state_len: int):
     return jnp.where(row >= 0, row, state_len)
 
 
-def _filter_cotangents(dweight, dbias, weight, bias):
-    return dweight.astype(weight.dtype), None if bias is None else dbias.astype(
-        bias.dtype
-    )
-
-
 def _packed_sequences(static, x, states, offsets, slots, has_initial_state, rejected):
     offsets = xla.sanitize_offsets(offsets, x.shape[0])
     return xla.sequences(
-        offsets, slots, has_initial_state, rejected, states.shape, static[2]
+        offsets, slots, has_initial_state, rejected, states.shape, static.option
     )
 
 
@@ -133,18 +151,17 @@ def _packed_fwd(static, x, weight, bias, states, *rest):
     wide = xla.wide_slots(states, seqs, states.dtype)  # as stored
     history = xla.history_before(states, wide, seqs, weight.shape[1] - 1)
     history, states = _keep_before_update(history, states)
-    out = _run_packed(static, x, weight, bias, states, *index, metadata)
-    return out, (x, weight, bias, history, seqs, index[0], metadata)
+    results = _run_packed(static, x, weight, bias, states, *index, metadata)
+    return results, (x, weight, bias, history, seqs, index[0], metadata)
 
 
 def _packed_bwd(static, residuals, cotangents):
     x, weight, bias, history, seqs, offsets, metadata = residuals
-    dy, dstates = cotangents
-    implementation, silu, _ = static
+    *dy, dstates = cotangents
     dslots = _slots_of(dstates, seqs)
-    dx, dweight, dbias, dhistory = dispatch.run(
+    dx, dweight, dbias, dhistory = _run_backward(
         "packed_backward",
-        implementation,
+        static,
         x,
         weight,
         bias,
@@ -154,7 +171,6 @@ def _packed_bwd(static, residuals, cotangents):
         offsets,
         seqs.live,
         metadata,
-        silu=silu,
     )
     dstates = _state_cotangent(
         dstates,
@@ -163,7 +179,6 @@ def _packed_bwd(static, residuals, cotangents):
         seqs,
         _history_rows(seqs, history.shape[1], dslots.shape[1]),
     )
-    dweight, dbias = _filter_cotangents(dweight, dbias, weight, bias)
     return dx, dweight, dbias, dstates, None, None, None, None, None
 
 
@@ -182,7 +197,7 @@ def _update_history(count, query, pad_slot_id, state, cursor, slots, rejected):
 
 
 def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
-    (batch, query, _), pad_slot_id = x.shape, static[2]
+    (batch, query, _), pad_slot_id = x.shape, static.option
     own = xla.own_slots(slots, batch, state.shape[0], pad_slot_id)
     gather = functools.partial(_update_history, weight.shape[1] - 1, query)
     if own is not None:
@@ -193,14 +208,13 @@ def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
         numbers = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
         seqs, place, history = gather(pad_slot_id, state, cursor, numbers, rejected)
     history, state = _keep_before_update(history, state)
-    out = _run_update(static, x, weight, bias, state, cursor, slots, rejected)
-    return out, (x, weight, bias, history, seqs, place, slots)
+    results = _run_update(static, x, weight, bias, state, cursor, slots, rejected)
+    return results, (x, weight, bias, history, seqs, place, slots)
 
 
 def _update_bwd(static, residuals, cotangents):
     x, weight, bias, history, seqs, cursor, slots = residuals
-    dy, dstate = cotangents
-    implementation, silu, _ = static
+    *dy, dstate = cotangents
     (batch, query, _), state_len, count = x.shape, dstate.shape[1], history.shape[1]
     own = slots is None and batch == dstate.shape[0]
     by_row = xla.row_by_row if own else lambda function: function
@@ -216,9 +230,9 @@ def _update_bwd(static, residuals, cotangents):
         written = jnp.mod(row - cursor[:, None], state_len) < query
         through = jnp.where(written[..., None], 0, dslots)
         source = jnp.mod(cursor[:, None] - count + jnp.arange(count), state_len)
-    dx, dweight, dbias, dhistory = dispatch.run(
+    dx, dweight, dbias, dhistory = _run_backward(
         "rows_backward",
-        implementation,
+        static,
         x,
         weight,
         bias,
@@ -227,10 +241,8 @@ def _update_bwd(static, residuals, cotangents):
         into_tokens,
         seqs.live,
         None,
-        silu=silu,
     )
     dstate = by_row(_state_cotangent)(dstate, through, dhistory, seqs, source)
-    dweight, dbias = _filter_cotangents(dweight, dbias, weight, bias)
     return dx, dweight, dbias, dstate, None, None, None
 
 
@@ -243,18 +255,19 @@ def _dense_fwd(static, *args):
 
 def _dense_bwd(static, residuals, cotangents):
     x, weight, bias, initial_state, segment_ids = residuals
-    dy, dfinal = (*cotangents, None)[:2]
+    parts = static.columns.num_parts
+    dy, dfinal = cotangents[:parts], (*cotangents[parts:], None)[0]
     if dfinal is not None and dfinal.shape[1] == 0:  # W = 1
         dfinal = None
-    implementation, silu, _ = static
-    (batch, length, dim), count = x.shape, weight.shape[1] - 1
+    (batch, length, _), (dim, width) = x.shape, weight.shape
+    count = width - 1
     if initial_state is None:
         history = jnp.zeros((batch, count, dim), x.dtype)
     else:
         history = initial_state[:, initial_state.shape[1] - count :]
-    dx, dweight, dbias, dhistory = dispatch.run(
+    dx, dweight, dbias, dhistory = _run_backward(
         "rows_backward",
-        implementation,
+        static,
         x,
         weight,
         bias,
@@ -263,7 +276,6 @@ def _dense_bwd(static, residuals, cotangents):
         dfinal,
         None,
         segment_ids,
-        silu=silu,
     )
     dinitial = None
     if initial_state is not None:
@@ -274,7 +286,6 @@ def _dense_bwd(static, residuals, cotangents):
             last = xla.last_runs(runs, initial_state.shape[1])
             dinitial = dinitial + _shifted(dfinal.astype(dhistory.dtype), last)
         dinitial = dinitial.astype(initial_state.dtype)
-    dweight, dbias = _filter_cotangents(dweight, dbias, weight, bias)
     return dx, dweight, dbias, dinitial, None
 
 

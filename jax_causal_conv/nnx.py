@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import checks, xla
 from .checks import PAD_SLOT_ID
+from .columns import Output
 from .dense import causal_conv1d
 from .metadata import ConvMetadata
 from .packed import causal_conv1d_fn
@@ -127,7 +128,9 @@ class CausalConv1d(nnx.Module):
         initial_state: ArrayLike | None = None,
         segment_ids: ArrayLike | None = None,
         return_final_state: bool = False,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        channel_offset: int | None = None,
+        split: tuple[int, ...] | None = None,
+    ) -> Output | tuple[Output, jax.Array]:
         """Applies `causal_conv1d` to rows `(B, T, D)`, for training.
 
         Arguments, results and errors are those of `causal_conv1d`.
@@ -141,6 +144,8 @@ class CausalConv1d(nnx.Module):
             segment_ids=segment_ids,
             activation=self.activation,
             return_final_state=return_final_state,
+            channel_offset=channel_offset,
+            split=split,
             implementation=self.implementation,
         )
 
@@ -150,7 +155,7 @@ class CausalConv1d(nnx.Module):
         conv_states: ArrayLike,
         query_start_loc: ArrayLike,
         **batch: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_fn` to packed tokens `(T, D)`, for serving.
 
         `batch` holds its keyword arguments: `cache_indices`, `has_initial_state`,
@@ -170,7 +175,7 @@ class CausalConv1d(nnx.Module):
 
     def decode(
         self, x: ArrayLike, conv_state: ArrayLike, **batch: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_update` to `(B, D)` or `(B, Q, D)`, for decoding.
 
         `batch` holds its keyword arguments: `conv_state_indices`, `cache_seqlens` and
@@ -490,7 +495,11 @@ class Mamba2Mixer(nnx.Module):
             ValueError: a shape is wrong.
         """
         z, operands, _ = self._ssd_operands(
-            u, lambda xbc: (self.conv(xbc, segment_ids=segment_ids), None)
+            u,
+            lambda xbc, **columns: (
+                self.conv(xbc, segment_ids=segment_ids, **columns),
+                None,
+            ),
         )
         y = ssd(*operands, segment_ids=segment_ids, chunk_size=self.chunk_size)
         return self._output(y, z)
@@ -543,8 +552,8 @@ class Mamba2Mixer(nnx.Module):
         }
         z, operands, conv_states = self._ssd_operands(
             u,
-            lambda xbc: self.conv.packed(
-                xbc, cache.conv, query_start_loc, metadata=metadata, **batch
+            lambda xbc, **columns: self.conv.packed(
+                xbc, cache.conv, query_start_loc, metadata=metadata, **batch, **columns
             ),
         )
         y, ssm_states = ssd_packed(
@@ -603,16 +612,22 @@ class Mamba2Mixer(nnx.Module):
         ]
 
     def _ssd_operands(
-        self, u: ArrayLike, conv: Callable[[jax.Array], tuple[Any, Any]]
+        self, u: ArrayLike, conv: Callable[..., tuple[Any, Any]]
     ) -> tuple[jax.Array, tuple[Any, Any, Any, Any, Any, Any], Any]:
         """The gate z, the operands of the SSD, and what `conv` returns beside its out.
 
-        `conv` takes and returns the columns x, B, C: here alone they are cut out of
-        in_proj's output and apart again.
+        `conv` takes and returns the columns x, B, C. It finds them in in_proj's output
+        and writes them apart itself, unless they lie in blocks of several shards.
         """
-        z, xbc, dt = self._split(self.in_proj(jnp.asarray(u)), self._in_proj_sizes)
-        xbc, conv_states = conv(xbc)
-        x, b, c = self._split(xbc, self._conv_sizes)
+        projected = self.in_proj(jnp.asarray(u))
+        z, xbc, dt = self._split(projected, self._in_proj_sizes)
+        if self.num_shards == 1:
+            (x, b, c), conv_states = conv(
+                projected, channel_offset=self.d_inner, split=self._conv_sizes
+            )
+        else:
+            xbc, conv_states = conv(xbc)
+            x, b, c = self._split(xbc, self._conv_sizes)
         rows = x.shape[:-1]
         dt = jax.nn.softplus(_wide(dt) + _wide(self.dt_bias[...]))
         operands = (

@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 
 from . import checks, gradients
 from .checks import PAD_SLOT_ID
+from .columns import Output
 from .metadata import ConvMetadata, num_programs
 
 
@@ -22,8 +23,10 @@ def causal_conv1d_fn(
     activation: str | bool | None = "silu",
     metadata: ConvMetadata | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
+    channel_offset: int | None = None,
+    split: tuple[int, ...] | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Output, jax.Array]:
     """Causal depthwise conv of a packed batch, with its conv states updated.
 
     Sequence i owns tokens `[q[i], q[i+1])` of the flat token axis; prefills, chunks of
@@ -63,13 +66,23 @@ def causal_conv1d_fn(
         activation: None, "silu" or "swish"; True is silu, False is None.
         metadata: from `build_metadata`, to share it between layers. None builds it.
         pad_slot_id: static int, the slot number that means "skip".
+        channel_offset: static int; x may then be wider than D, and the conv reads its
+            columns `[channel_offset, channel_offset + D)` where they lie, say in the
+            output of Mamba2's in-projection. The gradient of the others is exactly 0.
+            None: x has D channels.
+        split: static sizes > 0 that sum to D; `out` is then a tuple with the channels
+            of each, say x, B, C or q, k, v, written as separate arrays (by the kernels
+            up to four). None: one array. With `channel_offset` or `split`, plain jit
+            gathers channels that are sharded, since parts and shards need not
+            coincide; under `shard_map` they are per shard.
         implementation: None (Triton on CUDA, XLA elsewhere, chosen at lowering),
             "triton", "xla", or "interpret" (the Triton kernels in Triton's
             interpreter on the host, for debugging). A state without rows (L = 0, for
             W = 1) leaves kernels nothing to do in place: XLA runs whatever is asked.
 
     Returns:
-        `out` `(T, D)` in x's dtype, and the new conv states, like `conv_states`.
+        `out` `(T, D)` in x's dtype (with `split` a tuple of `(T, d_i)`), and the new
+        conv states, like `conv_states`.
         Slots that no live sequence names are bit-for-bit unchanged. Sizes of 0 give
         naturally shaped results and launch nothing.
 
@@ -81,9 +94,16 @@ def causal_conv1d_fn(
         >>> step = jax.jit(causal_conv1d_fn, donate_argnames="conv_states")
         >>> out, states = step(x, weight, bias, states, query_start_loc,
         ...                    cache_indices=slots, has_initial_state=seen)
+
+        Between Mamba2's projections, without a copy:
+
+        >>> (x, B, C), states = causal_conv1d_fn(
+        ...     zxbcdt, weight, bias, states, query_start_loc,
+        ...     channel_offset=d_inner, split=(d_inner, d_state, d_state))
     """
     inputs = checks.float_array("x", x, (None, None), "(T, D)")
-    num_tokens, dim = inputs.shape
+    num_tokens = inputs.shape[0]
+    dim, columns = checks.columns(channel_offset, split, inputs, weight)
     implementation = checks.implementation_for(implementation, inputs)
     taps, bias = checks.filters(weight, bias, inputs, dim)
     width = taps.shape[1]
@@ -116,10 +136,11 @@ def causal_conv1d_fn(
     checks.token_count("T", num_tokens, block_m)
 
     if 0 in (num_tokens, dim, num_seqs, num_slots):
-        return jnp.zeros_like(inputs), states
+        zeros = jnp.zeros((num_tokens, dim), inputs.dtype)
+        return columns.output(columns.parts(zeros)), states
     if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
         implementation = "xla"
-    return gradients.packed(
+    *out, states = gradients.packed(
         implementation,
         inputs,
         taps,
@@ -132,7 +153,9 @@ def causal_conv1d_fn(
         metadata,
         silu=silu,
         pad_slot_id=pad_slot_id,
+        columns=columns,
     )
+    return columns.output(out), states
 
 
 def _checked(metadata, num_tokens: int, num_seqs: int, width: int) -> int:

@@ -18,38 +18,45 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .checks import PAD_SLOT_ID
+from .columns import ALL, Columns
 
 # The dimensions of every operand and result, in the order of the op's arguments. Those
 # in capitals may be sharded: each device then runs the op on its share. (Batch rows own
-# their slots only if `update` was given no slot numbers: see `_rule`.)
+# their slots only if `update` was given no slot numbers: see `_dimensions`. X are the
+# columns of x and Y those of the output, which are the channels D as well, unless x is
+# wider or the output is split: then none of the three can be sharded.)
 DIMENSIONS = {
     "packed": (
-        ("t D", "D w", "D", "s l D", "q", "n", "n", "n", ("p", "p")),
-        ("t D", "s l D"),
+        ("t X", "D w", "D", "s l D", "q", "n", "n", "n", ("p", "p")),
+        ("t Y", "s l D"),
     ),
-    "update": (("B q D", "D w", "D", "S l D", "B", "B", "B"), ("B q D", "S l D")),
-    "dense": (("B t D", "D w", "D", "B l D", "B t"), ("B t D", "B m D")),
+    "update": (("B q X", "D w", "D", "S l D", "B", "B", "B"), ("B q Y", "S l D")),
+    "dense": (("B t X", "D w", "D", "B l D", "B t"), ("B t Y", "B m D")),
     "packed_backward": (
-        ("t D", "D w", "D", "n k D", "t D", "n l D", "q", "n", ("p", "p")),
+        ("t X", "D w", "D", "n k D", "t Y", "n l D", "q", "n", ("p", "p")),
         ("t D", "D w", "D", "n k D"),
     ),
     "rows_backward": (
-        ("B t D", "D w", "D", "B k D", "B t D", "B l D", "B", "B t"),
+        ("B t X", "D w", "D", "B k D", "B t Y", "B l D", "B", "B t"),
         ("B t D", "D w", "D", "B k D"),
     ),
 }
 
 
-def on_mesh(function: Callable, num_results: int, *args: Any) -> tuple:
+def on_mesh(
+    function: Callable, columns: Columns, with_states: bool, *args: Any
+) -> tuple:
     """`function(*args)` on whatever mesh its arguments are.
 
     Args:
         function: of x, weight, bias, states (or None) and index arrays (or None).
-        num_results: 1 for a result like x, 2 for one like the states as well.
+        columns: those of x, and the parts of the output.
+        with_states: whether the last result is like the states.
         args: its arguments.
 
     Returns:
-        The results, with shardings like those of x and of the states.
+        The results: the parts of the output sharded like x, states like the states.
+        Parts that are not all of x do not share the sharding of its channels.
     """
     args = varying_alike(args)
     leaves = jax.tree.leaves(args)
@@ -58,12 +65,15 @@ def on_mesh(function: Callable, num_results: int, *args: Any) -> tuple:
     if mesh is None:
         return function(*args)
     spec = jax.typeof(args[0]).sharding.spec
+    if not columns.all_together:
+        spec = P(*spec[:-1], None)
     like_states = P(spec[0], None, spec[-1])
     if args[3] is not None:
         like_states = jax.typeof(args[3]).sharding.spec
-    out_sharding = tuple(NamedSharding(mesh, s) for s in (spec, like_states))
+    specs = [spec] * columns.num_parts + [like_states] * with_states
+    out_sharding = tuple(NamedSharding(mesh, spec) for spec in specs)
     return jax.sharding.auto_axes(
-        function, axes=mesh.explicit_axes, out_sharding=out_sharding[:num_results]
+        function, axes=mesh.explicit_axes, out_sharding=out_sharding
     )(*args)
 
 
@@ -156,22 +166,31 @@ def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:
     """Names of the dimensions of the primitive's operands and of its results."""
     args = jax.tree.unflatten(params["tree"], avals)
     names_of_args, names_of_results = DIMENSIONS[params["op"]]
-    rename = {}
+    options = dict(params["options"])
+    columns = options.get("columns", ALL)
+    parts, rename = ["Y"], {"X": "D", "Y": "D"}
+    if not columns.all_together:
+        rename = {"X": "x", "D": "d", "Y": "d"}
+        if columns.num_parts > 1:
+            parts = [f"y{i}" for i in range(columns.num_parts)]
     if params["op"] == "update":
         x, _, _, state, _, slots, _ = args
         rank = sum(axes[0] for axes in params["batched"])
         own = slots is None and x.shape[rank] == state.shape[-3]
-        own &= dict(params["options"])["pad_slot_id"] == PAD_SLOT_ID
-        rename = {"S": "B"} if own else {"S": "s", "B": "b"}
+        own &= options["pad_slot_id"] == PAD_SLOT_ID
+        rename |= {"S": "B"} if own else {"S": "s", "B": "b"}
 
-    def split(names: str) -> list[str]:
-        return [rename.get(name, name) for name in names.split()]
+    def split(arrays: Any) -> list[list[str]]:
+        every: list[str] = []
+        for names in jax.tree.leaves(arrays):
+            each = [names.replace("Y", part) for part in parts]
+            every += dict.fromkeys(each)  # one, if there is no Y in it
+        return [[rename.get(name, name) for name in names.split()] for names in every]
 
     present = [
         names for names, arg in zip(names_of_args, args, strict=True) if arg is not None
     ]
-    operands = [split(names) for names in jax.tree.leaves(present)]
-    results = [split(names) for names in names_of_results]
+    operands, results = split(present), split(names_of_results)
     for depth, axes in reversed(list(enumerate(params["batched"]))):
         mapped = f"V{depth}"
         for names, axis in zip(operands, axes, strict=True):

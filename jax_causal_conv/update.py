@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 
 from . import checks, gradients
 from .checks import PAD_SLOT_ID
+from .columns import Output
 
 
 def causal_conv1d_update(
@@ -19,8 +20,10 @@ def causal_conv1d_update(
     conv_state_indices: ArrayLike | None = None,
     num_rejected_tokens: ArrayLike | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
+    channel_offset: int | None = None,
+    split: tuple[int, ...] | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Output, jax.Array]:
     """Advances B requests by Q tokens each, and their conv states with them.
 
     The function of `causal_conv1d_fn` for rows of equal length whose slots always hold
@@ -43,10 +46,13 @@ def causal_conv1d_update(
             of the slot were rejected drafts and are forgotten. Not together with
             `cache_seqlens`.
         pad_slot_id: static int, the slot number that means "skip".
+        channel_offset: the first column of an x wider than D, and
+        split: sizes of the parts of `out`, both as for `causal_conv1d_fn`.
         implementation: as for `causal_conv1d_fn`.
 
     Returns:
-        `out`, like x, and the new conv state, like `conv_state`.
+        `out`, like x with D channels (with `split` a tuple of its parts), and the new
+        conv state, like `conv_state`.
 
     Raises:
         TypeError: a dtype or the type of a static argument is wrong.
@@ -60,8 +66,9 @@ def causal_conv1d_update(
     shape = inputs.shape
     if len(shape) not in (2, 3):
         raise ValueError(f"x must have shape (B, D) or (B, Q, D), got {shape}")
-    batch, dim = shape[0], shape[-1]
+    batch = shape[0]
     query = shape[1] if len(shape) == 3 else 1
+    dim, columns = checks.columns(channel_offset, split, inputs, weight)
     implementation = checks.implementation_for(implementation, inputs)
     taps, bias = checks.filters(weight, bias, inputs, dim)
     state = checks.state_array("conv_state", conv_state, dim, taps.shape[1])
@@ -87,12 +94,13 @@ def causal_conv1d_update(
     checks.token_count("B * Q", batch * query, 1)
 
     if 0 in (batch, query, dim, num_slots):
-        return jnp.zeros_like(inputs), state
+        zeros = jnp.zeros((*shape[:-1], dim), inputs.dtype)
+        return columns.output(columns.parts(zeros)), state
     if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
         implementation = "xla"
-    out, state = gradients.update(
+    *out, state = gradients.update(
         implementation,
-        inputs.reshape(batch, query, dim),
+        inputs.reshape(batch, query, shape[-1]),
         taps,
         bias,
         state,
@@ -101,5 +109,7 @@ def causal_conv1d_update(
         num_rejected_tokens,
         silu=silu,
         pad_slot_id=pad_slot_id,
+        columns=columns,
     )
-    return out.reshape(shape), state
+    out = [part.reshape(*shape[:-1], part.shape[-1]) for part in out]
+    return columns.output(out), state

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .checks import PAD_SLOT_ID
+from .columns import ALL, Columns
 
 
 class Sequences(NamedTuple):
@@ -210,16 +211,36 @@ def convolve(x, weight, bias, history, tokens: Tokens, silu: bool, dtype):
     return jnp.where(tokens.live[:, None], acc, 0).astype(dtype)
 
 
-def _store(states, out, slot, row, rows, live):
+def convolve_parts(
+    x, weight, bias, history, tokens: Tokens, silu: bool, dtype, columns: Columns
+):
+    """The parts of `convolve`'s result, each a loop of its own.
+
+    Cutting one result apart is slower: XLA:CPU then loses its vectorised loop, or
+    copies.
+    """
+    each = zip(
+        columns.parts(x),
+        columns.parts(weight.T),
+        [None] * columns.num_parts if bias is None else columns.parts(bias),
+        columns.parts(history),
+        strict=True,
+    )
+    return tuple(convolve(x, w.T, b, h, tokens, silu, dtype) for x, w, b, h in each)
+
+
+def _store(states, parts, slot, row, rows, live):
     """Writes `rows` `(N, K, D)` to `states[slot, row]` of live sequences.
+
+    Returns the parts of the output, then the states.
 
     The barrier orders every read of `states` before the write, so that XLA updates
     a donated cache in place instead of copying it.
     """
-    out, rows, states = lax.optimization_barrier((out, rows, states))
+    parts, rows, states = lax.optimization_barrier((parts, rows, states))
     slot = jnp.where(live, slot, states.shape[0])  # out of bounds: dropped
     states = states.at[slot[:, None], row].set(rows, mode="drop", unique_indices=True)
-    return out, states
+    return *parts, states
 
 
 def packed(
@@ -235,9 +256,11 @@ def packed(
     *,
     silu: bool,
     pad_slot_id: int,
+    columns: Columns = ALL,
 ):
     """`causal_conv1d_fn` on checked arguments; `metadata` is not needed here."""
     del metadata
+    x = columns.of(x, weight.shape[0])
     num_tokens, width, state_len = x.shape[0], weight.shape[1], states.shape[1]
     offsets = sanitize_offsets(query_start_loc, num_tokens)
     seqs = sequences(
@@ -247,14 +270,16 @@ def packed(
     wide = wide_slots(states, seqs, wide_x.dtype)
     history = history_before(states, wide, seqs, width - 1)
     tokens = tokens_of(seqs, num_tokens)
-    out = convolve(wide_x, weight, bias, history, tokens, silu, x.dtype)
+    parts = convolve_parts(
+        wide_x, weight, bias, history, tokens, silu, x.dtype, columns
+    )
     if state_len == 0:
-        return out, states
+        return *parts, states
     rows = slots_after(
         x, wide_x, states, wide, seqs, seqs.length, state_len, states.dtype
     )
     row = jnp.arange(state_len, dtype=jnp.int32)
-    return _store(states, out, seqs.slot, row, rows, seqs.live)
+    return _store(states, parts, seqs.slot, row, rows, seqs.live)
 
 
 def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
@@ -292,18 +317,29 @@ def update(
     *,
     silu: bool,
     pad_slot_id: int,
+    columns: Columns = ALL,
 ):
     """`causal_conv1d_update` on checked arguments; x is `(B, Q, D)`."""
+    x = columns.of(x, weight.shape[0])
     own = own_slots(slots, x.shape[0], state.shape[0], pad_slot_id)
     if own is None:
         index = cache_seqlens, slots, num_rejected
-        return _update(weight, bias, silu, pad_slot_id, x, state, *index)
-    function = functools.partial(_update, weight, bias, silu, PAD_SLOT_ID)
+        return _update(weight, bias, silu, columns, pad_slot_id, x, state, *index)
+    function = functools.partial(_update, weight, bias, silu, columns, PAD_SLOT_ID)
     return row_by_row(function)(x, state, cache_seqlens, own, num_rejected)
 
 
 def _update(
-    weight, bias, silu, pad_slot_id, x, state, cache_seqlens, slots, num_rejected
+    weight,
+    bias,
+    silu,
+    columns,
+    pad_slot_id,
+    x,
+    state,
+    cache_seqlens,
+    slots,
+    num_rejected,
 ):
     (batch, query, dim), width, state_len = x.shape, weight.shape[1], state.shape[1]
     flat = x.reshape(batch * query, dim)
@@ -313,10 +349,14 @@ def _update(
     tokens = Tokens(owner, position, _rows(seqs.live, owner))
     wide_x = flat.astype(accumulator(x))
 
+    def convolved(history):
+        parts = convolve_parts(
+            wide_x, weight, bias, history, tokens, silu, x.dtype, columns
+        )
+        return tuple(part.reshape(batch, query, -1) for part in parts)
+
     if state_len == 0:  # W = 1
-        history = jnp.zeros((batch, 0, dim), wide_x.dtype)
-        out = convolve(wide_x, weight, bias, history, tokens, silu, x.dtype)
-        return out.reshape(x.shape), state
+        return *convolved(jnp.zeros((batch, 0, dim), wide_x.dtype)), state
     wide = wide_slots(state, seqs, wide_x.dtype)
     if cache_seqlens is None:
         history = history_before(state, wide, seqs, width - 1)
@@ -332,9 +372,7 @@ def _update(
         row = (cursor[:, None] + kept_from) % state_len
         token = jnp.arange(batch)[:, None] * query + kept_from
         rows = _token_rows(flat, wide_x, token, state.dtype)
-    out = convolve(wide_x, weight, bias, history, tokens, silu, x.dtype)
-    out, state = _store(state, out, seqs.slot, row, rows, seqs.live)
-    return out.reshape(x.shape), state
+    return _store(state, convolved(history), seqs.slot, row, rows, seqs.live)
 
 
 class Runs(NamedTuple):
@@ -397,8 +435,10 @@ def dense(
     *,
     silu: bool,
     state_len: int | None = None,
+    columns: Columns = ALL,
 ):
     """`causal_conv1d` on checked arguments; `state_len` None is without final state."""
+    x = columns.of(x, weight.shape[0])
     (batch, length, dim), width, dtype = x.shape, weight.shape[1], x.dtype
     wide_x = x.astype(accumulator(x))
     if initial_state is None:
@@ -410,12 +450,12 @@ def dense(
     runs = runs_of(segment_ids, batch, length)
 
     def convolve_row(x, history, tokens):
-        return convolve(x, weight, bias, history, tokens, silu, dtype)
+        return convolve_parts(x, weight, bias, history, tokens, silu, dtype, columns)
 
-    out = jax.vmap(convolve_row)(wide_x, with_zeros(history), tokens_of_runs(runs))
+    parts = jax.vmap(convolve_row)(wide_x, with_zeros(history), tokens_of_runs(runs))
     if state_len is None:
-        return (out,)
-    return out, _final_states(x, wide_x, initial_state, wide, runs, state_len)
+        return parts
+    return *parts, _final_states(x, wide_x, initial_state, wide, runs, state_len)
 
 
 def final_states(x, initial_state, segment_ids, state_len: int):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from . import xla
+from .columns import ALL, Columns
 from .xla import Tokens
 
 
@@ -99,14 +100,18 @@ def packed_backward(
     metadata=None,
     *,
     silu: bool,
+    columns: Columns = ALL,
 ):
     """Gradients of a packed batch; see `_backward` for arguments and result.
 
     Args:
+        x: as wide as that of the op; dx has the conv's D columns alone.
+        dy: the cotangent of the op's output, with `split` a tuple of parts.
         dslots: `(N, L, D)` cotangent of what each sequence left in its slot, or None.
         live: `(N,)` bool, sequences that were not skipped.
     """
     del metadata
+    x, dy = columns.of(x, weight.shape[0]), columns.joined(dy)
     num_tokens = x.shape[0]
     offsets = xla.sanitize_offsets(query_start_loc, num_tokens)
     seqs = xla.sequences(offsets, None, None, None, (live.shape[0], 0), -1)
@@ -118,11 +123,23 @@ def packed_backward(
 
 
 def rows_backward(
-    x, weight, bias, history, dy, dslots, live, segment_ids, *, silu: bool
+    x,
+    weight,
+    bias,
+    history,
+    dy,
+    dslots,
+    live,
+    segment_ids,
+    *,
+    silu: bool,
+    columns: Columns = ALL,
 ):
     """Gradients of B rows of equal length, `x` and `dy` `(B, T, D)`.
 
     Args:
+        x: as wide as that of the op; dx has the conv's D columns alone.
+        dy: the cotangent of the op's output, with `split` a tuple of parts.
         dslots: `(B, L, D)` cotangent of what the last run of real tokens of each row
             left in its slot, or None.
         live: `(B,)` bool, rows that were not skipped; None is all.
@@ -131,6 +148,7 @@ def rows_backward(
     Returns:
         See `_backward`; dx is `(B, T, D)`.
     """
+    x, dy = columns.of(x, weight.shape[0]), columns.joined(dy)
     batch, length, _ = x.shape
     runs = xla.runs_of(segment_ids, batch, length)
     if live is not None:

@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -264,12 +264,18 @@ class Program:
         arguments: its arguments, as `jax.ShapeDtypeStruct`s.
         caches: numbers of the arguments that hold conv states.
         layers: how many calls of an op it makes.
+        mesh: axis names and sizes of a mesh of GPUs; by default one GPU.
+        specs: for each argument a tree of `PartitionSpec`s; () is all replicated.
+        explicit: whether the axes of the mesh are explicit or automatic.
     """
 
     function: Callable
     arguments: tuple
     caches: tuple[int, ...]
     layers: int
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"gpu": 1})
+    specs: tuple = ()
+    explicit: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +300,8 @@ class CompiledProgram:
     """What XLA made of a program.
 
     Attributes:
-        hlo: optimised HLO, as text.
-        cache_bytes: size of each cache (of all the same size).
+        hlo: optimised HLO, as text, of each of the GPUs.
+        cache_bytes: size of each cache (of all the same size) on a GPU.
         num_caches: how many.
         layers: how many calls of an op the program makes.
         alias_bytes: of arguments whose buffers hold results.
@@ -332,6 +338,10 @@ class CompiledProgram:
             if i.opcode not in _NAMES_BUFFERS and i.computation not in inner
         ]
 
+    def collectives(self) -> list[Instruction]:
+        """What moves data between GPUs."""
+        return [i for i in self.instructions if _is_collective(i)]
+
     def cache_copies(self) -> list[Instruction]:
         """Instructions, in fusions too, that make an array as large as a cache.
 
@@ -353,6 +363,11 @@ def _is_kernel(instruction: Instruction) -> bool:
     return (
         instruction.opcode == "custom-call" and "triton_kernel_call" in instruction.text
     )
+
+
+def _is_collective(instruction: Instruction) -> bool:
+    kinds = "all-|collective-|reduce-scatter|ragged-all-|send|recv"
+    return re.match(kinds, instruction.opcode) is not None
 
 
 _NAMES_BUFFERS = (
@@ -387,20 +402,23 @@ def _array_sizes(shape: str) -> tuple[int, ...]:
 
 
 def compile_programs(
-    module: str, names: Iterable[str]
+    module: str, names: Iterable[str], donate: Iterable[bool] = (True, False)
 ) -> dict[tuple[str, bool], CompiledProgram]:
-    """Compiles `getattr(module, name)()`, each a `Program`, for an H100.
+    """Compiles `getattr(module, name)()`, each a `Program`, for H100s.
 
     In one child process, since jax must start without its GPU for that.
 
     Args:
         module: importable from the root of the repository.
-        names: of functions without arguments that return a `Program`.
+        names: of functions that return a `Program`; "f-a-b" is `f("a", "b")`.
+        donate: whether to compile with caches donated, with caches kept, or both.
 
     Returns:
         For each (name, donated?) the compiled program, its caches donated or not.
     """
+    ways = [("keep", "donate")[way] for way in donate]
     command = [sys.executable, "-m", "tests.gpu_compiler", module, *names]
+    command += [f"--{way}" for way in ways]
     run = subprocess.run(
         command,
         check=False,
@@ -430,27 +448,36 @@ def _child_environment() -> dict[str, str]:
 
 def _compile_here(program: Program, donate: bool) -> CompiledProgram:
     import jax
+    import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+    shape = "x".join(map(str, (1, 1, math.prod(program.mesh.values()))))
     topology = topologies.get_topology_desc(
         platform="cuda",
-        topology_name="1x1x1",
-        topology="1x1x1",
+        topology_name=shape,
+        topology=shape,
         target_config=H100,
     )
-    mesh = topologies.make_mesh(topology, (1,), ("gpu",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        program.arguments,
-    )
+    devices = np.array(topology.devices).reshape(*program.mesh.values())
+    kind = AxisType.Explicit if program.explicit else AxisType.Auto
+    mesh = Mesh(devices, tuple(program.mesh), axis_types=(kind,) * len(program.mesh))
+
+    def sharded(array, spec):
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    specs = program.specs or jax.tree.map(lambda _: PartitionSpec(), program.arguments)
+    arguments = jax.tree.map(sharded, program.arguments, specs)
     donated = program.caches if donate else ()
     jitted = jax.jit(program.function, donate_argnums=donated)
     compiled = jitted.lower(*arguments).compile()
     memory = compiled.memory_analysis()
-    caches = jax.tree.leaves([program.arguments[i] for i in program.caches])
-    (cache_bytes,) = {c.size * c.dtype.itemsize for c in caches}
+    caches = jax.tree.leaves([arguments[i] for i in program.caches])
+    sizes = {
+        math.prod(c.sharding.shard_shape(c.shape)) * c.dtype.itemsize for c in caches
+    }
+    (cache_bytes,) = sizes or {0}
     return CompiledProgram(
         hlo=compiled.as_text(),
         cache_bytes=cache_bytes,
@@ -465,11 +492,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compiles programs; prints JSON.")
     parser.add_argument("module")
     parser.add_argument("names", nargs="+")
+    parser.add_argument("--donate", action="store_true", help="with caches donated")
+    parser.add_argument("--keep", action="store_true", help="with caches kept")
     arguments = parser.parse_args()
     module = importlib.import_module(arguments.module)
+    ways = [way for way in (True, False) if (arguments.keep, arguments.donate)[way]]
     for name in arguments.names:
-        program = getattr(module, name)()
-        for donate in (True, False):
+        function, *values = name.split("-")
+        program = getattr(module, function)(*values)
+        for donate in ways:
             compiled = _compile_here(program, donate)
             print(json.dumps([name, donate, dataclasses.asdict(compiled)]))
 

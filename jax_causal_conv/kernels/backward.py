@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .device import (
+    channel_block,
     load_taps,
     load_window,
     next_visible,
@@ -96,7 +97,7 @@ def masked_step(
     rows,
     ahead,
     cols,
-    D: tl.constexpr,
+    limit,
     W: tl.constexpr,
     SILU: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
@@ -110,7 +111,7 @@ def masked_step(
         rows, ahead: tokens of the chunk; tokens from its first to the sequence's end.
     """
     inside = step < ahead
-    limit = tl.where(inside, D, 0)
+    limit = tl.where(inside, limit, 0)
     x = tl.load(x_ptrs, mask=cols < limit, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptrs, mask=cols < limit, other=0.0).to(tl.float32)
     reach = 0
@@ -148,6 +149,7 @@ def store_dx(
     state_start,
     state_end,
     cols,
+    limit,
     D: tl.constexpr,
     L: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
@@ -156,10 +158,10 @@ def store_dx(
     if HAS_SLOTS:
         row = token - state_end + L
         kept = (token >= state_start) & (token < state_end) & (row >= 0)
-        limit = tl.where(kept, D, 0)
-        rows = tl.load(dslot_ptrs + row * D, mask=cols < limit, other=0.0)
+        mask = cols < tl.where(kept, limit, 0)
+        rows = tl.load(dslot_ptrs + row * D, mask=mask, other=0.0)
         dx += rows.to(tl.float32)
-    tl.store(dx_ptrs, dx.to(dx_ptrs.dtype.element_ty), mask=cols < D)
+    tl.store(dx_ptrs, dx.to(dx_ptrs.dtype.element_ty), mask=cols < limit)
 
 
 @triton.jit
@@ -181,6 +183,9 @@ def backward_chunk(
     state_start,
     state_end,
     cols,
+    limit,
+    dy_stride,
+    X: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
@@ -216,13 +221,13 @@ def backward_chunk(
     for _ in tl.static_range(W - 1):
         pending = pending + (dbias,)
     dtaps = pending + (dbias,)
-    mask = cols < D
+    mask = cols < limit
     ahead = length - first
 
     for s in tl.static_range(W - 1):
         dx, window, pending, dtaps, dbias, previous, visible = masked_step(
-            x_ptrs + s * D,
-            dy_ptrs + s * D,
+            x_ptrs + s * X,
+            dy_ptrs + s * dy_stride,
             segment_ptr + s,
             s,
             window,
@@ -236,15 +241,16 @@ def backward_chunk(
             rows,
             ahead,
             cols,
-            D,
+            limit,
             W,
             SILU,
             HAS_SEGMENTS,
             FAST,
         )
-        tl.store(dhistory_ptrs + s * D, dx, mask=cols < tl.where(first == 0, D, 0))
-    x_ptrs += (W - 1) * D
-    dy_ptrs += (W - 1) * D
+        earliest = cols < tl.where(first == 0, limit, 0)
+        tl.store(dhistory_ptrs + s * D, dx, mask=earliest)
+    x_ptrs += (W - 1) * X
+    dy_ptrs += (W - 1) * dy_stride
     segment_ptr += W - 1
 
     # Whole groups of the chunk's own tokens need no masks.
@@ -254,8 +260,8 @@ def backward_chunk(
         xs = ()
         dys = ()
         for g in tl.static_range(GROUP):
-            xs = xs + (tl.load(x_ptrs + g * D, mask=mask, other=0.0),)
-            dys = dys + (tl.load(dy_ptrs + g * D, mask=mask, other=0.0),)
+            xs = xs + (tl.load(x_ptrs + g * X, mask=mask, other=0.0),)
+            dys = dys + (tl.load(dy_ptrs + g * dy_stride, mask=mask, other=0.0),)
         for g in tl.static_range(GROUP):
             reach = 0
             if HAS_SEGMENTS:
@@ -288,12 +294,13 @@ def backward_chunk(
                 state_start,
                 state_end,
                 cols,
+                limit,
                 D,
                 L,
                 HAS_SLOTS,
             )
-        x_ptrs += GROUP * D
-        dy_ptrs += GROUP * D
+        x_ptrs += GROUP * X
+        dy_ptrs += GROUP * dy_stride
         dx_ptrs += GROUP * D
         segment_ptr += GROUP
         token += GROUP
@@ -315,7 +322,7 @@ def backward_chunk(
             rows,
             ahead,
             cols,
-            D,
+            limit,
             W,
             SILU,
             HAS_SEGMENTS,
@@ -329,12 +336,13 @@ def backward_chunk(
             state_start,
             state_end,
             cols,
+            limit,
             D,
             L,
             HAS_SLOTS,
         )
-        x_ptrs += D
-        dy_ptrs += D
+        x_ptrs += X
+        dy_ptrs += dy_stride
         dx_ptrs += D
         segment_ptr += 1
     return dtaps, dbias
@@ -342,13 +350,13 @@ def backward_chunk(
 
 @triton.jit
 def store_partial(
-    partial_ptr, program, dtaps, dbias, cols, D: tl.constexpr, W: tl.constexpr
+    partial_ptr, program, dtaps, dbias, cols, mask, D: tl.constexpr, W: tl.constexpr
 ):
     """Writes a program's sums to its own W+1 rows of `(P, W+1, D)`."""
     ptrs = partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols
     for k in tl.static_range(W):
-        tl.store(ptrs + k * D, dtaps[k], mask=cols < D)
-    tl.store(ptrs + W * D, dbias, mask=cols < D)
+        tl.store(ptrs + k * D, dtaps[k], mask=mask)
+    tl.store(ptrs + W * D, dbias, mask=mask)
 
 
 # One program takes one chunk of one row for BLOCK_N channels, on the grid of the dense
@@ -362,6 +370,9 @@ def rows_backward_kernel(
     bias_ptr,
     history_ptr,
     dy_ptr,
+    dy_1_ptr,
+    dy_2_ptr,
+    dy_3_ptr,
     dslots_ptr,
     live_ptr,
     segment_ids_ptr,
@@ -373,6 +384,10 @@ def rows_backward_kernel(
     dx_ptr,
     dhistory_ptr,
     partial_ptr,
+    X: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COL_BLOCKS: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
@@ -385,10 +400,14 @@ def rows_backward_kernel(
     GROUP: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    cols = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = cols < D
-    program = tl.program_id(0) // col_blocks
+    block = tl.program_id(0) % COL_BLOCKS
+    first_col, limit, dy_ptr, dy_stride = channel_block(
+        block, (dy_ptr, dy_1_ptr, dy_2_ptr, dy_3_ptr), SPLIT, BLOCK_N
+    )
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = cols < limit
+    x_ptr += OFFSET
+    program = tl.program_id(0) // COL_BLOCKS
     row = program // chunks
     first = program % chunks * block_m
     rows = tl.minimum(block_m, row_len - first)
@@ -408,18 +427,20 @@ def rows_backward_kernel(
         segment_ptr = segment_ids_ptr + token
         taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
         window = load_window(
-            x_ptr + token * D,
+            x_ptr + token * X,
             history_ptr + row.to(tl.int64) * ((W - 1) * D),
             first,
             W - 1,
             cols,
+            limit,
+            X,
             D,
             W,
         )
         previous, visible = visible_before(segment_ptr, first, W, HAS_SEGMENTS)
         dtaps, dbias = backward_chunk(
-            x_ptr + token * D + cols,
-            dy_ptr + token * D + cols,
+            x_ptr + token * X + cols,
+            dy_ptr + token * dy_stride + cols,
             dx_ptrs,
             dhistory_ptrs,
             dslots_ptr + row.to(tl.int64) * (L * D) + cols,
@@ -435,6 +456,9 @@ def rows_backward_kernel(
             state_start,
             state_end,
             cols,
+            limit,
+            dy_stride,
+            X,
             D,
             W,
             L,
@@ -445,7 +469,7 @@ def rows_backward_kernel(
             GROUP,
             FAST,
         )
-        store_partial(partial_ptr, program, dtaps, dbias, cols, D, W)
+        store_partial(partial_ptr, program, dtaps, dbias, cols, mask, D, W)
     else:
         zero_rows(dx_ptrs, rows, mask, D, BLOCK_N)
         if first == 0:
@@ -469,6 +493,9 @@ def packed_backward_kernel(
     bias_ptr,
     history_ptr,
     dy_ptr,
+    dy_1_ptr,
+    dy_2_ptr,
+    dy_3_ptr,
     dslots_ptr,
     query_start_loc_ptr,
     live_ptr,
@@ -480,6 +507,10 @@ def packed_backward_kernel(
     dx_ptr,
     dhistory_ptr,
     partial_ptr,
+    X: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COL_BLOCKS: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
@@ -490,10 +521,14 @@ def packed_backward_kernel(
     GROUP: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    cols = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = cols < D
-    program = tl.program_id(0) // col_blocks
+    block = tl.program_id(0) % COL_BLOCKS
+    first_col, limit, dy_ptr, dy_stride = channel_block(
+        block, (dy_ptr, dy_1_ptr, dy_2_ptr, dy_3_ptr), SPLIT, BLOCK_N
+    )
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = cols < limit
+    x_ptr += OFFSET
+    program = tl.program_id(0) // COL_BLOCKS
     partial_ptrs = partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols
     zero_rows(partial_ptrs, W + 1, mask, D, BLOCK_N)
 
@@ -525,17 +560,19 @@ def packed_backward_kernel(
             if tl.load(live_ptr + seq) != 0:
                 taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
                 window = load_window(
-                    x_ptr + token * D,
+                    x_ptr + token * X,
                     history_ptr + seq.to(tl.int64) * ((W - 1) * D),
                     first,
                     W - 1,
                     cols,
+                    limit,
+                    X,
                     D,
                     W,
                 )
                 dtaps, dbias = backward_chunk(
-                    x_ptr + token * D + cols,
-                    dy_ptr + token * D + cols,
+                    x_ptr + token * X + cols,
+                    dy_ptr + token * dy_stride + cols,
                     dx_ptr + token * D + cols,
                     dhistory_ptr + seq.to(tl.int64) * ((W - 1) * D) + cols,
                     dslots_ptr + seq.to(tl.int64) * (L * D) + cols,
@@ -551,6 +588,9 @@ def packed_backward_kernel(
                     0,
                     length,
                     cols,
+                    limit,
+                    dy_stride,
+                    X,
                     D,
                     W,
                     L,
@@ -562,6 +602,6 @@ def packed_backward_kernel(
                     FAST,
                 )
                 tl.debug_barrier()  # behind the zeros above
-                store_partial(partial_ptr, program, dtaps, dbias, cols, D, W)
+                store_partial(partial_ptr, program, dtaps, dbias, cols, mask, D, W)
             else:
                 zero_rows(dx_ptr + token * D + cols, rows, mask, D, BLOCK_N)

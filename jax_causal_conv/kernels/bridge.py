@@ -35,6 +35,8 @@ def call(
 ) -> tuple[jax.Array, ...]:
     """Launches `kernel(*arrays, *scalars, *outputs, [alias], **constants)` on CUDA.
 
+    Pointers behind those, of outputs that there are not, are None.
+
     Args:
         kernel: a Triton kernel; its parameters have just this order.
         arrays: operands, passed as pointers.
@@ -44,7 +46,8 @@ def call(
         num_warps: warps a program.
         constants: constexpr arguments.
         in_place: the operand that the kernel updates in place, if any. Such kernels
-            have a last parameter `state_alias_ptr` and leave it alone.
+            have a pointer to spare behind the last output and leave it alone: some
+            versions hand the updated buffer over twice.
         compute_capability: e.g. 90.
 
     Returns:
@@ -63,16 +66,17 @@ def call(
         num_stages=1,
         compute_capability=compute_capability,
     )
+    given = len(arrays) + len(scalars) + len(outputs)
     if _VERSION < (0, 4):
-        # The updated buffer arrives a second time, as the last pointer.
+        given += in_place is not None
         options.update(out_shape=tuple(results), enable_fp_fusion=True)
     else:
         backend: dict[str, Any] = {"enable_fp_fusion": True}
         if (ptx_version := _PTX_VERSION.get(compute_capability)) is not None:
             backend["ptx_version"] = ptx_version
         options.update(out_type=tuple(results), backend_options=backend)
-        if in_place is not None:
-            options["state_alias_ptr"] = 0
+    for name in kernel.arg_names[given:]:
+        options.setdefault(name, None)
     with warnings.catch_warnings():
         # Aliases by index are deprecated for Refs, which need a jit around them.
         warnings.simplefilter("ignore", DeprecationWarning)

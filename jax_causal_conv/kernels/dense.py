@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from .device import convolve_rows, load_taps, load_window, visible_before
+from .device import (
+    channel_block,
+    convolve_rows,
+    load_taps,
+    load_window,
+    visible_before,
+)
 
 
 # One program filters block_m tokens of one row for BLOCK_N channels; the grid is 1-D,
@@ -21,6 +27,13 @@ def dense_kernel(
     chunks,
     block_m,
     out_ptr,
+    out_1_ptr,  # None where there are fewer parts: see channel_block
+    out_2_ptr,
+    out_3_ptr,
+    X: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COL_BLOCKS: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
@@ -32,28 +45,34 @@ def dense_kernel(
     GROUP: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    cols = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = cols < D
-    row = (tl.program_id(0) // col_blocks) // chunks
-    first = (tl.program_id(0) // col_blocks) % chunks * block_m
+    block = tl.program_id(0) % COL_BLOCKS
+    first_col, limit, out_ptr, out_stride = channel_block(
+        block, (out_ptr, out_1_ptr, out_2_ptr, out_3_ptr), SPLIT, BLOCK_N
+    )
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = cols < limit
+    x_ptr += OFFSET
+    row = (tl.program_id(0) // COL_BLOCKS) // chunks
+    first = (tl.program_id(0) // COL_BLOCKS) % chunks * block_m
 
     token = row.to(tl.int64) * row_len + first
     segment_ptr = segment_ids_ptr + token
     taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
     window = load_window(
-        x_ptr + token * D,
+        x_ptr + token * X,
         initial_state_ptr + row.to(tl.int64) * (L * D),
         first,
         L if HAS_INITIAL_STATE else 0,
         cols,
+        limit,
+        X,
         D,
         W,
     )
     previous, visible = visible_before(segment_ptr, first, W, HAS_SEGMENTS)
     convolve_rows(
-        x_ptr + token * D + cols,
-        out_ptr + token * D + cols,
+        x_ptr + token * X + cols,
+        out_ptr + token * out_stride + cols,
         segment_ptr,
         window,
         taps,
@@ -62,7 +81,9 @@ def dense_kernel(
         visible,
         tl.minimum(block_m, row_len - first),
         cols,
-        D,
+        limit,
+        out_stride,
+        X,
         W,
         SILU,
         HAS_SEGMENTS,

@@ -1,7 +1,10 @@
 """Device functions shared by the kernels. No JAX here.
 
 Conventions: `cols` are the channels `[BLOCK_N]` of a program and `mask` those below
-D. Row pointers are 64-bit bases plus `cols`, so a product of sizes never overflows.
+`limit`: D, or where the part of the output that the program writes ends. Rows of the
+input are X apart, rows of a part `stride`, all others D; pointers to parts and to the
+input are where column 0 would be. Row pointers are 64-bit bases plus `cols`, so a
+product of sizes never overflows.
 `FAST` chooses CUDA spellings that Triton's interpreter does not know; each has a
 plain twin beside it.
 """
@@ -13,6 +16,39 @@ import triton.language as tl
 @triton.jit
 def _max(a, b):
     return tl.maximum(a, b)
+
+
+@triton.jit
+def channel_block(block, parts, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The channels of one block, and the part they lie in.
+
+    Blocks are counted part by part, so that none spans two of them. Only scalars
+    depend on the part, so the code is one for all; of a single part none is left.
+
+    Args:
+        block: number of the block.
+        parts: tuple of pointers to the parts `(rows, SPLIT[i])` of an array.
+        SPLIT: the channels of each part.
+
+    Returns:
+        The first channel; the limit of the part's channels; a pointer to where channel
+        0 would be in the part's first row; and its stride.
+    """
+    first = block * BLOCK_N
+    limit = tl.cast(SPLIT[0], tl.int32)
+    ptr = parts[0]
+    stride = tl.cast(SPLIT[0], tl.int32)
+    channels = 0
+    blocks = 0
+    for i in tl.static_range(1, len(SPLIT)):
+        channels += SPLIT[i - 1]
+        blocks += (SPLIT[i - 1] + BLOCK_N - 1) // BLOCK_N
+        here = block >= blocks
+        first = tl.where(here, channels + (block - blocks) * BLOCK_N, first)
+        limit = tl.where(here, channels + SPLIT[i], limit)
+        ptr = tl.where(here, parts[i] - channels, ptr)
+        stride = tl.where(here, SPLIT[i], stride)
+    return first, limit, ptr, stride.to(tl.int64)
 
 
 @triton.jit
@@ -178,7 +214,9 @@ def convolve_rows(
     visible,
     rows,
     cols,
-    D: tl.constexpr,
+    limit,
+    out_stride,
+    X: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
@@ -197,13 +235,13 @@ def convolve_rows(
         window: tuple of the W-1 float32 rows before it, oldest first.
         previous, visible: see `next_visible`.
     """
-    mask = cols < D
+    mask = cols < limit
     if GROUP > 1:
         groups = rows // GROUP
-        fresh = load_rows(x_ptrs, groups > 0, cols, D, GROUP)
+        fresh = load_rows(x_ptrs, groups > 0, cols, limit, X, GROUP)
         for i in range(groups):
-            x_ptrs += GROUP * D
-            ahead = load_rows(x_ptrs, i + 1 < groups, cols, D, GROUP)
+            x_ptrs += GROUP * X
+            ahead = load_rows(x_ptrs, i + 1 < groups, cols, limit, X, GROUP)
             for g in tl.static_range(GROUP):
                 window = window + (fresh[g].to(tl.float32),)
                 reach = 0
@@ -212,10 +250,11 @@ def convolve_rows(
                         segment_ptr + g, previous, visible, W
                     )
                 y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
-                tl.store(out_ptrs + g * D, y.to(out_ptrs.dtype.element_ty), mask=mask)
+                y = y.to(out_ptrs.dtype.element_ty)
+                tl.store(out_ptrs + g * out_stride, y, mask=mask)
                 window = window[1:]
             fresh = ahead
-            out_ptrs += GROUP * D
+            out_ptrs += GROUP * out_stride
             if HAS_SEGMENTS:
                 segment_ptr += GROUP
     for _ in range(rows % GROUP if GROUP > 1 else rows):
@@ -227,29 +266,29 @@ def convolve_rows(
         y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
         tl.store(out_ptrs, y.to(out_ptrs.dtype.element_ty), mask=mask)
         window = window[1:]
-        x_ptrs += D
-        out_ptrs += D
+        x_ptrs += X
+        out_ptrs += out_stride
         if HAS_SEGMENTS:
             segment_ptr += 1
 
 
 @triton.jit
-def load_rows(ptrs, wanted, cols, D: tl.constexpr, GROUP: tl.constexpr):
-    """GROUP consecutive rows as a tuple; no load is issued unless `wanted`."""
-    limit = tl.where(wanted, D, 0)
+def load_rows(ptrs, wanted, cols, limit, X: tl.constexpr, GROUP: tl.constexpr):
+    """GROUP consecutive rows of x as a tuple; no load is issued unless `wanted`."""
+    limit = tl.where(wanted, limit, 0)
     rows = ()
     for g in tl.static_range(GROUP):
-        rows = rows + (tl.load(ptrs + g * D, mask=cols < limit, other=0.0),)
+        rows = rows + (tl.load(ptrs + g * X, mask=cols < limit, other=0.0),)
     return rows
 
 
 @triton.jit
-def zero_rows(out_ptrs, rows, mask, D: tl.constexpr, BLOCK_N: tl.constexpr):
+def zero_rows(out_ptrs, rows, mask, stride, BLOCK_N: tl.constexpr):
     """Writes zeros to `rows` consecutive rows."""
     zeros = tl.full([BLOCK_N], 0, out_ptrs.dtype.element_ty)
     for _ in range(rows):
         tl.store(out_ptrs, zeros, mask=mask)
-        out_ptrs += D
+        out_ptrs += stride
 
 
 @triton.jit
@@ -262,7 +301,7 @@ def zero_uncovered(
     block_m,
     cols,
     mask,
-    D: tl.constexpr,
+    stride,
     BLOCK_N: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -279,7 +318,7 @@ def zero_uncovered(
         zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
         for i in range(first, last):
             token = tl.where(i < head, i, tail + (i - head))
-            tl.store(out_ptr + token.to(tl.int64) * D + cols, zeros, mask=mask)
+            tl.store(out_ptr + token.to(tl.int64) * stride + cols, zeros, mask=mask)
 
 
 @triton.jit
@@ -289,6 +328,8 @@ def load_window(
     first,
     history,
     cols,
+    limit,
+    X: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
 ):
@@ -305,9 +346,9 @@ def load_window(
         back = W - 1 - k
         row = history - back
         # No channel passes where a row must not be seen.
-        x_cols = tl.where(first > 0, D, 0)
-        old_cols = tl.where((first == 0) & (row >= 0), D, 0)
-        x = tl.load(x_ptr - back * D + cols, mask=cols < x_cols, other=0.0)
+        x_cols = tl.where(first > 0, limit, 0)
+        old_cols = tl.where((first == 0) & (row >= 0), limit, 0)
+        x = tl.load(x_ptr - back * X + cols, mask=cols < x_cols, other=0.0)
         old = tl.load(slot_ptr + row * D + cols, mask=cols < old_cols, other=0.0)
         window = window + (tl.where(first > 0, x.to(tl.float32), old.to(tl.float32)),)
     return window
@@ -320,6 +361,8 @@ def roll_slot(
     length,
     history,
     first_col,
+    limit,
+    X: tl.constexpr,
     D: tl.constexpr,
     L: tl.constexpr,
     L_BLOCK: tl.constexpr,
@@ -343,9 +386,9 @@ def roll_slot(
     token = (length - L) + row  # of the sequence; negative: history
     for n in range(0, BLOCK_N, SLOT_N):
         cols = (first_col + n + tl.arange(0, SLOT_N))[None, :]
-        mask = (row < L) & (cols < D)
+        mask = (row < L) & (cols < limit)
         new = tl.load(
-            x_ptr + token.to(tl.int64) * D + cols, mask=mask & (token >= 0), other=0.0
+            x_ptr + token.to(tl.int64) * X + cols, mask=mask & (token >= 0), other=0.0
         )
         source = history + token
         old = tl.load(

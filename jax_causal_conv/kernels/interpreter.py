@@ -127,13 +127,16 @@ def run(
     """Runs `kernel(*args, **constants)` for `grid` programs, in place.
 
     Args:
-        args: NumPy arrays (passed as pointers) and ints, in the kernel's order.
+        args: NumPy arrays (passed as pointers) and ints, in the kernel's order;
+            parameters behind them that are no constants are None.
     """
     fn = _interpreted(kernel)
+    given = {*kernel.arg_names[: len(args)], *constants, "FAST"}
+    absent = {name: None for name in kernel.arg_names if name not in given}
     operands = [_Pointer(a) if isinstance(a, np.ndarray) else a for a in args]
     with _LOCK, _mended(), np.errstate(all="ignore"):
         executor = _InPlaceExecutor(fn, kernel.arg_names, (grid,))
-        executor(*operands, **constants, FAST=False)
+        executor(*operands, **absent, **constants, FAST=False)
 
 
 def call(

@@ -4,16 +4,82 @@ The functions here have the signature of their twins in `xla.py` plus `call`, wh
 runs a kernel: `bridge.call` for a chosen compute capability, or `interpreter.call`.
 """
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 
 from .. import xla
+from ..columns import ALL, Columns, Output
 from ..metadata import build_metadata
 from . import tiles
 from .backward import packed_backward_kernel, rows_backward_kernel
 from .dense import dense_kernel
 from .packed import packed_kernel
 from .update import update_kernel
+
+_MAX_PARTS = 4  # pointers of a kernel to the parts of its output
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where channels lie in memory, as the kernels see it.
+
+    Attributes:
+        sizes: channels of the parts of the output: at most _MAX_PARTS. What is split
+            further is one array to the kernels, and cut or joined outside.
+        width: elements of a row of x.
+        offset: the first of them that is a channel.
+    """
+
+    sizes: tuple[int, ...]
+    width: int
+    offset: int
+
+    @classmethod
+    def of(cls, columns: Columns, x, weight) -> "_Layout":
+        sizes = columns.sizes(weight.shape[0])
+        if len(sizes) > _MAX_PARTS:
+            sizes = weight.shape[:1]
+        return cls(sizes, x.shape[-1], columns.offset or 0)
+
+    def tile(self, width: int, state_len: int, rows: int, itemsize: int):
+        """Tiles of a forward kernel."""
+        alignment = math.gcd(self.width, self.offset, *self.sizes)
+        return tiles.choose(
+            max(self.sizes), width, state_len, rows, itemsize, alignment
+        )
+
+    def blocks(self, tile: tiles.Tiles) -> int:
+        """Blocks of channels, none of which spans two parts."""
+        return sum(-(-size // tile.block_n) for size in self.sizes)
+
+    def outputs(self, x) -> list:
+        """Shapes and dtypes of the parts."""
+        rows = x.shape[:-1]
+        return [jax.ShapeDtypeStruct((*rows, size), x.dtype) for size in self.sizes]
+
+    def parts(self, dy: Output, columns: Columns) -> list:
+        """_MAX_PARTS pointers for the cotangents of the parts."""
+        parts = dy if isinstance(dy, tuple) else (dy,)
+        if len(parts) != len(self.sizes):
+            parts = (columns.joined(dy),)
+        return [*parts, *[parts[0]] * (_MAX_PARTS - len(parts))]
+
+    def constants(self, tile: tiles.Tiles) -> dict:
+        return {
+            "X": self.width,
+            "OFFSET": self.offset,
+            "SPLIT": self.sizes,
+            "COL_BLOCKS": self.blocks(tile),
+            "D": sum(self.sizes),
+        }
+
+
+def _apart(out, columns: Columns) -> tuple:
+    """The parts, where the kernel wrote them as one array."""
+    return tuple(out) if len(out) == columns.num_parts else columns.parts(out[0])
 
 
 def _or(array, stand_in):
@@ -35,13 +101,15 @@ def packed(
     *,
     silu: bool,
     pad_slot_id: int,
+    columns: Columns = ALL,
 ):
     """Launches the packed forward kernel, see `xla.packed`."""
-    (num_tokens, dim), width = x.shape, weight.shape[1]
+    num_tokens, width = x.shape[0], weight.shape[1]
     num_slots, state_len, _ = states.shape
     num_seqs = query_start_loc.shape[0] - 1
     metadata = _metadata_or_default(metadata, query_start_loc, num_tokens, width)
-    tile = tiles.choose(dim, width, state_len, metadata.block_m, x.dtype.itemsize)
+    layout = _Layout.of(columns, x, weight)
+    tile = layout.tile(width, state_len, metadata.block_m, x.dtype.itemsize)
     chunk_seq = jnp.asarray(metadata.chunk_seq)
     arrays = [
         x,
@@ -55,16 +123,15 @@ def packed(
         chunk_seq,
         jnp.asarray(metadata.chunk_offset),
     ]
-    return call(
+    *out, states = call(
         packed_kernel,
         arrays,
         [num_tokens, num_seqs, num_slots, metadata.block_m],
-        [jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        layout.outputs(x),
         in_place=3,
-        grid=chunk_seq.shape[0] * -(-dim // tile.block_n),
+        grid=chunk_seq.shape[0] * layout.blocks(tile),
         num_warps=tile.num_warps,
         constants=dict(
-            D=dim,
             W=width,
             L=state_len,
             PAD_SLOT_ID=pad_slot_id,
@@ -73,9 +140,11 @@ def packed(
             HAS_SLOTS=slots is not None,
             HAS_INITIAL_STATE=has_initial_state is not None,
             HAS_REJECTED=num_rejected is not None,
+            **layout.constants(tile),
             **_tile_constants(tile),
         ),
     )
+    return *_apart(out, columns), states
 
 
 def update(
@@ -90,14 +159,16 @@ def update(
     *,
     silu: bool,
     pad_slot_id: int,
+    columns: Columns = ALL,
 ):
     """Launches the decode kernel, see `xla.update`."""
-    (batch, query, dim), width = x.shape, weight.shape[1]
+    (batch, query, _), width = x.shape, weight.shape[1]
     num_slots, state_len, _ = state.shape
-    tile = tiles.choose(dim, width, state_len, query, x.dtype.itemsize)
+    layout = _Layout.of(columns, x, weight)
+    tile = layout.tile(width, state_len, query, x.dtype.itemsize)
     # A pointer of the right kind for absent indices.
     unused = next((a for a in (slots, cache_seqlens, num_rejected) if a is not None), x)
-    return call(
+    *out, state = call(
         update_kernel,
         [
             x,
@@ -109,13 +180,12 @@ def update(
             _or(num_rejected, unused),
         ],
         [num_slots],
-        [jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        layout.outputs(x),
         in_place=3,
-        grid=batch * -(-dim // tile.block_n),
+        grid=batch * layout.blocks(tile),
         num_warps=tile.num_warps,
         constants=dict(
             Q=query,
-            D=dim,
             W=width,
             L=state_len,
             PAD_SLOT_ID=pad_slot_id,
@@ -124,9 +194,11 @@ def update(
             CIRCULAR=cache_seqlens is not None,
             HAS_SLOTS=slots is not None,
             HAS_REJECTED=num_rejected is not None,
+            **layout.constants(tile),
             **_tile_constants(tile),
         ),
     )
+    return *_apart(out, columns), state
 
 
 def dense(
@@ -139,13 +211,15 @@ def dense(
     *,
     silu: bool,
     state_len: int | None = None,
+    columns: Columns = ALL,
 ):
     """Launches the dense forward kernel, see `xla.dense`."""
-    (batch, length, dim), width = x.shape, weight.shape[1]
+    (batch, length, _), (dim, width) = x.shape, weight.shape
     block_m = max(tiles.default_block_m(batch * length, batch), width - 1)
     chunks = -(-length // block_m)
-    tile = tiles.choose(dim, width, width - 1, block_m, x.dtype.itemsize)
-    (out,) = call(
+    layout = _Layout.of(columns, x, weight)
+    tile = layout.tile(width, width - 1, block_m, x.dtype.itemsize)
+    out = call(
         dense_kernel,
         [
             x,
@@ -155,11 +229,10 @@ def dense(
             _or(segment_ids, x),
         ],
         [length, chunks, block_m],
-        [jax.ShapeDtypeStruct(x.shape, x.dtype)],
-        grid=batch * chunks * -(-dim // tile.block_n),
+        layout.outputs(x),
+        grid=batch * chunks * layout.blocks(tile),
         num_warps=tile.num_warps,
         constants={
-            "D": dim,
             "W": width,
             "L": 0 if initial_state is None else initial_state.shape[1],
             "SILU": silu,
@@ -168,11 +241,14 @@ def dense(
             "HAS_SEGMENTS": segment_ids is not None,
             "BLOCK_N": tile.block_n,
             "GROUP": tile.group,
+            **layout.constants(tile),
         },
     )
+    parts = _apart(out, columns)
     if state_len is None:
-        return (out,)
-    return out, xla.final_states(x, initial_state, segment_ids, state_len)
+        return parts
+    x = columns.of(x, dim)
+    return *parts, xla.final_states(x, initial_state, segment_ids, state_len)
 
 
 def packed_backward(
@@ -188,12 +264,14 @@ def packed_backward(
     metadata,
     *,
     silu: bool,
+    columns: Columns = ALL,
 ):
     """Launches the packed backward kernel, see `xla_backward.packed_backward`."""
-    (num_tokens, dim), width = x.shape, weight.shape[1]
+    num_tokens, width = x.shape[0], weight.shape[1]
     num_seqs = live.shape[0]
     metadata = _metadata_or_default(metadata, query_start_loc, num_tokens, width)
-    tile = tiles.choose_backward(dim, width, metadata.block_m)
+    layout = _Layout.of(columns, x, weight)
+    tile = tiles.choose_backward(max(layout.sizes), width, metadata.block_m)
     chunk_seq = jnp.asarray(metadata.chunk_seq)
     history, dhistory = _kernel_history(history)
     dx, dhistory, partial = call(
@@ -203,7 +281,7 @@ def packed_backward(
             weight,
             _or(bias, weight),
             history,
-            dy,
+            *layout.parts(dy, columns),
             _or(dslots, x),
             query_start_loc,
             live.astype(jnp.int32),
@@ -211,23 +289,35 @@ def packed_backward(
             jnp.asarray(metadata.chunk_offset),
         ],
         [num_tokens, num_seqs, metadata.block_m],
-        _gradient_shapes(x, dhistory, chunk_seq.shape[0], width),
-        grid=chunk_seq.shape[0] * -(-dim // tile.block_n),
+        _gradient_shapes(x, weight, dhistory, chunk_seq.shape[0]),
+        grid=chunk_seq.shape[0] * layout.blocks(tile),
         num_warps=tile.num_warps,
-        constants=_backward_constants(tile, weight, bias, dslots, silu),
+        constants=_backward_constants(layout, tile, weight, bias, dslots, silu),
     )
     dhistory = jnp.where(live[:, None, None], dhistory[:, : width - 1], 0)
     return dx, *_filter_sums(partial), dhistory
 
 
 def rows_backward(
-    call, x, weight, bias, history, dy, dslots, live, segment_ids, *, silu: bool
+    call,
+    x,
+    weight,
+    bias,
+    history,
+    dy,
+    dslots,
+    live,
+    segment_ids,
+    *,
+    silu: bool,
+    columns: Columns = ALL,
 ):
     """Launches the backward kernel of rows, see `xla_backward.rows_backward`."""
-    (batch, length, dim), width = x.shape, weight.shape[1]
+    (batch, length, _), width = x.shape, weight.shape[1]
     block_m = max(tiles.default_block_m(batch * length, batch), width - 1)
     chunks = -(-length // block_m)
-    tile = tiles.choose_backward(dim, width, block_m)
+    layout = _Layout.of(columns, x, weight)
+    tile = tiles.choose_backward(max(layout.sizes), width, block_m)
     unused = weight  # a pointer that is never followed
     state_start = state_end = unused
     if segment_ids is not None and dslots is not None:
@@ -241,7 +331,7 @@ def rows_backward(
             weight,
             _or(bias, weight),
             history,
-            dy,
+            *layout.parts(dy, columns),
             _or(dslots, unused),
             unused if live is None else live.astype(jnp.int32),
             _or(segment_ids, unused),
@@ -249,13 +339,13 @@ def rows_backward(
             state_end,
         ],
         [length, chunks, block_m],
-        _gradient_shapes(x, dhistory, batch * chunks, width),
-        grid=batch * chunks * -(-dim // tile.block_n),
+        _gradient_shapes(x, weight, dhistory, batch * chunks),
+        grid=batch * chunks * layout.blocks(tile),
         num_warps=tile.num_warps,
         constants={
             "HAS_LIVE": live is not None,
             "HAS_SEGMENTS": segment_ids is not None,
-            **_backward_constants(tile, weight, bias, dslots, silu),
+            **_backward_constants(layout, tile, weight, bias, dslots, silu),
         },
     )
     return dx, *_filter_sums(partial), dhistory[:, : width - 1]
@@ -276,10 +366,11 @@ def _kernel_history(history):
     return history, jax.ShapeDtypeStruct(history.shape, jnp.float32)
 
 
-def _gradient_shapes(x, dhistory, programs: int, width: int):
-    partial = (programs, width + 1, x.shape[-1])
+def _gradient_shapes(x, weight, dhistory, programs: int):
+    dim, width = weight.shape
+    partial = (programs, width + 1, dim)
     return [
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.ShapeDtypeStruct((*x.shape[:-1], dim), x.dtype),
         dhistory,
         jax.ShapeDtypeStruct(partial, jnp.float32),
     ]
@@ -291,17 +382,16 @@ def _filter_sums(partial):
     return sums[:-1].T, sums[-1]
 
 
-def _backward_constants(tile: tiles.Tiles, weight, bias, dslots, silu: bool) -> dict:
-    dim, width = weight.shape
+def _backward_constants(layout, tile: tiles.Tiles, weight, bias, dslots, silu) -> dict:
     return {
-        "D": dim,
-        "W": width,
+        "W": weight.shape[1],
         "L": 0 if dslots is None else dslots.shape[1],
         "SILU": silu,
         "HAS_BIAS": bias is not None,
         "HAS_SLOTS": dslots is not None,
         "BLOCK_N": tile.block_n,
         "GROUP": tile.group,
+        **layout.constants(tile),
     }
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .device import (
+    channel_block,
     convolve_rows,
     load_taps,
     load_window,
@@ -50,7 +51,14 @@ def packed_kernel(
     num_slots,
     block_m,
     out_ptr,
-    state_alias_ptr,  # unused: some launchers hand an in-place buffer over twice
+    out_1_ptr,  # None where there are fewer parts: see channel_block
+    out_2_ptr,
+    out_3_ptr,
+    spare_ptr,  # some launchers hand an in-place buffer over twice
+    X: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COL_BLOCKS: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
@@ -66,11 +74,14 @@ def packed_kernel(
     SLOT_N: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0) // col_blocks
-    first_col = (tl.program_id(0) % col_blocks) * BLOCK_N
+    program = tl.program_id(0) // COL_BLOCKS
+    block = tl.program_id(0) % COL_BLOCKS
+    first_col, limit, out_ptr, out_stride = channel_block(
+        block, (out_ptr, out_1_ptr, out_2_ptr, out_3_ptr), SPLIT, BLOCK_N
+    )
     cols = first_col + tl.arange(0, BLOCK_N)
-    mask = cols < D
+    mask = cols < limit
+    x_ptr += OFFSET
 
     seq = tl.load(chunk_seq_ptr + program)
     chunk = tl.load(chunk_offset_ptr + program)
@@ -85,7 +96,7 @@ def packed_kernel(
                 block_m,
                 cols,
                 mask,
-                D,
+                out_stride,
                 BLOCK_N,
                 FAST,
             )
@@ -107,12 +118,14 @@ def packed_kernel(
         if (length > 0) & (chunk <= (length - 1) // block_m):
             first = chunk * block_m
             rows = tl.minimum(block_m, length - first)
-            row_ptr = x_ptr + start.to(tl.int64) * D
-            out_ptrs = out_ptr + (start + first).to(tl.int64) * D + cols
+            row_ptr = x_ptr + start.to(tl.int64) * X
+            out_ptrs = out_ptr + (start + first).to(tl.int64) * out_stride + cols
             if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
                 slot_base = state_ptr + slot.to(tl.int64) * (L * D)
-                first_ptr = row_ptr + first.to(tl.int64) * D
-                window = load_window(first_ptr, slot_base, first, history, cols, D, W)
+                first_ptr = row_ptr + first.to(tl.int64) * X
+                window = load_window(
+                    first_ptr, slot_base, first, history, cols, limit, X, D, W
+                )
                 taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
                 convolve_rows(
                     first_ptr + cols,
@@ -125,7 +138,9 @@ def packed_kernel(
                     0,
                     rows,
                     cols,
-                    D,
+                    limit,
+                    out_stride,
+                    X,
                     W,
                     SILU,
                     False,
@@ -139,6 +154,8 @@ def packed_kernel(
                         length,
                         history,
                         first_col,
+                        limit,
+                        X,
                         D,
                         L,
                         L_BLOCK,
@@ -146,4 +163,4 @@ def packed_kernel(
                         SLOT_N,
                     )
             else:
-                zero_rows(out_ptrs, rows, mask, D, BLOCK_N)
+                zero_rows(out_ptrs, rows, mask, out_stride, BLOCK_N)

@@ -33,15 +33,23 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def choose(dim: int, width: int, state_len: int, rows: int, itemsize: int) -> Tiles:
+def choose(
+    dim: int,
+    width: int,
+    state_len: int,
+    rows: int,
+    itemsize: int,
+    alignment: int | None = None,
+) -> Tiles:
     """Tiles for D channels of `itemsize` bytes, W taps and L rows of state.
 
-    `rows` is the tokens per program.
+    `rows` is the tokens per program; `alignment` a number of elements that divides the
+    position of every row and part, None for that of D.
     """
-    # As many channels a thread as one access moves; fewer where D cannot be aligned
+    # As many channels a thread as one access moves; fewer where rows are not aligned
     # and every channel is an access of its own, with registers for its address.
     per_thread = _ACCESS // itemsize
-    if dim % per_thread:
+    if (dim if alignment is None else alignment) % per_thread:
         per_thread = 4
     return _tiles(dim, width, state_len, rows, per_thread)
 

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from .device import convolve_rows, load_taps, load_window, roll_slot, zero_rows
+from .device import (
+    channel_block,
+    convolve_rows,
+    load_taps,
+    load_window,
+    roll_slot,
+    zero_rows,
+)
 
 
 # One program advances one request by its Q tokens for BLOCK_N channels; the grid is
@@ -24,8 +31,15 @@ def update_kernel(
     num_rejected_ptr,
     num_slots,
     out_ptr,
-    state_alias_ptr,  # unused: some launchers hand an in-place buffer over twice
+    out_1_ptr,  # None where there are fewer parts: see channel_block
+    out_2_ptr,
+    out_3_ptr,
+    spare_ptr,  # some launchers hand an in-place buffer over twice
     Q: tl.constexpr,
+    X: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COL_BLOCKS: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     L: tl.constexpr,
@@ -41,17 +55,20 @@ def update_kernel(
     SLOT_N: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    col_blocks: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    request = tl.program_id(0) // col_blocks
-    first_col = (tl.program_id(0) % col_blocks) * BLOCK_N
+    request = tl.program_id(0) // COL_BLOCKS
+    block = tl.program_id(0) % COL_BLOCKS
+    first_col, limit, out_ptr, out_stride = channel_block(
+        block, (out_ptr, out_1_ptr, out_2_ptr, out_3_ptr), SPLIT, BLOCK_N
+    )
     cols = first_col + tl.arange(0, BLOCK_N)
-    mask = cols < D
+    mask = cols < limit
+    x_ptr += OFFSET
 
     slot = request
     if HAS_SLOTS:
         slot = tl.load(slot_ptr + request)
-    row_ptr = x_ptr + request.to(tl.int64) * (Q * D)
-    out_ptrs = out_ptr + request.to(tl.int64) * (Q * D) + cols
+    row_ptr = x_ptr + request.to(tl.int64) * (Q * X)
+    out_ptrs = out_ptr + request.to(tl.int64) * (Q * out_stride) + cols
     if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
         slot_base = state_ptr + slot.to(tl.int64) * (L * D)
         taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
@@ -69,7 +86,7 @@ def update_kernel(
             if HAS_REJECTED:
                 rejected = tl.load(num_rejected_ptr + request)
                 history = L - tl.minimum(tl.maximum(rejected, 0), L)
-            window = load_window(row_ptr, slot_base, 0, history, cols, D, W)
+            window = load_window(row_ptr, slot_base, 0, history, cols, limit, X, D, W)
         convolve_rows(
             row_ptr + cols,
             out_ptrs,
@@ -81,7 +98,9 @@ def update_kernel(
             0,
             Q,
             cols,
-            D,
+            limit,
+            out_stride,
+            X,
             W,
             SILU,
             False,
@@ -91,10 +110,10 @@ def update_kernel(
         if CIRCULAR:
             tl.debug_barrier()
             kept: tl.constexpr = min(Q, L)
-            x_ptrs = row_ptr + (Q - kept) * D + cols
+            x_ptrs = row_ptr + (Q - kept) * X + cols
             for q in range(Q - kept, Q):
                 x = tl.load(x_ptrs, mask=mask, other=0.0)
-                x_ptrs += D
+                x_ptrs += X
                 row = (cursor + q) % L
                 tl.store(
                     slot_base + row * D + cols,
@@ -108,6 +127,8 @@ def update_kernel(
                 Q,
                 history,
                 first_col,
+                limit,
+                X,
                 D,
                 L,
                 L_BLOCK,
@@ -115,4 +136,4 @@ def update_kernel(
                 SLOT_N,
             )
     else:
-        zero_rows(out_ptrs, Q, mask, D, BLOCK_N)
+        zero_rows(out_ptrs, Q, mask, out_stride, BLOCK_N)
