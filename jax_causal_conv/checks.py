@@ -142,9 +142,14 @@ def at_least_one_offset(offsets: Any) -> None:
         raise ValueError("query_start_loc must have shape (N+1,), got (0,)")
 
 
+def _exceeds(size: Any, limit: int) -> bool:
+    """Whether a size is known to be too large; `jax.export`'s symbols are trusted."""
+    return not jax.export.is_symbolic_dim(size) and size > limit
+
+
 def token_count(name: str, num_tokens: int, block_m: int) -> None:
     """Token numbers, and one chunk beyond, must fit in int32."""
-    if num_tokens + block_m > _INT32_MAX:
+    if _exceeds(num_tokens + block_m, _INT32_MAX):
         raise ValueError(
             f"{name} + block_m must be at most {_INT32_MAX}, "
             f"got {num_tokens} + {block_m}"
@@ -251,7 +256,7 @@ def state_array(name: str, value: Any, dim: int, width: int) -> jax.Array:
 
 
 def _slot_size(name: str, state: jax.Array) -> None:
-    if state.shape[1] * state.shape[2] > _INT32_MAX:
+    if _exceeds(state.shape[1] * state.shape[2], _INT32_MAX):
         raise ValueError(
             f"{name} must have fewer than 2**31 elements in a slot, got {state.shape}"
         )

@@ -5,6 +5,7 @@ twin of the same name in `kernels/launch.py`. Everything here is the same for al
 """
 
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -214,6 +215,8 @@ def _lower_to_xla(ctx, *leaves, **params):
 
 
 def _lower_to_triton(ctx, *leaves, **params):
+    from . import __version__
+
     try:
         from .kernels import bridge, launch
     except ImportError as error:
@@ -224,10 +227,20 @@ def _lower_to_triton(ctx, *leaves, **params):
             ) from error
         _warn_once(f"causal conv uses XLA on CUDA: {error}. For the kernels, {cure}")
         return _lower_to_xla(ctx, *leaves, **params)
-    call = functools.partial(bridge.call, compute_capability=_compute_capability())
+    shapes = [aval.shape for aval in ctx.avals_in]
+    if any(map(jax.export.is_symbolic_dim, itertools.chain(*shapes))):
+        raise NotImplementedError(
+            f"the Triton kernels need static sizes, got operands of shapes {shapes}: "
+            'export one program per size, or use implementation="xla"'
+        )
+    capability = _compute_capability()
+    call = functools.partial(bridge.call, compute_capability=capability)
     kernel = functools.partial(getattr(launch, params["op"]), call)
-    function = _function(params, kernel, _looped)
-    return _lower(ctx, *leaves, function=sharding.partitioned(function, params, ctx))
+    target = (__version__, capability, bridge.VERSIONS)
+    function = sharding.partitioned(
+        _function(params, kernel, _looped), params, ctx, target
+    )
+    return _lower(ctx, *leaves, function=function)
 
 
 @functools.cache

@@ -6,12 +6,15 @@ of every result; and XLA cannot look into a kernel call to divide it among devic
 What is local and what is not is one table, DIMENSIONS.
 """
 
+import functools
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
@@ -120,14 +123,17 @@ def needs_devices(primitive: Any) -> None:
     prim_requires_devices_during_lowering.add(primitive)
 
 
-def partitioned(function: Callable, params: dict, ctx: Any) -> Callable:
+def partitioned(
+    function: Callable, params: dict, ctx: Any, target: Sequence[Any]
+) -> Callable:
     """`function` of the primitive's operands, divided among devices.
 
     Each device runs it on its share of the dimensions that may be sharded; XLA
-    gathers whatever is sharded otherwise. `ctx` is that of the lowering rule.
+    gathers whatever is sharded otherwise. `ctx` is that of the lowering rule, `target`
+    what the kernels depend on beside `params`.
     """
     operands, results = _dimensions(params, ctx.avals_in)
-    results = results[: len(ctx.avals_out)]
+    operands, results = [["stamp"], *operands], results[: len(ctx.avals_out)]
 
     def partition(mesh, arg_shapes, result_shapes):
         shapes = [*arg_shapes, *jax.tree.leaves(result_shapes)]
@@ -136,7 +142,7 @@ def partitioned(function: Callable, params: dict, ctx: Any) -> Callable:
         def sharding(dims):
             return NamedSharding(mesh, P(*(axes.get(name) for name in dims)))
 
-        def share(*leaves):
+        def share(_, *leaves):
             out = function(*leaves)
             # A result without a dimension that is divided is a sum over it.
             over = [set(axes) - set(dims) for dims in results]
@@ -149,7 +155,12 @@ def partitioned(function: Callable, params: dict, ctx: Any) -> Callable:
 
         return mesh, share, *(tuple(map(sharding, d)) for d in (results, operands))
 
-    divided = custom_partitioning(lambda *leaves: tuple(function(*leaves)))
+    # Until XLA has divided it the call shows nothing of what it will do, and programs
+    # are cached by what they show: an operand that nobody reads says it for them.
+    says = repr((sorted(params.items()), *target)).encode()
+    stamp = np.array([zlib.crc32(says)], np.uint32)
+
+    divided = custom_partitioning(lambda _, *leaves: tuple(function(*leaves)))
     # In the order of their first appearance, as Shardy wants its factors.
     letters = dict.fromkeys(name for dims in (*operands, *results) for name in dims)
     divided.def_partition(
@@ -159,7 +170,7 @@ def partitioned(function: Callable, params: dict, ctx: Any) -> Callable:
         ),
         need_replication_factors=tuple(filter(str.islower, letters)),
     )
-    return divided
+    return functools.partial(divided, stamp)
 
 
 def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:

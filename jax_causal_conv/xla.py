@@ -78,10 +78,19 @@ def sequences(
 def first_after(ends, query):
     """The first index whose entry of sorted `ends` exceeds `query`; N if none does.
 
-    Unrolled: a loop would be a chain of kernels on a GPU.
+    An unrolled binary search: a loop would be a chain of kernels on a GPU, and jax's
+    own search fails in a `shard_map` over some of a mesh's axes. The number of steps
+    depends on N; where that is symbolic (`jax.export`), every end is counted instead.
     """
-    found = jnp.searchsorted(ends, query, side="right", method="scan_unrolled")
-    return found.astype(jnp.int32)
+    count = ends.shape[0]
+    if jax.export.is_symbolic_dim(count):
+        return jnp.sum(ends <= query[:, None], axis=1, dtype=jnp.int32)
+    found = jnp.zeros_like(query)
+    for bit in reversed(range(count.bit_length())):
+        further = found + (1 << bit)
+        entry = _rows(ends, further - 1)
+        found = jnp.where((further <= count) & (entry <= query), further, found)
+    return found
 
 
 def tokens_of(seqs: Sequences, num_tokens: int) -> Tokens:

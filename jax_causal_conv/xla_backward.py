@@ -18,11 +18,17 @@ from .xla import Tokens
 
 
 def _column_sums(rows):
-    """Σ over tokens, in blocks of 64 rows so that XLA:CPU vectorises over channels."""
-    num_tokens, dim = rows.shape
+    """Σ over all axes but the last, in blocks of 64 rows so that XLA:CPU vectorises."""
+    *lead, num_tokens, dim = rows.shape
     whole = num_tokens // 64 * 64
-    blocks = rows[:whole].reshape(whole // 64, 64, dim).sum(axis=1)
-    return blocks.sum(axis=0) + rows[whole:].sum(axis=0)
+    blocks = rows[..., :whole, :].reshape(*lead, whole // 64, 64, dim).sum(axis=-2)
+    axes = tuple(range(rows.ndim - 1))
+    return blocks.sum(axis=axes) + rows[..., whole:, :].sum(axis=axes)
+
+
+def _filter_sums(dz, products):
+    """Dweight `(D, W)` and dbias `(D,)` from `_backward`'s terms."""
+    return jnp.stack(list(map(_column_sums, products)), axis=1), _column_sums(dz)
 
 
 def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu):
@@ -37,8 +43,8 @@ def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu)
         silu: whether the activation was silu.
 
     Returns:
-        dx `(T, D)` in x's dtype; dweight `(D, W)`, dbias `(D,)` and dhistory
-        `(N, W-1, D)` in the accumulator's dtype.
+        dx `(T, D)` in x's dtype; in the accumulator's dtype dz `(T, D)`, its products
+        with each tap `(T, D)`, oldest first, and dhistory `(N, W-1, D)`.
     """
     dtype, width = xla.accumulator(x), weight.shape[1]
     num_tokens, num_seqs = x.shape[0], start.shape[0]
@@ -62,7 +68,7 @@ def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu)
         dx = dx + jnp.where(same[:, None], back, 0)
     dx = jnp.where(tokens.live[:, None], dx + copied, 0)
 
-    dweight = jnp.stack([_column_sums(dz * tap) for tap in reversed(taps)], axis=1)
+    products = tuple(dz * tap for tap in reversed(taps))
     dhistory = jnp.zeros((num_seqs, width - 1, x.shape[1]), dtype)
     for p in range(width - 1):
         token = jnp.minimum(start + p, num_tokens - 1)
@@ -72,7 +78,7 @@ def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu)
         back = dz[token][:, None] * weight.T[: width - 1 - p]
         back = jnp.where(reaches[:, None, None], back, 0)
         dhistory = dhistory + jnp.pad(back, ((0, 0), (p, 0), (0, 0)))
-    return dx.astype(x.dtype), dweight, _column_sums(dz), dhistory
+    return dx.astype(x.dtype), dz, products, dhistory
 
 
 def state_rows(dslots) -> int:
@@ -102,7 +108,7 @@ def packed_backward(
     silu: bool,
     columns: Columns = ALL,
 ):
-    """Gradients of a packed batch; see `_backward` for arguments and result.
+    """Gradients of a packed batch: dx, dweight, dbias and dhistory.
 
     Args:
         x: as wide as that of the op; dx has the conv's D columns alone.
@@ -119,7 +125,10 @@ def packed_backward(
     tokens = xla.tokens_of(seqs, num_tokens)
     row = state_rows(dslots) - seqs.length[tokens.owner] + tokens.position
     copied = _copied(dslots, tokens.owner, row, xla.accumulator(x))
-    return _backward(x, weight, bias, history, dy, copied, tokens, seqs.start, silu)
+    dx, dz, products, dhistory = _backward(
+        x, weight, bias, history, dy, copied, tokens, seqs.start, silu
+    )
+    return dx, *_filter_sums(dz, products), dhistory
 
 
 def rows_backward(
@@ -146,7 +155,8 @@ def rows_backward(
         segment_ids: `(B, T)`; None is one run a row.
 
     Returns:
-        See `_backward`; dx is `(B, T, D)`.
+        dx `(B, T, D)` in x's dtype; dweight `(D, W)`, dbias `(D,)` and dhistory
+        `(B, W-1, D)` in the accumulator's dtype.
     """
     x, dy = columns.of(x, weight.shape[0]), columns.joined(dy)
     batch, length, _ = x.shape
@@ -165,7 +175,7 @@ def rows_backward(
         start = jnp.zeros((1,), jnp.int32)
         return _backward(x, weight, bias, history, dy, copied, tokens, start, silu)
 
-    dx, dweight, dbias, dhistory = jax.vmap(of_row)(
+    dx, dz, products, dhistory = jax.vmap(of_row)(
         x, xla.with_zeros(history), dy, dslots, xla.tokens_of_runs(runs), row
     )
-    return dx, dweight.sum(axis=0), dbias.sum(axis=0), dhistory[:, 0]
+    return dx, *_filter_sums(dz, products), dhistory[:, 0]

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax_triton
 
-_VERSION = tuple(
-    int(part) for part in importlib.metadata.version("jax-triton").split(".")[:2]
-)
+VERSIONS = {name: importlib.metadata.version(name) for name in ("jax-triton", "triton")}
+"""What compiles the kernels."""
+
+_VERSION = tuple(int(part) for part in VERSIONS["jax-triton"].split(".")[:2])
 # The oldest PTX version that knows the target. Triton would emit the newest one of its
 # own ptxas, which the (older) ptxas or driver that XLA finds may reject; a version that
 # does not know the target would end the process, so others are left to Triton.

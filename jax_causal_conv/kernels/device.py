@@ -234,6 +234,9 @@ def convolve_rows(
         segment_ptr: pointer to its segment id, followed only if HAS_SEGMENTS.
         window: tuple of the W-1 float32 rows before it, oldest first.
         previous, visible: see `next_visible`.
+
+    Returns:
+        The window behind the last row.
     """
     mask = cols < limit
     if GROUP > 1:
@@ -257,8 +260,13 @@ def convolve_rows(
             out_ptrs += GROUP * out_stride
             if HAS_SEGMENTS:
                 segment_ptr += GROUP
-    for _ in range(rows % GROUP if GROUP > 1 else rows):
-        x = tl.load(x_ptrs, mask=mask, other=0.0)
+    # One row ahead here, too: the first is asked for together with the window.
+    rest = rows % GROUP if GROUP > 1 else rows
+    x = tl.load(x_ptrs, mask=cols < tl.where(rest > 0, limit, 0), other=0.0)
+    for i in range(rest):
+        x_ptrs += X
+        more = cols < tl.where(i + 1 < rest, limit, 0)
+        ahead = tl.load(x_ptrs, mask=more, other=0.0)
         window = window + (x.to(tl.float32),)
         reach = 0
         if HAS_SEGMENTS:
@@ -266,10 +274,25 @@ def convolve_rows(
         y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
         tl.store(out_ptrs, y.to(out_ptrs.dtype.element_ty), mask=mask)
         window = window[1:]
-        x_ptrs += X
+        x = ahead
         out_ptrs += out_stride
         if HAS_SEGMENTS:
             segment_ptr += 1
+    return window
+
+
+@triton.jit
+def store_window(slot_ptrs, window, mask, D: tl.constexpr, W: tl.constexpr):
+    """Makes the slot the W-1 rows of `window`, all of which had the slot's dtype.
+
+    bfloat16 goes back by its bits: rounding could change the payload of a NaN.
+    """
+    for k in tl.static_range(W - 1):
+        row = window[k]
+        if slot_ptrs.dtype.element_ty == tl.bfloat16:
+            bits = row.to(tl.int32, bitcast=True) >> 16
+            row = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        tl.store(slot_ptrs + k * D, row, mask=mask)
 
 
 @triton.jit

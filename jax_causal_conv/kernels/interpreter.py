@@ -155,6 +155,7 @@ def call(
     Outputs are filled with NaN first, so that a row which no program writes shows.
     """
     del num_warps
+    _interpreted(kernel)  # parsed now: Python 3.11 may fail to in a device's thread
     results = list(outputs)
     if in_place is not None:
         updated = arrays[in_place]

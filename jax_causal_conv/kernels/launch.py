@@ -109,7 +109,9 @@ def packed(
     num_seqs = query_start_loc.shape[0] - 1
     metadata = _metadata_or_default(metadata, query_start_loc, num_tokens, width)
     layout = _Layout.of(columns, x, weight)
-    tile = layout.tile(width, state_len, metadata.block_m, x.dtype.itemsize)
+    # A bucket of single tokens needs no groups of rows, and so fewer registers.
+    rows = 1 if num_tokens <= num_seqs else metadata.block_m
+    tile = layout.tile(width, state_len, rows, x.dtype.itemsize)
     chunk_seq = jnp.asarray(metadata.chunk_seq)
     arrays = [
         x,
@@ -141,7 +143,7 @@ def packed(
             HAS_INITIAL_STATE=has_initial_state is not None,
             HAS_REJECTED=num_rejected is not None,
             **layout.constants(tile),
-            **_tile_constants(tile),
+            **_slot_constants(tile, x, weight, states),
         ),
     )
     return *_apart(out, columns), states
@@ -195,7 +197,7 @@ def update(
             HAS_SLOTS=slots is not None,
             HAS_REJECTED=num_rejected is not None,
             **layout.constants(tile),
-            **_tile_constants(tile),
+            **_slot_constants(tile, x, weight, state),
         ),
     )
     return *_apart(out, columns), state
@@ -395,10 +397,13 @@ def _backward_constants(layout, tile: tiles.Tiles, weight, bias, dslots, silu) -
     }
 
 
-def _tile_constants(tile: tiles.Tiles) -> dict:
+def _slot_constants(tile: tiles.Tiles, x, weight, states) -> dict:
+    # Are the last W-1 rows that a program met, as float32, the new slot to the bit?
+    same_bits = x.dtype == states.dtype and x.dtype != jnp.float16
     return {
         "BLOCK_N": tile.block_n,
         "GROUP": tile.group,
         "L_BLOCK": tile.l_block,
         "SLOT_N": tile.slot_n,
+        "WINDOW_IS_SLOT": same_bits and states.shape[1] == weight.shape[1] - 1,
     }

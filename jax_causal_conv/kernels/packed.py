@@ -10,6 +10,7 @@ from .device import (
     load_window,
     offset_bound,
     roll_slot,
+    store_window,
     zero_rows,
     zero_uncovered,
 )
@@ -72,6 +73,7 @@ def packed_kernel(
     GROUP: tl.constexpr,
     L_BLOCK: tl.constexpr,
     SLOT_N: tl.constexpr,
+    WINDOW_IS_SLOT: tl.constexpr,
     FAST: tl.constexpr,
 ):
     program = tl.program_id(0) // COL_BLOCKS
@@ -83,6 +85,8 @@ def packed_kernel(
     mask = cols < limit
     x_ptr += OFFSET
 
+    # Needed last, asked for first.
+    taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
     seq = tl.load(chunk_seq_ptr + program)
     chunk = tl.load(chunk_offset_ptr + program)
     if seq < 0:
@@ -126,8 +130,7 @@ def packed_kernel(
                 window = load_window(
                     first_ptr, slot_base, first, history, cols, limit, X, D, W
                 )
-                taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
-                convolve_rows(
+                window = convolve_rows(
                     first_ptr + cols,
                     out_ptrs,
                     chunk_seq_ptr,
@@ -147,7 +150,9 @@ def packed_kernel(
                     GROUP,
                     FAST,
                 )
-                if chunk == 0:
+                if WINDOW_IS_SLOT and (chunk == 0) & (length <= block_m):
+                    store_window(slot_base + cols, window, mask, D, W)
+                elif chunk == 0:
                     roll_slot(
                         row_ptr,
                         slot_base,

@@ -9,6 +9,7 @@ from .device import (
     load_taps,
     load_window,
     roll_slot,
+    store_window,
     zero_rows,
 )
 
@@ -53,6 +54,7 @@ def update_kernel(
     GROUP: tl.constexpr,
     L_BLOCK: tl.constexpr,
     SLOT_N: tl.constexpr,
+    WINDOW_IS_SLOT: tl.constexpr,
     FAST: tl.constexpr,
 ):
     request = tl.program_id(0) // COL_BLOCKS
@@ -64,6 +66,8 @@ def update_kernel(
     mask = cols < limit
     x_ptr += OFFSET
 
+    # Needed last, asked for first.
+    taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
     slot = request
     if HAS_SLOTS:
         slot = tl.load(slot_ptr + request)
@@ -71,7 +75,6 @@ def update_kernel(
     out_ptrs = out_ptr + request.to(tl.int64) * (Q * out_stride) + cols
     if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
         slot_base = state_ptr + slot.to(tl.int64) * (L * D)
-        taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
         if CIRCULAR:
             cursor = tl.load(cache_seqlens_ptr + request) % L
             cursor = tl.where(cursor < 0, cursor + L, cursor)  # floored
@@ -87,7 +90,7 @@ def update_kernel(
                 rejected = tl.load(num_rejected_ptr + request)
                 history = L - tl.minimum(tl.maximum(rejected, 0), L)
             window = load_window(row_ptr, slot_base, 0, history, cols, limit, X, D, W)
-        convolve_rows(
+        window = convolve_rows(
             row_ptr + cols,
             out_ptrs,
             slot_ptr,
@@ -120,6 +123,8 @@ def update_kernel(
                     x.to(state_ptr.dtype.element_ty),
                     mask=mask,
                 )
+        elif WINDOW_IS_SLOT:
+            store_window(slot_base + cols, window, mask, D, W)
         else:
             roll_slot(
                 row_ptr,
