@@ -19,3 +19,26 @@ def implementation(request):
     if request.param == "interpret" and not HAS_TRITON:
         pytest.skip("the interpreter is part of Triton, which is not installed")
     return request.param
+
+
+# Modules whose tests share something slow to prepare (a child process on eight devices,
+# compiled programs, a trained model): one worker of pytest-xdist runs all of a module.
+PREPARED = (
+    "columns",
+    "compilation_cache",
+    "export",
+    "halo",
+    "layers_scan",
+    "mamba2_engine",
+    "mamba2_parity",
+    "mamba2_train",
+    "sharding",
+    "xla_gpu_gate",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        module = item.module.__name__.rpartition("test_")[2]
+        if module in PREPARED:
+            item.add_marker(pytest.mark.xdist_group(module))
