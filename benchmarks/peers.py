@@ -13,6 +13,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import types
@@ -681,6 +682,9 @@ def _import(name: str, path: Path | None) -> types.ModuleType:
     Raises:
         Absent: no path was given, and it is not installed.
     """
+    # jax-triton sets an empty name, with which Triton by itself finds no folder.
+    if os.environ.get("TRITON_CACHE_DIR") == "":
+        del os.environ["TRITON_CACHE_DIR"]
     if path is None:
         return _import_installed(name)
     if not path.exists():

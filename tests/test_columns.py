@@ -277,7 +277,7 @@ ARGUMENTS = {
     },
     jcc.causal_conv1d: {"x": zeros(2, 24, 40), "weight": zeros(16, 4)},
 }
-TRACED = object()
+TRACED = "a traced value"
 ERRORS = [
     ({}, ValueError, ["weight", "(D, W)", "40", "(16, 4)"]),
     ({"channel_offset": -1}, ValueError, ["channel_offset", "0", "-1"]),

@@ -519,6 +519,7 @@ def packed_backward_kernel(
     HAS_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    SCAN: tl.constexpr,
     FAST: tl.constexpr,
 ):
     block = tl.program_id(0) % COL_BLOCKS
@@ -547,10 +548,10 @@ def packed_backward_kernel(
                 mask,
                 D,
                 BLOCK_N,
-                FAST,
+                SCAN,
             )
     elif (seq < num_seqs) & (chunk >= 0):
-        start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
+        start = offset_bound(query_start_loc_ptr, seq, num_tokens, SCAN)
         end = tl.load(query_start_loc_ptr + seq + 1)
         length = tl.maximum(tl.minimum(end, num_tokens), start) - start
         if (length > 0) & (chunk <= (length - 1) // block_m):

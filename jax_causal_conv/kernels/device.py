@@ -52,16 +52,15 @@ def channel_block(block, parts, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def offset_bound(query_start_loc_ptr, last, num_tokens, FAST: tl.constexpr):
+def offset_bound(query_start_loc_ptr, last, num_tokens, SCAN: tl.constexpr):
     """`max(clip(query_start_loc[0..last], 0, T))`: cummax at one entry.
 
     Well-formed offsets need no maximum, but any vector of integers has a meaning,
-    and a scan of a few cached lines is cheaper than a second kernel.
+    and a scan of a few cached lines, SCAN at a time, is cheaper than a second kernel.
     """
-    BLOCK: tl.constexpr = 256 if FAST else 8  # the interpreter reduces in Python
-    lanes = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], 0, tl.int32)
-    for base in range(0, last + 1, BLOCK):
+    lanes = tl.arange(0, SCAN)
+    best = tl.full([SCAN], 0, tl.int32)
+    for base in range(0, last + 1, SCAN):
         i = base + lanes
         q = tl.load(query_start_loc_ptr + i, mask=i <= last, other=0)
         best = tl.maximum(best, tl.minimum(q, num_tokens))
@@ -326,14 +325,14 @@ def zero_uncovered(
     mask,
     stride,
     BLOCK_N: tl.constexpr,
-    FAST: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """Writes zeros to block `chunk` of the tokens that no sequence covers.
 
     They are numbered head first (before the first sequence), then tail.
     """
-    head = offset_bound(query_start_loc_ptr, 0, num_tokens, FAST)
-    tail = offset_bound(query_start_loc_ptr, num_seqs, num_tokens, FAST)
+    head = offset_bound(query_start_loc_ptr, 0, num_tokens, SCAN)
+    tail = offset_bound(query_start_loc_ptr, num_seqs, num_tokens, SCAN)
     uncovered = head + (num_tokens - tail)
     if chunk <= (uncovered - 1) // block_m:
         first = chunk * block_m

@@ -142,6 +142,7 @@ def packed(
             HAS_SLOTS=slots is not None,
             HAS_INITIAL_STATE=has_initial_state is not None,
             HAS_REJECTED=num_rejected is not None,
+            SCAN=tiles.scan(num_seqs),
             **layout.constants(tile),
             **_slot_constants(tile, x, weight, states),
         ),
@@ -294,7 +295,10 @@ def packed_backward(
         _gradient_shapes(x, weight, dhistory, chunk_seq.shape[0]),
         grid=chunk_seq.shape[0] * layout.blocks(tile),
         num_warps=tile.num_warps,
-        constants=_backward_constants(layout, tile, weight, bias, dslots, silu),
+        constants={
+            "SCAN": tiles.scan(num_seqs),
+            **_backward_constants(layout, tile, weight, bias, dslots, silu),
+        },
     )
     dhistory = jnp.where(live[:, None, None], dhistory[:, : width - 1], 0)
     return dx, *_filter_sums(partial), dhistory

@@ -74,6 +74,7 @@ def packed_kernel(
     L_BLOCK: tl.constexpr,
     SLOT_N: tl.constexpr,
     WINDOW_IS_SLOT: tl.constexpr,
+    SCAN: tl.constexpr,
     FAST: tl.constexpr,
 ):
     program = tl.program_id(0) // COL_BLOCKS
@@ -102,7 +103,7 @@ def packed_kernel(
                 mask,
                 out_stride,
                 BLOCK_N,
-                FAST,
+                SCAN,
             )
     elif (seq < num_seqs) & (chunk >= 0):
         # All that depends on seq alone first: these loads overlap.
@@ -117,7 +118,7 @@ def packed_kernel(
                 rejected = tl.load(num_rejected_ptr + seq)
                 rejected = tl.minimum(tl.maximum(rejected, 0), L)
                 history = tl.maximum(history - rejected, 0)
-        start = offset_bound(query_start_loc_ptr, seq, num_tokens, FAST)
+        start = offset_bound(query_start_loc_ptr, seq, num_tokens, SCAN)
         length = tl.maximum(tl.minimum(end, num_tokens), start) - start
         if (length > 0) & (chunk <= (length - 1) // block_m):
             first = chunk * block_m

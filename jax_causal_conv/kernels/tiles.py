@@ -88,3 +88,11 @@ def default_block_m(num_tokens: int, num_seqs: int) -> int:
     if num_tokens >= 16384 and mean >= 64:
         return 64
     return 32 if mean >= 16 or num_tokens >= 1024 else 16
+
+
+def scan(num_seqs: int) -> int:
+    """Offsets that a program of one warp looks at together, a power of two.
+
+    All of them where registers allow: each further round waits for memory again.
+    """
+    return min(max(_power_of_two(num_seqs + 1), 8), 1024)
