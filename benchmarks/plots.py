@@ -117,7 +117,7 @@ def _lines(axis, suite: str, rows: list[dict], style) -> None:
     axis.set_xlabel(label)
     axis.set_ylabel("time of a call, us" if unit == "us" else "GB/s that must move")
     axis.grid(True, which="major", alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
 def _value(row: dict, key: str, unit: str) -> float:

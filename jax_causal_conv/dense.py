@@ -37,6 +37,10 @@ def causal_conv1d(
     Gradients are accumulated in float32, returned in the primal's dtype, and are
     bit-identical from run to run.
 
+    Sharded channels and rows stay local under jit, on auto and explicit mesh axes; the
+    one communication is the sum of the filter's gradients over the rows' axis. A
+    sharded time axis is right but may communicate: use `halo_state` in `jax.shard_map`.
+
     Args:
         x: `(B, T, D)` inputs; float32, bfloat16 or float16 (float64: XLA only).
         weight: `(D, W)`, any W >= 1; `weight[:, W-1]` meets the current token.

@@ -48,6 +48,14 @@ def causal_conv1d_fn(
     is. Where the caller donates it to jit (or carries it through scan), the update
     happens in place, without a copy.
 
+    Sharded channels stay local under jit, on auto and explicit mesh axes, gradients
+    too; a filter may be sharded like them or replicated. Sharded tokens or slots are
+    right, but may be gathered: slot numbers and offsets are global. For data
+    parallelism use `jax.shard_map`, each device with its own requests, offsets and
+    slots, numbered within the device; nothing is communicated but the sum of the
+    filter's gradients. (Channels may stay on an auto axis outside of it; on an explicit
+    one jax allows that for the forward pass only.)
+
     The algorithm, programs mapped to chunks of sequences, is that of vLLM's Triton
     kernel (vLLM pull request 18218).
 

@@ -31,6 +31,11 @@ def causal_conv1d_update(
     zeros, no slot changes. The states are functional, and updated in place where the
     caller donates them.
 
+    Sharded channels stay local under jit; so do sharded rows if `conv_state_indices`
+    is None and S == B. With slot numbers, or S > B, sharded rows or slots are right but
+    may be gathered: `jax.shard_map` is the form for data parallelism, as for
+    `causal_conv1d_fn`.
+
     Args:
         x: `(B, D)`, or `(B, Q, D)` for Q tokens a row.
         conv_state: `(S, L, D)` cache, L >= W-1, oldest input first.

@@ -247,6 +247,41 @@ def test_gradient_through_vmap_with_shared_parameters(implementation, number):
         assert_gradient(got[name], exact, allowed, name, batch[0])
 
 
+CACHED_OPS = pytest.mark.parametrize("number", (1, 2, 3))
+
+
+@CACHED_OPS
+def test_vmap_over_one_array_alone(number):
+    first, *others = integers_of(number)
+    parts = split(first)
+    for name in parts[0] | parts[1]:
+        batch = [first] + [
+            first.replace(**{name: case.arrays[name]}) for case in others
+        ]
+        stacked = stack([split(case) for case in batch])
+        axes = tuple({k: 0 if k == name else None for k in part} for part in parts)
+        args = tuple(
+            part | {k: a for k, a in mapped.items() if k == name}
+            for part, mapped in zip(parts, stacked, strict=True)
+        )
+        results = jax.jit(jax.vmap(function(first, None), in_axes=axes))(*args)
+        for i, case in enumerate(batch):
+            assert_values(pick(results, i), case, f"{name}, example {i}")
+
+
+@CACHED_OPS
+@pytest.mark.parametrize("outer", (jax.vmap, lambda f: lambda a: jax.lax.map(f, a)))
+def test_nested_vmap_and_map_of_cached_ops(number, outer):
+    batch = integers_of(number)
+    run = function(batch[0], None)
+    rows = stack([split(case) for case in batch])
+    pairs = jax.tree.map(lambda a: np.stack([a, a[::-1]]), rows)
+    results = jax.jit(outer(jax.vmap(lambda args: run(*args))))(pairs)
+    for row, order in enumerate((batch, batch[::-1])):
+        for i, case in enumerate(order):
+            assert_values(pick(pick(results, row), i), case, f"row {row}, {i}")
+
+
 MAPPED = [("x",), ("weight",), ("bias",), ("initial_state",), ("segment_ids",)]
 
 
