@@ -211,10 +211,14 @@ def convolve(x, weight, bias, history, tokens: Tokens, silu: bool, dtype):
     x and history are of the accumulator's dtype; the result is rounded to `dtype`.
     """
     width = weight.shape[1]
-    weight = weight.astype(x.dtype)
+    # Each tap a vector, made before the loop over tokens: inside of it XLA:CPU would
+    # gather and convert W numbers that lie side by side for each output again.
+    filter_taps = lax.optimization_barrier(
+        [weight[:, k].astype(x.dtype) for k in range(width)]
+    )
     acc = jnp.zeros(x.shape, x.dtype) if bias is None else bias.astype(x.dtype)
     for d, tap in enumerate(taps_of(x, history, tokens, width)):
-        acc = acc + tap * weight[:, width - 1 - d]
+        acc = acc + tap * filter_taps[width - 1 - d]
     if silu:
         acc = jax.nn.silu(acc)
     return jnp.where(tokens.live[:, None], acc, 0).astype(dtype)
