@@ -306,7 +306,6 @@ class CompiledProgram:
         layers: how many calls of an op the program makes.
         alias_bytes: of arguments whose buffers hold results.
         temp_bytes: of scratch memory.
-        executable_bytes: of the serialised executable.
     """
 
     hlo: str
@@ -315,7 +314,6 @@ class CompiledProgram:
     layers: int
     alias_bytes: int
     temp_bytes: int
-    executable_bytes: int = 0
 
     @functools.cached_property
     def instructions(self) -> list[Instruction]:
@@ -451,7 +449,7 @@ def _child_environment() -> dict[str, str]:
 def _compile_here(program: Program, donate: bool) -> CompiledProgram:
     import jax
     import numpy as np
-    from jax.experimental import serialize_executable, topologies
+    from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     shape = "x".join(map(str, (1, 1, math.prod(program.mesh.values()))))
@@ -487,7 +485,6 @@ def _compile_here(program: Program, donate: bool) -> CompiledProgram:
         layers=program.layers,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        executable_bytes=len(serialize_executable.serialize(compiled)[0]),
     )
 
 
