@@ -604,7 +604,7 @@ def _dao(work: Workload, path: Path | None) -> Prepared:
 @functools.cache
 def _build_dao(path: Path) -> None:
     """Compiles its extension for the GPU at hand, with its own compiler flags."""
-    from torch.utils import cpp_extension  # noqa: PLC0415
+    from torch.utils import cpp_extension  # noqa: PLC0415 (torch is optional)
 
     build = path / "build"
     build.mkdir(exist_ok=True)

@@ -331,7 +331,7 @@ def layers(options: Options) -> Iterator[Case]:
     def full(caches, x, filters, offsets, slots, seen, metadata):
         updated = []
         for (weight, bias), cache in zip(filters, caches, strict=True):
-            x, cache = causal_conv1d_fn(  # noqa: PLW2901
+            x, cache = causal_conv1d_fn(  # noqa: PLW2901 (the old cache is gone)
                 x,
                 weight,
                 bias,

@@ -218,8 +218,8 @@ def _read_profile(path: str) -> dict[str, list[float]]:
 
 
 def _torch_kernels(one: Prepared, calls: int) -> dict[str, list[float]]:
-    from torch.autograd import DeviceType  # noqa: PLC0415
-    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415
+    from torch.autograd import DeviceType  # noqa: PLC0415 (torch is optional)
+    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415 (as above)
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(calls):
@@ -233,7 +233,7 @@ def _torch_kernels(one: Prepared, calls: int) -> dict[str, list[float]]:
 
 
 def _torch_graph(one: Prepared, calls: int) -> dict[str, list[float]]:
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415 (torch is optional)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -229,7 +229,7 @@ def _lower_to_triton(ctx, *leaves, **params):
         return _lower_to_xla(ctx, *leaves, **params)
     shapes = [aval.shape for aval in ctx.avals_in]
     if any(map(jax.export.is_symbolic_dim, itertools.chain(*shapes))):
-        raise NotImplementedError(
+        raise NotImplementedError(  # grids and tiles are numbers, known by now
             f"the Triton kernels need static sizes, got operands of shapes {shapes}: "
             'export one program per size, or use implementation="xla"'
         )

@@ -21,9 +21,9 @@ def halo_state(
     contiguous part of the time axis and receives the last `state_len` tokens of its
     left neighbour: one collective-permute of them (and one of their ids), one of
     cotangents backward. Given as `initial_state`, they make the sharded op equal to the
-    unsharded one, but for how a compiler rounds sums. Documents may
-    begin and end anywhere, at the edge of a part too: what belongs to another run of
-    `segment_ids` than this part's first token comes as zeros, whatever it holds.
+    unsharded one, but for how a compiler rounds sums. Documents may begin and end
+    anywhere, at the edge of a part too: what belongs to another run of `segment_ids`
+    than this part's first token comes as zeros, whatever it holds.
 
     Args:
         x: `(B, T, D)`, this device's tokens; `T >= state_len`.

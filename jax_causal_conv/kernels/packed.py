@@ -29,9 +29,9 @@ from .device import (
 # Race-free in a donated state buffer: live sequences own different slots, and of a
 # sequence only chunk 0 touches the slot (later chunks take their history from x,
 # which is why block_m >= W-1), in programs that own different channels. Within the
-# program every read of the slot is before the first write, with a barrier between
-# (see roll_slot). Rows of out belong to one program each, since sanitised offsets
-# never overlap.
+# program every read of the slot is before the first write: with a barrier between in
+# roll_slot; in store_window a thread writes no channel that another one reads.
+# Rows of out belong to one program each, since sanitised offsets never overlap.
 #
 # Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
 # [0, S), a program number out of range is compared before it is multiplied.

@@ -16,8 +16,9 @@ from .device import (
 
 # One program advances one request by its Q tokens for BLOCK_N channels; the grid is
 # 1-D, rows x blocks of channels, channels fastest. It alone reads and writes its part
-# of the request's slot, and reads all it needs of it before the first write (a barrier
-# in between), so updating a donated buffer in place is race-free.
+# of the request's slot, and reads all it needs of it before the first write (with a
+# barrier in between, or none where a thread writes what it alone has read), so
+# updating a donated buffer in place is race-free.
 #
 # CIRCULAR: history is the W-1 rows before the cursor, input q goes to row
 # (cursor + q) mod L, and of more than L inputs only the last L are written.
