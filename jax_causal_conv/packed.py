@@ -175,7 +175,8 @@ def _checked(metadata, num_tokens: int, num_seqs: int, width: int) -> int:
     block_m = checks.static_int("metadata.block_m", metadata.block_m, minimum=1)
     if block_m < width - 1:
         raise ValueError(
-            f"metadata.block_m must be at least W-1 = {width - 1}, got {block_m}"
+            f"metadata.block_m must be at least W-1 = {width - 1}, got {block_m}: "
+            "pass block_m to build_metadata"
         )
     programs = num_programs(num_tokens, num_seqs, block_m)
     for name in ("chunk_seq", "chunk_offset"):

@@ -49,6 +49,13 @@ def test_random_batches_of_every_width_and_state_length(implementation, width):
             checks.check(case, implementation)
 
 
+@pytest.mark.parametrize("malformed", [False, True])
+def test_more_sequences_than_a_kernel_scans_at_once(implementation, malformed):
+    # 256 at once, four an access, and the last offsets alone: all three occur.
+    batch = {"num_tokens": 400, "num_seqs": 301, "num_slots": 310, "channels": 8}
+    checks.check(draw(6, malformed=malformed, **batch), implementation)
+
+
 @pytest.mark.parametrize("channels", cases.CHANNELS)
 def test_any_number_of_channels(implementation, channels):
     checks.check(draw(channels, channels=channels), implementation)

@@ -5,6 +5,8 @@ import triton.language as tl
 
 from .device import (
     channel_block,
+    load_row,
+    load_rows,
     load_taps,
     load_window,
     next_visible,
@@ -13,6 +15,7 @@ from .device import (
     seen,
     sigmoid,
     visible_before,
+    widen,
     zero_rows,
     zero_uncovered,
 )
@@ -82,8 +85,8 @@ def backward_row(
 
 @triton.jit
 def masked_step(
-    x_ptrs,
-    dy_ptrs,
+    x_ptr,
+    dy_ptr,
     segment_ptr,
     step,
     window,
@@ -96,24 +99,26 @@ def masked_step(
     visible,
     rows,
     ahead,
-    cols,
+    first_col,
     limit,
     W: tl.constexpr,
     SILU: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAIRS: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """`backward_row` for a token that may lie behind the chunk or the sequence.
 
     Args:
-        x_ptrs, dy_ptrs, segment_ptr: pointers to the token.
+        x_ptr, dy_ptr, segment_ptr: scalar pointers to the token.
         step: its number, counted from the chunk's first token.
         rows, ahead: tokens of the chunk; tokens from its first to the sequence's end.
     """
     inside = step < ahead
     limit = tl.where(inside, limit, 0)
-    x = tl.load(x_ptrs, mask=cols < limit, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptrs, mask=cols < limit, other=0.0).to(tl.float32)
+    x = widen(load_row(x_ptr, first_col, limit, BLOCK_N, PAIRS), PAIRS)
+    dy = widen(load_row(dy_ptr, first_col, limit, BLOCK_N, PAIRS), PAIRS)
     reach = 0
     if HAS_SEGMENTS:
         # Behind the row's end stands another row's id, or nothing: stay on the last.
@@ -141,36 +146,37 @@ def masked_step(
 
 
 @triton.jit
-def store_dx(
+def add_slot_rows(
     dx,
-    dx_ptrs,
-    dslot_ptrs,
+    dslot_ptr,
     token,
     state_start,
     state_end,
-    cols,
+    first_col,
     limit,
     D: tl.constexpr,
     L: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Writes a finished row of dx, with what it owes to the slot's cotangent."""
-    if HAS_SLOTS:
-        row = token - state_end + L
-        kept = (token >= state_start) & (token < state_end) & (row >= 0)
+    """Adds to rows of dx, of tokens from `token` on, what they owe to the slot."""
+    cols = first_col + tl.arange(0, BLOCK_N)
+    sums = ()
+    for g in tl.static_range(len(dx)):
+        row = token + g - state_end + L
+        kept = (token + g >= state_start) & (token + g < state_end) & (row >= 0)
         mask = cols < tl.where(kept, limit, 0)
-        rows = tl.load(dslot_ptrs + row * D, mask=mask, other=0.0)
-        dx += rows.to(tl.float32)
-    tl.store(dx_ptrs, dx.to(dx_ptrs.dtype.element_ty), mask=cols < limit)
+        owed = tl.load(dslot_ptr + row * D + cols, mask=mask, other=0.0)
+        sums = sums + (dx[g] + owed.to(tl.float32),)
+    return sums
 
 
 @triton.jit
 def backward_chunk(
-    x_ptrs,
-    dy_ptrs,
-    dx_ptrs,
-    dhistory_ptrs,
-    dslot_ptrs,
+    x_ptr,
+    dy_ptr,
+    dx_ptr,
+    dhistory_ptr,
+    dslot_ptr,
     segment_ptr,
     window,
     taps,
@@ -182,7 +188,7 @@ def backward_chunk(
     length,
     state_start,
     state_end,
-    cols,
+    first_col,
     limit,
     dy_stride,
     X: tl.constexpr,
@@ -194,6 +200,7 @@ def backward_chunk(
     HAS_SEGMENTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """Gradients of tokens `[first, first + rows)` of a sequence.
@@ -204,9 +211,9 @@ def backward_chunk(
     to another program, which computes them itself.
 
     Args:
-        x_ptrs, dy_ptrs, dx_ptrs: `[BLOCK_N]` pointers to row `first`.
-        dhistory_ptrs: to the first of the history's W-1 float32 rows.
-        dslot_ptrs: to row 0 of the slot's cotangent; tokens from `state_start` on have
+        x_ptr, dy_ptr, dx_ptr: scalar pointers to row `first`.
+        dhistory_ptr: to the first of the history's W-1 float32 rows.
+        dslot_ptr: to row 0 of the slot's cotangent; tokens from `state_start` on have
             a row there, as far as there are rows, token `state_end - 1` the last one.
         segment_ptr, previous, visible: see `next_visible`.
         length: tokens of the sequence.
@@ -221,13 +228,15 @@ def backward_chunk(
     for _ in tl.static_range(W - 1):
         pending = pending + (dbias,)
     dtaps = pending + (dbias,)
+    cols = first_col + tl.arange(0, BLOCK_N)
     mask = cols < limit
+    dx_ptrs = dx_ptr + cols
     ahead = length - first
 
     for s in tl.static_range(W - 1):
         dx, window, pending, dtaps, dbias, previous, visible = masked_step(
-            x_ptrs + s * X,
-            dy_ptrs + s * dy_stride,
+            x_ptr + s * X,
+            dy_ptr + s * dy_stride,
             segment_ptr + s,
             s,
             window,
@@ -240,28 +249,38 @@ def backward_chunk(
             visible,
             rows,
             ahead,
-            cols,
+            first_col,
             limit,
             W,
             SILU,
             HAS_SEGMENTS,
+            BLOCK_N,
+            PAIRS,
             FAST,
         )
         earliest = cols < tl.where(first == 0, limit, 0)
-        tl.store(dhistory_ptrs + s * D, dx, mask=earliest)
-    x_ptrs += (W - 1) * X
-    dy_ptrs += (W - 1) * dy_stride
+        tl.store(dhistory_ptr + s * D + cols, dx, mask=earliest)
+    x_ptr += (W - 1) * X
+    dy_ptr += (W - 1) * dy_stride
     segment_ptr += W - 1
 
-    # Whole groups of the chunk's own tokens need no masks.
+    # Whole groups of the chunk's own tokens need no masks; the next group's loads are
+    # in flight meanwhile.
     groups = tl.maximum(rows - (W - 1), 0) // GROUP
     token = first
-    for _ in range(groups):
-        xs = ()
-        dys = ()
-        for g in tl.static_range(GROUP):
-            xs = xs + (tl.load(x_ptrs + g * X, mask=mask, other=0.0),)
-            dys = dys + (tl.load(dy_ptrs + g * dy_stride, mask=mask, other=0.0),)
+    xs = load_rows(x_ptr, groups > 0, first_col, limit, X, BLOCK_N, GROUP, PAIRS)
+    dys = load_rows(
+        dy_ptr, groups > 0, first_col, limit, dy_stride, BLOCK_N, GROUP, PAIRS
+    )
+    for i in range(groups):
+        x_ptr += GROUP * X
+        dy_ptr += GROUP * dy_stride
+        more = i + 1 < groups
+        next_xs = load_rows(x_ptr, more, first_col, limit, X, BLOCK_N, GROUP, PAIRS)
+        next_dys = load_rows(
+            dy_ptr, more, first_col, limit, dy_stride, BLOCK_N, GROUP, PAIRS
+        )
+        dxs = ()
         for g in tl.static_range(GROUP):
             reach = 0
             if HAS_SEGMENTS:
@@ -269,8 +288,8 @@ def backward_chunk(
                     segment_ptr + g, previous, visible, W
                 )
             dx, window, pending, dtaps, dbias = backward_row(
-                xs[g].to(tl.float32),
-                dys[g].to(tl.float32),
+                widen(xs[g], PAIRS),
+                widen(dys[g], PAIRS),
                 window,
                 pending,
                 taps,
@@ -286,29 +305,32 @@ def backward_chunk(
                 False,
                 FAST,
             )
-            store_dx(
-                dx,
-                dx_ptrs + g * D,
-                dslot_ptrs,
-                token + g,
+            dxs = dxs + (dx,)
+        if HAS_SLOTS and (token < state_end) & (token + GROUP > state_end - L):
+            dxs = add_slot_rows(
+                dxs,
+                dslot_ptr,
+                token,
                 state_start,
                 state_end,
-                cols,
+                first_col,
                 limit,
                 D,
                 L,
-                HAS_SLOTS,
+                BLOCK_N,
             )
-        x_ptrs += GROUP * X
-        dy_ptrs += GROUP * dy_stride
+        for g in tl.static_range(GROUP):
+            tl.store(dx_ptrs + g * D, dxs[g].to(dx_ptr.dtype.element_ty), mask=mask)
+        xs = next_xs
+        dys = next_dys
         dx_ptrs += GROUP * D
         segment_ptr += GROUP
         token += GROUP
 
     for i in range(groups * GROUP, rows):
         dx, window, pending, dtaps, dbias, previous, visible = masked_step(
-            x_ptrs,
-            dy_ptrs,
+            x_ptr,
+            dy_ptr,
             segment_ptr,
             i + (W - 1),
             window,
@@ -321,28 +343,31 @@ def backward_chunk(
             visible,
             rows,
             ahead,
-            cols,
+            first_col,
             limit,
             W,
             SILU,
             HAS_SEGMENTS,
+            BLOCK_N,
+            PAIRS,
             FAST,
         )
-        store_dx(
-            dx,
-            dx_ptrs,
-            dslot_ptrs,
-            first + i,
-            state_start,
-            state_end,
-            cols,
-            limit,
-            D,
-            L,
-            HAS_SLOTS,
-        )
-        x_ptrs += X
-        dy_ptrs += dy_stride
+        if HAS_SLOTS:
+            (dx,) = add_slot_rows(
+                (dx,),
+                dslot_ptr,
+                first + i,
+                state_start,
+                state_end,
+                first_col,
+                limit,
+                D,
+                L,
+                BLOCK_N,
+            )
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        x_ptr += X
+        dy_ptr += dy_stride
         dx_ptrs += D
         segment_ptr += 1
     return dtaps, dbias
@@ -398,6 +423,7 @@ def rows_backward_kernel(
     HAS_SEGMENTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
     FAST: tl.constexpr,
 ):
     block = tl.program_id(0) % COL_BLOCKS
@@ -412,8 +438,7 @@ def rows_backward_kernel(
     first = program % chunks * block_m
     rows = tl.minimum(block_m, row_len - first)
     token = row.to(tl.int64) * row_len + first
-    dx_ptrs = dx_ptr + token * D + cols
-    dhistory_ptrs = dhistory_ptr + row.to(tl.int64) * ((W - 1) * D) + cols
+    dhistory_ptr += row.to(tl.int64) * ((W - 1) * D)
 
     live = row >= 0
     if HAS_LIVE:
@@ -431,19 +456,21 @@ def rows_backward_kernel(
             history_ptr + row.to(tl.int64) * ((W - 1) * D),
             first,
             W - 1,
-            cols,
+            first_col,
             limit,
             X,
             D,
             W,
+            BLOCK_N,
+            PAIRS,
         )
         previous, visible = visible_before(segment_ptr, first, W, HAS_SEGMENTS)
         dtaps, dbias = backward_chunk(
-            x_ptr + token * X + cols,
-            dy_ptr + token * dy_stride + cols,
-            dx_ptrs,
-            dhistory_ptrs,
-            dslots_ptr + row.to(tl.int64) * (L * D) + cols,
+            x_ptr + token * X,
+            dy_ptr + token * dy_stride,
+            dx_ptr + token * D,
+            dhistory_ptr,
+            dslots_ptr + row.to(tl.int64) * (L * D),
             segment_ptr,
             window,
             taps,
@@ -455,7 +482,7 @@ def rows_backward_kernel(
             row_len,
             state_start,
             state_end,
-            cols,
+            first_col,
             limit,
             dy_stride,
             X,
@@ -467,13 +494,14 @@ def rows_backward_kernel(
             HAS_SEGMENTS,
             BLOCK_N,
             GROUP,
+            PAIRS,
             FAST,
         )
         store_partial(partial_ptr, program, dtaps, dbias, cols, mask, D, W)
     else:
-        zero_rows(dx_ptrs, rows, mask, D, BLOCK_N)
+        zero_rows(dx_ptr + token * D + cols, rows, mask, D, BLOCK_N)
         if first == 0:
-            zero_rows(dhistory_ptrs, W - 1, mask, D, BLOCK_N)
+            zero_rows(dhistory_ptr + cols, W - 1, mask, D, BLOCK_N)
         zero_rows(
             partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols,
             W + 1,
@@ -519,6 +547,7 @@ def packed_backward_kernel(
     HAS_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
     SCAN: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -551,7 +580,7 @@ def packed_backward_kernel(
                 SCAN,
             )
     elif (seq < num_seqs) & (chunk >= 0):
-        start = offset_bound(query_start_loc_ptr, seq, num_tokens, SCAN)
+        start = offset_bound(query_start_loc_ptr, seq, num_tokens, num_seqs, SCAN)
         end = tl.load(query_start_loc_ptr + seq + 1)
         length = tl.maximum(tl.minimum(end, num_tokens), start) - start
         if (length > 0) & (chunk <= (length - 1) // block_m):
@@ -565,18 +594,20 @@ def packed_backward_kernel(
                     history_ptr + seq.to(tl.int64) * ((W - 1) * D),
                     first,
                     W - 1,
-                    cols,
+                    first_col,
                     limit,
                     X,
                     D,
                     W,
+                    BLOCK_N,
+                    PAIRS,
                 )
                 dtaps, dbias = backward_chunk(
-                    x_ptr + token * X + cols,
-                    dy_ptr + token * dy_stride + cols,
-                    dx_ptr + token * D + cols,
-                    dhistory_ptr + seq.to(tl.int64) * ((W - 1) * D) + cols,
-                    dslots_ptr + seq.to(tl.int64) * (L * D) + cols,
+                    x_ptr + token * X,
+                    dy_ptr + token * dy_stride,
+                    dx_ptr + token * D,
+                    dhistory_ptr + seq.to(tl.int64) * ((W - 1) * D),
+                    dslots_ptr + seq.to(tl.int64) * (L * D),
                     chunk_seq_ptr,
                     window,
                     taps,
@@ -588,7 +619,7 @@ def packed_backward_kernel(
                     length,
                     0,
                     length,
-                    cols,
+                    first_col,
                     limit,
                     dy_stride,
                     X,
@@ -600,6 +631,7 @@ def packed_backward_kernel(
                     False,
                     BLOCK_N,
                     GROUP,
+                    PAIRS,
                     FAST,
                 )
                 tl.debug_barrier()  # behind the zeros above

@@ -43,6 +43,7 @@ def dense_kernel(
     HAS_SEGMENTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
     FAST: tl.constexpr,
 ):
     block = tl.program_id(0) % COL_BLOCKS
@@ -63,16 +64,18 @@ def dense_kernel(
         initial_state_ptr + row.to(tl.int64) * (L * D),
         first,
         L if HAS_INITIAL_STATE else 0,
-        cols,
+        first_col,
         limit,
         X,
         D,
         W,
+        BLOCK_N,
+        PAIRS,
     )
     previous, visible = visible_before(segment_ptr, first, W, HAS_SEGMENTS)
     convolve_rows(
-        x_ptr + token * X + cols,
-        out_ptr + token * out_stride + cols,
+        x_ptr + token * X,
+        out_ptr + token * out_stride,
         segment_ptr,
         window,
         taps,
@@ -80,13 +83,15 @@ def dense_kernel(
         previous,
         visible,
         tl.minimum(block_m, row_len - first),
-        cols,
+        first_col,
         limit,
         out_stride,
         X,
         W,
         SILU,
         HAS_SEGMENTS,
+        BLOCK_N,
         GROUP,
+        PAIRS,
         FAST,
     )

@@ -19,6 +19,11 @@ def _max(a, b):
 
 
 @triton.jit
+def _clip(offset, num_tokens):
+    return tl.minimum(tl.maximum(offset, 0), num_tokens)
+
+
+@triton.jit
 def channel_block(block, parts, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
     """The channels of one block, and the part they lie in.
 
@@ -52,19 +57,27 @@ def channel_block(block, parts, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def offset_bound(query_start_loc_ptr, last, num_tokens, SCAN: tl.constexpr):
+def offset_bound(query_start_loc_ptr, last, num_tokens, num_seqs, SCAN: tl.constexpr):
     """`max(clip(query_start_loc[0..last], 0, T))`: cummax at one entry.
 
     Well-formed offsets need no maximum, but any vector of integers has a meaning,
     and a scan of a few cached lines, SCAN at a time, is cheaper than a second kernel.
+    Four offsets are one access; the array's last ones, which fill no four, are others.
     """
     lanes = tl.arange(0, SCAN)
     best = tl.full([SCAN], 0, tl.int32)
-    for base in range(0, last + 1, SCAN):
-        i = base + lanes
-        q = tl.load(query_start_loc_ptr + i, mask=i <= last, other=0)
-        best = tl.maximum(best, tl.minimum(q, num_tokens))
-    return tl.reduce(best, 0, _max)
+    full = (last + 1) // SCAN * SCAN
+    for base in range(0, full, SCAN):
+        best = tl.maximum(best, tl.load(query_start_loc_ptr + base + lanes))
+    whole = (num_seqs + 1) // 4 * 4
+    i = full + lanes
+    wanted = i < tl.minimum(whole, (last // 4 + 1) * 4)
+    q = tl.load(query_start_loc_ptr + i, mask=wanted, other=0)
+    best = tl.maximum(best, tl.where(i <= last, q, 0))
+    four = whole + tl.arange(0, 4)
+    rest = tl.load(query_start_loc_ptr + four, mask=four <= last, other=0)
+    best = tl.maximum(tl.reduce(best, 0, _max), tl.reduce(rest, 0, _max))
+    return _clip(best, num_tokens)
 
 
 @triton.jit
@@ -87,6 +100,39 @@ def sigmoid(y, FAST: tl.constexpr):
         )
     else:
         return 1.0 / (1.0 + e)
+
+
+@triton.jit
+def load_row(
+    row_ptr,
+    first_col,
+    limit,
+    BLOCK_N: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """BLOCK_N channels of a row, for `widen`; zeros from `limit` on.
+
+    PAIRS: channels are bfloat16, and parts and rows begin and end at even ones. They
+    are loaded, and kept until they are needed, as 32-bit words of two.
+    """
+    if PAIRS:
+        words = first_col // 2 + tl.arange(0, BLOCK_N // 2)
+        word_ptr = row_ptr.to(tl.pointer_type(tl.int32))
+        return tl.load(word_ptr + words, mask=words < limit // 2, other=0)
+    else:
+        cols = first_col + tl.arange(0, BLOCK_N)
+        return tl.load(row_ptr + cols, mask=cols < limit, other=0.0)
+
+
+@triton.jit
+def widen(row, PAIRS: tl.constexpr):
+    """What `load_row` has loaded, as float32: of a pair, each is one instruction."""
+    if PAIRS:
+        low = (row << 16).to(tl.float32, bitcast=True)
+        high = (row & -65536).to(tl.float32, bitcast=True)
+        return tl.join(low, high).reshape(2 * row.shape[0])
+    else:
+        return row.to(tl.float32)
 
 
 @triton.jit
@@ -203,8 +249,8 @@ def filter_row(
 
 @triton.jit
 def convolve_rows(
-    x_ptrs,
-    out_ptrs,
+    row_ptr,
+    out_ptr,
     segment_ptr,
     window,
     taps,
@@ -212,14 +258,16 @@ def convolve_rows(
     previous,
     visible,
     rows,
-    cols,
+    first_col,
     limit,
     out_stride,
     X: tl.constexpr,
     W: tl.constexpr,
     SILU: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """Filters `rows` consecutive rows, the window rolling in registers.
@@ -229,30 +277,37 @@ def convolve_rows(
     the window needs no register moves.
 
     Args:
-        x_ptrs, out_ptrs: `[BLOCK_N]` pointers to the first row.
+        row_ptr, out_ptr: scalar pointers to the first row.
         segment_ptr: pointer to its segment id, followed only if HAS_SEGMENTS.
         window: tuple of the W-1 float32 rows before it, oldest first.
         previous, visible: see `next_visible`.
+        first_col: the first of the BLOCK_N channels.
 
     Returns:
         The window behind the last row.
     """
+    cols = first_col + tl.arange(0, BLOCK_N)
     mask = cols < limit
+    out_ptrs = out_ptr + cols
     if GROUP > 1:
         groups = rows // GROUP
-        fresh = load_rows(x_ptrs, groups > 0, cols, limit, X, GROUP)
+        fresh = load_rows(
+            row_ptr, groups > 0, first_col, limit, X, BLOCK_N, GROUP, PAIRS
+        )
         for i in range(groups):
-            x_ptrs += GROUP * X
-            ahead = load_rows(x_ptrs, i + 1 < groups, cols, limit, X, GROUP)
+            row_ptr += GROUP * X
+            ahead = load_rows(
+                row_ptr, i + 1 < groups, first_col, limit, X, BLOCK_N, GROUP, PAIRS
+            )
             for g in tl.static_range(GROUP):
-                window = window + (fresh[g].to(tl.float32),)
+                window = window + (widen(fresh[g], PAIRS),)
                 reach = 0
                 if HAS_SEGMENTS:
                     previous, visible, reach = next_visible(
                         segment_ptr + g, previous, visible, W
                     )
                 y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
-                y = y.to(out_ptrs.dtype.element_ty)
+                y = y.to(out_ptr.dtype.element_ty)
                 tl.store(out_ptrs + g * out_stride, y, mask=mask)
                 window = window[1:]
             fresh = ahead
@@ -261,17 +316,17 @@ def convolve_rows(
                 segment_ptr += GROUP
     # One row ahead here, too: the first is asked for together with the window.
     rest = rows % GROUP if GROUP > 1 else rows
-    x = tl.load(x_ptrs, mask=cols < tl.where(rest > 0, limit, 0), other=0.0)
+    x = load_row(row_ptr, first_col, tl.where(rest > 0, limit, 0), BLOCK_N, PAIRS)
     for i in range(rest):
-        x_ptrs += X
-        more = cols < tl.where(i + 1 < rest, limit, 0)
-        ahead = tl.load(x_ptrs, mask=more, other=0.0)
-        window = window + (x.to(tl.float32),)
+        row_ptr += X
+        more = tl.where(i + 1 < rest, limit, 0)
+        ahead = load_row(row_ptr, first_col, more, BLOCK_N, PAIRS)
+        window = window + (widen(x, PAIRS),)
         reach = 0
         if HAS_SEGMENTS:
             previous, visible, reach = next_visible(segment_ptr, previous, visible, W)
         y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
-        tl.store(out_ptrs, y.to(out_ptrs.dtype.element_ty), mask=mask)
+        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
         window = window[1:]
         x = ahead
         out_ptrs += out_stride
@@ -281,11 +336,17 @@ def convolve_rows(
 
 
 @triton.jit
-def store_window(slot_ptrs, window, mask, D: tl.constexpr, W: tl.constexpr):
+def store_window(
+    slot_ptrs, window, mask, D: tl.constexpr, W: tl.constexpr, WARPS: tl.constexpr
+):
     """Makes the slot the W-1 rows of `window`, all of which had the slot's dtype.
+
+    One warp's reads of the slot are before its writes; of more, behind a barrier.
 
     bfloat16 goes back by its bits: rounding could change the payload of a NaN.
     """
+    if WARPS > 1:
+        tl.debug_barrier()
     for k in tl.static_range(W - 1):
         row = window[k]
         if slot_ptrs.dtype.element_ty == tl.bfloat16:
@@ -295,12 +356,22 @@ def store_window(slot_ptrs, window, mask, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptrs, wanted, cols, limit, X: tl.constexpr, GROUP: tl.constexpr):
-    """GROUP consecutive rows of x as a tuple; no load is issued unless `wanted`."""
+def load_rows(
+    row_ptr,
+    wanted,
+    first_col,
+    limit,
+    stride,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """GROUP consecutive rows as a tuple; no load is issued unless `wanted`."""
     limit = tl.where(wanted, limit, 0)
     rows = ()
     for g in tl.static_range(GROUP):
-        rows = rows + (tl.load(ptrs + g * X, mask=cols < limit, other=0.0),)
+        row = load_row(row_ptr + g * stride, first_col, limit, BLOCK_N, PAIRS)
+        rows = rows + (row,)
     return rows
 
 
@@ -331,16 +402,21 @@ def zero_uncovered(
 
     They are numbered head first (before the first sequence), then tail.
     """
-    head = offset_bound(query_start_loc_ptr, 0, num_tokens, SCAN)
-    tail = offset_bound(query_start_loc_ptr, num_seqs, num_tokens, SCAN)
-    uncovered = head + (num_tokens - tail)
-    if chunk <= (uncovered - 1) // block_m:
-        first = chunk * block_m
-        last = tl.minimum(first + block_m, uncovered)
-        zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
-        for i in range(first, last):
-            token = tl.where(i < head, i, tail + (i - head))
-            tl.store(out_ptr + token.to(tl.int64) * stride + cols, zeros, mask=mask)
+    head = _clip(tl.load(query_start_loc_ptr), num_tokens)
+    # The scan can only find a later end than the last offset and the first: most
+    # programs behind the last chunk have nothing to do, and see it here.
+    end = _clip(tl.load(query_start_loc_ptr + num_seqs), num_tokens)
+    end = tl.maximum(end, head)
+    if chunk <= (head + (num_tokens - end) - 1) // block_m:
+        tail = offset_bound(query_start_loc_ptr, num_seqs, num_tokens, num_seqs, SCAN)
+        uncovered = head + (num_tokens - tail)
+        if chunk <= (uncovered - 1) // block_m:
+            first = chunk * block_m
+            last = tl.minimum(first + block_m, uncovered)
+            zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
+            for i in range(first, last):
+                token = tl.where(i < head, i, tail + (i - head))
+                tl.store(out_ptr + token.to(tl.int64) * stride + cols, zeros, mask=mask)
 
 
 @triton.jit
@@ -349,11 +425,13 @@ def load_window(
     slot_ptr,
     first,
     history,
-    cols,
+    first_col,
     limit,
     X: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """The W-1 float32 rows before row `first` of a sequence, as a tuple.
 
@@ -368,11 +446,18 @@ def load_window(
         back = W - 1 - k
         row = history - back
         # No channel passes where a row must not be seen.
-        x_cols = tl.where(first > 0, limit, 0)
-        old_cols = tl.where((first == 0) & (row >= 0), limit, 0)
-        x = tl.load(x_ptr - back * X + cols, mask=cols < x_cols, other=0.0)
-        old = tl.load(slot_ptr + row * D + cols, mask=cols < old_cols, other=0.0)
-        window = window + (tl.where(first > 0, x.to(tl.float32), old.to(tl.float32)),)
+        old_limit = tl.where((first == 0) & (row >= 0), limit, 0)
+        if slot_ptr.dtype == x_ptr.dtype:
+            ptr = tl.where(first > 0, x_ptr - back * X, slot_ptr + row * D)
+            seen_limit = tl.where(first > 0, limit, old_limit)
+            raw = load_row(ptr, first_col, seen_limit, BLOCK_N, PAIRS)
+            window = window + (widen(raw, PAIRS),)
+        else:
+            x_limit = tl.where(first > 0, limit, 0)
+            x = load_row(x_ptr - back * X, first_col, x_limit, BLOCK_N, PAIRS)
+            old = load_row(slot_ptr + row * D, first_col, old_limit, BLOCK_N, False)
+            old = old.to(tl.float32)
+            window = window + (tl.where(first > 0, widen(x, PAIRS), old),)
     return window
 
 

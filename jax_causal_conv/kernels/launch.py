@@ -44,11 +44,28 @@ class _Layout:
             sizes = weight.shape[:1]
         return cls(sizes, x.shape[-1], columns.offset or 0)
 
-    def tile(self, width: int, state_len: int, rows: int, itemsize: int):
+    @property
+    def alignment(self) -> int:
+        """Elements that divide where rows and parts begin."""
+        return math.gcd(self.width, self.offset, *self.sizes)
+
+    def tile(
+        self,
+        width: int,
+        state_len: int,
+        rows: int,
+        itemsize: int,
+        num_warps: int = 1,
+    ) -> tiles.Tiles:
         """Tiles of a forward kernel."""
-        alignment = math.gcd(self.width, self.offset, *self.sizes)
         return tiles.choose(
-            max(self.sizes), width, state_len, rows, itemsize, alignment
+            max(self.sizes),
+            width,
+            state_len,
+            rows,
+            itemsize,
+            self.alignment,
+            num_warps,
         )
 
     def blocks(self, tile: tiles.Tiles) -> int:
@@ -67,8 +84,11 @@ class _Layout:
             parts = (columns.joined(dy),)
         return [*parts, *[parts[0]] * (_MAX_PARTS - len(parts))]
 
-    def constants(self, tile: tiles.Tiles) -> dict:
+    def constants(self, tile: tiles.Tiles, x) -> dict:
         return {
+            "BLOCK_N": tile.block_n,
+            "GROUP": tile.group,
+            "PAIRS": x.dtype == jnp.bfloat16 and self.alignment % 2 == 0,
             "X": self.width,
             "OFFSET": self.offset,
             "SPLIT": self.sizes,
@@ -109,9 +129,10 @@ def packed(
     num_seqs = query_start_loc.shape[0] - 1
     metadata = _metadata_or_default(metadata, query_start_loc, num_tokens, width)
     layout = _Layout.of(columns, x, weight)
-    # A bucket of single tokens needs no groups of rows, and so fewer registers.
-    rows = 1 if num_tokens <= num_seqs else metadata.block_m
-    tile = layout.tile(width, state_len, rows, x.dtype.itemsize)
+    if tiles.few_rows(num_tokens, num_seqs):
+        tile = layout.tile(width, state_len, 1, x.dtype.itemsize, num_warps=2)
+    else:
+        tile = layout.tile(width, state_len, metadata.block_m, x.dtype.itemsize)
     chunk_seq = jnp.asarray(metadata.chunk_seq)
     arrays = [
         x,
@@ -143,7 +164,7 @@ def packed(
             HAS_INITIAL_STATE=has_initial_state is not None,
             HAS_REJECTED=num_rejected is not None,
             SCAN=tiles.scan(num_seqs),
-            **layout.constants(tile),
+            **layout.constants(tile, x),
             **_slot_constants(tile, x, weight, states),
         ),
     )
@@ -197,7 +218,7 @@ def update(
             CIRCULAR=cache_seqlens is not None,
             HAS_SLOTS=slots is not None,
             HAS_REJECTED=num_rejected is not None,
-            **layout.constants(tile),
+            **layout.constants(tile, x),
             **_slot_constants(tile, x, weight, state),
         ),
     )
@@ -242,9 +263,7 @@ def dense(
             "HAS_BIAS": bias is not None,
             "HAS_INITIAL_STATE": initial_state is not None,
             "HAS_SEGMENTS": segment_ids is not None,
-            "BLOCK_N": tile.block_n,
-            "GROUP": tile.group,
-            **layout.constants(tile),
+            **layout.constants(tile, x),
         },
     )
     parts = _apart(out, columns)
@@ -297,7 +316,7 @@ def packed_backward(
         num_warps=tile.num_warps,
         constants={
             "SCAN": tiles.scan(num_seqs),
-            **_backward_constants(layout, tile, weight, bias, dslots, silu),
+            **_backward_constants(layout, tile, x, weight, bias, dslots, silu),
         },
     )
     dhistory = jnp.where(live[:, None, None], dhistory[:, : width - 1], 0)
@@ -319,11 +338,12 @@ def rows_backward(
     columns: Columns = ALL,
 ):
     """Launches the backward kernel of rows, see `xla_backward.rows_backward`."""
-    (batch, length, _), width = x.shape, weight.shape[1]
-    block_m = max(tiles.default_block_m(batch * length, batch), width - 1)
-    chunks = -(-length // block_m)
+    (batch, length, _), (dim, width) = x.shape, weight.shape
     layout = _Layout.of(columns, x, weight)
-    tile = tiles.choose_backward(max(layout.sizes), width, block_m)
+    tile = tiles.choose_backward(max(layout.sizes), width, length)
+    block_m = tiles.backward_block_m(batch * length, dim, tile.block_n)
+    block_m = max(block_m, width - 1)
+    chunks = -(-length // block_m)
     unused = weight  # a pointer that is never followed
     state_start = state_end = unused
     if segment_ids is not None and dslots is not None:
@@ -351,7 +371,7 @@ def rows_backward(
         constants={
             "HAS_LIVE": live is not None,
             "HAS_SEGMENTS": segment_ids is not None,
-            **_backward_constants(layout, tile, weight, bias, dslots, silu),
+            **_backward_constants(layout, tile, x, weight, bias, dslots, silu),
         },
     )
     return dx, *_filter_sums(partial), dhistory[:, : width - 1]
@@ -388,16 +408,14 @@ def _filter_sums(partial):
     return sums[:-1].T, sums[-1]
 
 
-def _backward_constants(layout, tile: tiles.Tiles, weight, bias, dslots, silu) -> dict:
+def _backward_constants(layout, tile, x, weight, bias, dslots, silu) -> dict:
     return {
         "W": weight.shape[1],
         "L": 0 if dslots is None else dslots.shape[1],
         "SILU": silu,
         "HAS_BIAS": bias is not None,
         "HAS_SLOTS": dslots is not None,
-        "BLOCK_N": tile.block_n,
-        "GROUP": tile.group,
-        **layout.constants(tile),
+        **layout.constants(tile, x),
     }
 
 
@@ -405,9 +423,8 @@ def _slot_constants(tile: tiles.Tiles, x, weight, states) -> dict:
     # Are the last W-1 rows that a program met, as float32, the new slot to the bit?
     same_bits = x.dtype == states.dtype and x.dtype != jnp.float16
     return {
-        "BLOCK_N": tile.block_n,
-        "GROUP": tile.group,
         "L_BLOCK": tile.l_block,
         "SLOT_N": tile.slot_n,
+        "WARPS": tile.num_warps,
         "WINDOW_IS_SLOT": same_bits and states.shape[1] == weight.shape[1] - 1,
     }

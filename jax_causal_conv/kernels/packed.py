@@ -16,6 +16,41 @@ from .device import (
 )
 
 
+@triton.jit
+def sequence(
+    seq,
+    query_start_loc_ptr,
+    slot_ptr,
+    has_initial_state_ptr,
+    num_rejected_ptr,
+    num_tokens,
+    num_seqs,
+    L: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_INITIAL_STATE: tl.constexpr,
+    HAS_REJECTED: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """First token, end, slot and valid rows of history of sequence `seq`.
+
+    All these loads overlap.
+    """
+    end = tl.load(query_start_loc_ptr + seq + 1)
+    slot = seq
+    if HAS_SLOTS:
+        slot = tl.load(slot_ptr + seq)
+    history = seq * 0  # a tensor, as below
+    if HAS_INITIAL_STATE:
+        seen = tl.load(has_initial_state_ptr + seq)
+        history = tl.where(seen, L, 0)
+        if HAS_REJECTED:
+            rejected = tl.load(num_rejected_ptr + seq)
+            rejected = tl.minimum(tl.maximum(rejected, 0), L)
+            history = tl.maximum(history - rejected, 0)
+    start = offset_bound(query_start_loc_ptr, seq, num_tokens, num_seqs, SCAN)
+    return start, tl.maximum(tl.minimum(end, num_tokens), start), slot, history
+
+
 # One program filters one chunk (at most block_m tokens) of one sequence for BLOCK_N
 # channels. The grid is 1-D, chunks x blocks of channels, channels fastest: programs
 # that run side by side read neighbouring memory, and no grid axis limit applies.
@@ -30,7 +65,7 @@ from .device import (
 # sequence only chunk 0 touches the slot (later chunks take their history from x,
 # which is why block_m >= W-1), in programs that own different channels. Within the
 # program every read of the slot is before the first write: with a barrier between in
-# roll_slot; in store_window a thread writes no channel that another one reads.
+# roll_slot, and in store_window of several warps; one warp reads and writes in order.
 # Rows of out belong to one program each, since sanitised offsets never overlap.
 #
 # Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
@@ -71,9 +106,11 @@ def packed_kernel(
     HAS_REJECTED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
     L_BLOCK: tl.constexpr,
     SLOT_N: tl.constexpr,
     WINDOW_IS_SLOT: tl.constexpr,
+    WARPS: tl.constexpr,
     SCAN: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -90,6 +127,24 @@ def packed_kernel(
     taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
     seq = tl.load(chunk_seq_ptr + program)
     chunk = tl.load(chunk_offset_ptr + program)
+    # Where decodes come first, program i serves sequence i: what is known of that one
+    # is asked for at once, not after one more wait for memory.
+    start, end, slot, history = program, program, program, program
+    if program < num_seqs:
+        start, end, slot, history = sequence(
+            program,
+            query_start_loc_ptr,
+            slot_ptr,
+            has_initial_state_ptr,
+            num_rejected_ptr,
+            num_tokens,
+            num_seqs,
+            L,
+            HAS_SLOTS,
+            HAS_INITIAL_STATE,
+            HAS_REJECTED,
+            SCAN,
+        )
     if seq < 0:
         if (seq == -1) & (chunk >= 0):
             zero_uncovered(
@@ -106,34 +161,46 @@ def packed_kernel(
                 SCAN,
             )
     elif (seq < num_seqs) & (chunk >= 0):
-        # All that depends on seq alone first: these loads overlap.
-        end = tl.load(query_start_loc_ptr + seq + 1)
-        slot = seq
-        if HAS_SLOTS:
-            slot = tl.load(slot_ptr + seq)
-        history = 0
-        if HAS_INITIAL_STATE:
-            history = tl.where(tl.load(has_initial_state_ptr + seq), L, 0)
-            if HAS_REJECTED:
-                rejected = tl.load(num_rejected_ptr + seq)
-                rejected = tl.minimum(tl.maximum(rejected, 0), L)
-                history = tl.maximum(history - rejected, 0)
-        start = offset_bound(query_start_loc_ptr, seq, num_tokens, SCAN)
-        length = tl.maximum(tl.minimum(end, num_tokens), start) - start
+        if seq != program:
+            start, end, slot, history = sequence(
+                seq,
+                query_start_loc_ptr,
+                slot_ptr,
+                has_initial_state_ptr,
+                num_rejected_ptr,
+                num_tokens,
+                num_seqs,
+                L,
+                HAS_SLOTS,
+                HAS_INITIAL_STATE,
+                HAS_REJECTED,
+                SCAN,
+            )
+        length = end - start
         if (length > 0) & (chunk <= (length - 1) // block_m):
             first = chunk * block_m
             rows = tl.minimum(block_m, length - first)
             row_ptr = x_ptr + start.to(tl.int64) * X
-            out_ptrs = out_ptr + (start + first).to(tl.int64) * out_stride + cols
+            out_ptr += (start + first).to(tl.int64) * out_stride
             if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
                 slot_base = state_ptr + slot.to(tl.int64) * (L * D)
                 first_ptr = row_ptr + first.to(tl.int64) * X
                 window = load_window(
-                    first_ptr, slot_base, first, history, cols, limit, X, D, W
+                    first_ptr,
+                    slot_base,
+                    first,
+                    history,
+                    first_col,
+                    limit,
+                    X,
+                    D,
+                    W,
+                    BLOCK_N,
+                    PAIRS,
                 )
                 window = convolve_rows(
-                    first_ptr + cols,
-                    out_ptrs,
+                    first_ptr,
+                    out_ptr,
                     chunk_seq_ptr,
                     window,
                     taps,
@@ -141,18 +208,20 @@ def packed_kernel(
                     0,
                     0,
                     rows,
-                    cols,
+                    first_col,
                     limit,
                     out_stride,
                     X,
                     W,
                     SILU,
                     False,
+                    BLOCK_N,
                     GROUP,
+                    PAIRS,
                     FAST,
                 )
                 if WINDOW_IS_SLOT and (chunk == 0) & (length <= block_m):
-                    store_window(slot_base + cols, window, mask, D, W)
+                    store_window(slot_base + cols, window, mask, D, W, WARPS)
                 elif chunk == 0:
                     roll_slot(
                         row_ptr,
@@ -169,4 +238,4 @@ def packed_kernel(
                         SLOT_N,
                     )
             else:
-                zero_rows(out_ptrs, rows, mask, out_stride, BLOCK_N)
+                zero_rows(out_ptr + cols, rows, mask, out_stride, BLOCK_N)

@@ -17,7 +17,7 @@ from .device import (
 # One program advances one request by its Q tokens for BLOCK_N channels; the grid is
 # 1-D, rows x blocks of channels, channels fastest. It alone reads and writes its part
 # of the request's slot, and reads all it needs of it before the first write (with a
-# barrier in between, or none where a thread writes what it alone has read), so
+# barrier in between, or none where one warp does both in order), so
 # updating a donated buffer in place is race-free.
 #
 # CIRCULAR: history is the W-1 rows before the cursor, input q goes to row
@@ -53,9 +53,11 @@ def update_kernel(
     HAS_REJECTED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    PAIRS: tl.constexpr,
     L_BLOCK: tl.constexpr,
     SLOT_N: tl.constexpr,
     WINDOW_IS_SLOT: tl.constexpr,
+    WARPS: tl.constexpr,
     FAST: tl.constexpr,
 ):
     request = tl.program_id(0) // COL_BLOCKS
@@ -73,7 +75,7 @@ def update_kernel(
     if HAS_SLOTS:
         slot = tl.load(slot_ptr + request)
     row_ptr = x_ptr + request.to(tl.int64) * (Q * X)
-    out_ptrs = out_ptr + request.to(tl.int64) * (Q * out_stride) + cols
+    out_ptr += request.to(tl.int64) * (Q * out_stride)
     if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
         slot_base = state_ptr + slot.to(tl.int64) * (L * D)
         if CIRCULAR:
@@ -90,10 +92,22 @@ def update_kernel(
             if HAS_REJECTED:
                 rejected = tl.load(num_rejected_ptr + request)
                 history = L - tl.minimum(tl.maximum(rejected, 0), L)
-            window = load_window(row_ptr, slot_base, 0, history, cols, limit, X, D, W)
+            window = load_window(
+                row_ptr,
+                slot_base,
+                0,
+                history,
+                first_col,
+                limit,
+                X,
+                D,
+                W,
+                BLOCK_N,
+                PAIRS,
+            )
         window = convolve_rows(
-            row_ptr + cols,
-            out_ptrs,
+            row_ptr,
+            out_ptr,
             slot_ptr,
             window,
             taps,
@@ -101,14 +115,16 @@ def update_kernel(
             0,
             0,
             Q,
-            cols,
+            first_col,
             limit,
             out_stride,
             X,
             W,
             SILU,
             False,
+            BLOCK_N,
             GROUP,
+            PAIRS,
             FAST,
         )
         if CIRCULAR:
@@ -125,7 +141,7 @@ def update_kernel(
                     mask=mask,
                 )
         elif WINDOW_IS_SLOT:
-            store_window(slot_base + cols, window, mask, D, W)
+            store_window(slot_base + cols, window, mask, D, W, WARPS)
         else:
             roll_slot(
                 row_ptr,
@@ -142,4 +158,4 @@ def update_kernel(
                 SLOT_N,
             )
     else:
-        zero_rows(out_ptrs, Q, mask, out_stride, BLOCK_N)
+        zero_rows(out_ptr + cols, Q, mask, out_stride, BLOCK_N)
