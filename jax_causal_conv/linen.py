@@ -8,6 +8,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from . import checks
+from .columns import Output
 from .dense import causal_conv1d
 from .packed import causal_conv1d_fn
 from .update import causal_conv1d_update
@@ -87,7 +88,9 @@ class CausalConv1d(nn.Module):
         initial_state: ArrayLike | None = None,
         segment_ids: ArrayLike | None = None,
         return_final_state: bool = False,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        channel_offset: int | None = None,
+        split: tuple[int, ...] | None = None,
+    ) -> Output | tuple[Output, jax.Array]:
         """Applies `causal_conv1d` to rows `(B, T, D)`, for training.
 
         Arguments, results and errors are those of `causal_conv1d`.
@@ -100,6 +103,8 @@ class CausalConv1d(nn.Module):
             segment_ids=segment_ids,
             activation=self.activation,
             return_final_state=return_final_state,
+            channel_offset=channel_offset,
+            split=split,
             implementation=self.implementation,
         )
 
@@ -109,7 +114,7 @@ class CausalConv1d(nn.Module):
         conv_states: ArrayLike,
         query_start_loc: ArrayLike,
         **batch: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_fn` to packed tokens `(T, D)`, for serving.
 
         `batch` holds its keyword arguments: `cache_indices`, `has_initial_state`,
@@ -128,7 +133,7 @@ class CausalConv1d(nn.Module):
 
     def decode(
         self, x: ArrayLike, conv_state: ArrayLike, **batch: Any
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_update` to `(B, D)` or `(B, Q, D)`, for decoding.
 
         `batch` holds its keyword arguments: `conv_state_indices`, `cache_seqlens` and

@@ -122,6 +122,17 @@ def test_training_call_continues_from_a_final_state(kind):
     assert_close(second[0], x[0, 4:], weight, bias, None, history)
 
 
+@with_kinds
+def test_training_call_reads_columns_of_a_wider_input_and_splits_its_output(kind):
+    x, weight, bias = draw(4)
+    conv = layer(kind, weight, bias)
+    wide = np.concatenate([np.full((*x.shape[:2], 3), np.nan, x.dtype), x], axis=-1)
+    parts = conv(wide, channel_offset=3, split=(DIM - 2, 2))
+    assert [part.shape[-1] for part in parts] == [DIM - 2, 2]
+    whole = conv(x)
+    np.testing.assert_allclose(np.concatenate(parts, -1), whole, atol=1e-6)
+
+
 def test_depthwise_nnx_conv_checkpoint_loads():
     x, _, bias = draw(4)
     theirs = nnx.Conv(
