@@ -1,9 +1,10 @@
 """Differential fuzzing over the whole contract.
 
 A *configuration* is everything static (one compilation); it is run with many random
-*cases*. Every case goes through XLA, one in ten through the interpreted kernels, and
-both must give what the float64 reference gives: outputs within the error of float32
-sums, states bit for bit. A case is named by three numbers, `seed configuration case`.
+*cases*. Every case goes through XLA, one in ten through the interpreted kernels, on a
+GPU every one through the compiled ones as well. All must give what the float64
+reference gives: outputs within the error of float32 sums, states bit for bit. A case
+is named by three numbers, `seed configuration case`.
 
     python -m tests.fuzz --cases 100000             # a long run; --jobs 2 for two cores
     python -m tests.fuzz --seconds 60 --seed 7      # a time-boxed one
@@ -357,6 +358,10 @@ def run_case(seed: int, number: int, index: int, *, interpret: bool) -> bool:
         expected = Expected(case)
         got = checks.call(case, "xla", metadata=metadata)
         compare(case, got, expected, "xla")
+        on_gpu = HAS_TRITON and jax.default_backend() == "gpu"
+        if configuration.for_kernels and on_gpu:
+            got = checks.call(case, "triton", metadata=metadata)
+            compare(case, got, expected, "triton")
         if not (interpret and configuration.for_kernels and HAS_TRITON):
             return False
         from tests import guard

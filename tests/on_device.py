@@ -1,0 +1,190 @@
+"""Checks that only a real GPU can make: `python -m tests.on_device`.
+
+Donated buffers keep their address, others their contents; many repetitions give the
+same bits; offsets pass 2³¹ elements in real memory. `--short` makes a run that a memory
+checker can follow (`compute-sanitizer python -m tests.on_device --short`).
+The rest of the suite runs there as well: `pytest -k triton`, `python -m tests.fuzz`.
+"""
+
+import argparse
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_causal_conv as jcc
+
+_WIDTH = 4
+_call = functools.partial(
+    jcc.causal_conv1d_fn, activation="silu", implementation="triton"
+)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _normal(shape: tuple[int, ...], seed: int) -> jax.Array:
+    """Random bfloat16, by hashing: quick and small for arrays of any size."""
+    row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0)
+    rest = jnp.arange(np.prod(shape[1:]), dtype=jnp.uint32).reshape(1, *shape[1:])
+    bits = (row * jnp.uint32(0x9E3779B1) ^ rest * jnp.uint32(0x85EBCA77)) + jnp.uint32(
+        seed
+    )
+    bits = (bits ^ bits >> 15) * jnp.uint32(0x2C1B3C6D)
+    bits = (bits ^ bits >> 13) * jnp.uint32(0x297A2D39)
+    return ((bits >> 16).astype(jnp.float32) / 32768 - 1).astype(jnp.bfloat16)
+
+
+def _batch(dim: int, lengths: list[int], slots: int) -> dict:
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return {
+        "x": _normal((int(offsets[-1]), dim), 1),
+        "weight": _normal((dim, _WIDTH), 2),
+        "bias": _normal((dim,), 3),
+        "query_start_loc": offsets,
+        "cache_indices": rng.permutation(slots)[: len(lengths)].astype(np.int32),
+        "has_initial_state": rng.random(len(lengths)) < 0.7,
+        "metadata": jcc.build_metadata(offsets, int(offsets[-1])),
+    }
+
+
+@jax.jit
+def _same(one, other) -> jax.Array:
+    """Have two trees the same bits?"""
+
+    def equal(a, b):
+        kind = f"uint{8 * a.dtype.itemsize}"
+        cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=kind)
+        return (cast(a) == cast(b)).all()
+
+    return jnp.array(jax.tree.leaves(jax.tree.map(equal, one, other))).all()
+
+
+_MIXED = [1] * 60 + [449, 77, 3, 2, 130]
+
+
+def donation() -> str:
+    """The donated cache is updated in place, another one not at all."""
+    batch = _batch(1000, _MIXED, 128)
+    step = jax.jit(lambda states, batch: _call(conv_states=states, **batch))
+    donated = jax.jit(
+        lambda states, batch: _call(conv_states=states, **batch), donate_argnums=0
+    )
+    states, kept = _normal((128, 3, 1000), 4), _normal((128, 3, 1000), 4)
+    out, new = step(states, batch)
+    assert _same(states, kept), "a cache that was not donated has changed"
+    assert new.unsafe_buffer_pointer() != states.unsafe_buffer_pointer()
+    before = states.unsafe_buffer_pointer()
+    out_in_place, new_in_place = donated(states, batch)
+    assert new_in_place.unsafe_buffer_pointer() == before, "the cache was copied"
+    assert _same((out, new), (out_in_place, new_in_place))
+    return "one address before and after"
+
+
+def repetitions(count: int) -> str:
+    """Forward, decode and both backward passes, the same bits every time."""
+    for dim in (1000, 5376):
+        batch = _batch(dim, _MIXED, 128)
+        states = _normal((128, 3, dim), 4)
+        rows = _normal((3, 700, dim), 5)
+        few = _batch(dim, [1] * 100, 128)
+
+        def everything(states, batch, few, rows):
+            def packed(x, weight, bias, states):
+                rest = {**batch, "x": x, "weight": weight, "bias": bias}
+                return _call(conv_states=states, **rest)
+
+            arguments = batch["x"], batch["weight"], batch["bias"], states
+            forward, pullback = jax.vjp(packed, *arguments)
+            decoded = jcc.causal_conv1d_update(
+                few["x"],
+                states,
+                few["weight"],
+                few["bias"],
+                "silu",
+                conv_state_indices=few["cache_indices"],
+                implementation="triton",
+            )
+            dense = jax.vjp(
+                lambda x, weight, bias: jcc.causal_conv1d(
+                    x, weight, bias, activation="silu", implementation="triton"
+                ),
+                rows,
+                batch["weight"],
+                batch["bias"],
+            )
+            return (
+                forward,
+                pullback(forward),
+                _call(conv_states=states, **few),
+                decoded,
+                dense[0],
+                dense[1](rows),
+            )
+
+        step = jax.jit(everything)
+        first = step(states, batch, few, rows)
+        results = [_same(step(states, batch, few, rows), first) for _ in range(count)]
+        wrong = count - int(sum(map(int, results)))
+        assert not wrong, f"{wrong} of {count} runs differ from the first (D = {dim})"
+    return f"{count} repetitions each of 2 sizes are identical"
+
+
+def large() -> str:
+    """Tokens, slots and gradients behind element 2³¹, against a batch of their own."""
+    dim, tail = 5376, 1000
+    tokens = 2**31 // dim + tail  # the last sequence begins before, and ends behind
+    lengths = [tokens - tail - 5, 5, tail]
+    slots = 2**31 // (3 * dim) + 10
+    batch = _batch(dim, lengths, 8)
+    batch["cache_indices"] = np.array([0, slots - 1, slots - 2], np.int32)
+    batch["has_initial_state"] = np.array([True, True, True])
+    step = jax.jit(
+        lambda states, batch: _call(conv_states=states, **batch), donate_argnums=0
+    )
+    states = _normal((slots, 3, dim), 4)
+    last = states[-2:]
+    out, states = step(states, batch)
+    small = _batch(dim, lengths[1:], 2)
+    small["x"] = batch["x"][-(tail + 5) :]
+    small["cache_indices"] = np.array([1, 0], np.int32)
+    small["has_initial_state"] = np.array([True, True])
+    want, want_states = step(last, small)
+    assert _same(out[-(tail + 5) :], want), "tokens behind element 2^31 are wrong"
+    assert _same(states[-2:], want_states), "slots behind element 2^31 are wrong"
+    del states
+
+    @jax.jit
+    def gradients(x, dy):
+        dense = functools.partial(
+            jcc.causal_conv1d, activation="silu", implementation="triton"
+        )
+        return jax.vjp(lambda x: dense(x, batch["weight"], batch["bias"]), x)[1](dy)[0]
+
+    dx = gradients(batch["x"][None], out[None])[0, -tail:]
+    x, dy = batch["x"][-2 * tail :], out[-2 * tail :]
+    assert _same(dx, gradients(x[None], dy[None])[0, -tail:]), "dx behind 2^31 is wrong"
+    return f"x of {tokens * dim:,} and states of {slots * 3 * dim:,} elements"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--short", action="store_true", help="few, and small")
+    parser.add_argument("--repetitions", type=int, default=1000)
+    arguments = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error("needs a GPU")
+    count = 2 if arguments.short else arguments.repetitions
+    checks = [donation, functools.partial(repetitions, count)]
+    if not arguments.short:
+        checks.append(large)
+    for check in checks:
+        began = time.perf_counter()
+        name = getattr(check, "func", check).__name__
+        found = check()
+        print(f"{name}: {found} ({time.perf_counter() - began:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
