@@ -35,6 +35,10 @@ BATCHES: dict[str, Callable[[ModelShape], Workload]] = {
     "packed decode": lambda m: Workload(
         "packed", (1,) * 256, m.dim, m.width, slots=512
     ),
+    "many decodes": lambda m: Workload(
+        "packed", (1,) * 1792 + (64,) * 4, m.dim, m.width, slots=2048
+    ),
+    "short prefill": lambda m: Workload("packed", (128,), m.dim, m.width, slots=64),
     "decode": lambda m: Workload("update", (1,) * 256, m.dim, m.width, slots=512),
     "dense": lambda m: Workload("dense", (2048,) * 8, m.dim, m.width),
     "gradient": lambda m: Workload("gradient", (2048,) * 8, m.dim, m.width),
@@ -71,7 +75,7 @@ class Change:
         return changed or "as chosen now"
 
 
-_BLOCK_M = (16, 32, 64, 128)
+_BLOCK_M = (8, 16, 32, 64, 128)
 
 
 def changes(batch: str) -> list[Change]:
@@ -80,7 +84,7 @@ def changes(batch: str) -> list[Change]:
     The first is no change at all.
     """
     # One token a sequence: no loop.
-    groups = (None,) if batch in ("decode", "packed decode") else (4, 8)
+    groups = (None,) if batch in ("decode", "packed decode") else (1, 4, 8)
     return [Change()] + [
         Change(block_n, num_warps, group)
         for block_n, num_warps, group in itertools.product(
@@ -117,6 +121,7 @@ def applied(change: Change) -> Iterator[None]:
             ("choose", wrap),
             ("choose_backward", wrap),
             ("default_block_m", block_m),
+            ("backward_block_m", block_m),
         ):
             original = getattr(tiles, name, None)
             if original is not None:
