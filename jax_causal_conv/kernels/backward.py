@@ -22,10 +22,11 @@ from .device import (
 
 
 @triton.jit
-def silu_gradient(z, FAST: tl.constexpr):
-    """`silu'(z) = s · (1 + z · (1 - s))` with s the sigmoid of z."""
+def through_silu(dy, z, FAST: tl.constexpr):
+    """`dy · silu'(z) = dy · s · (1 + z · (1 - s))` with s the sigmoid of z."""
     s = sigmoid(z, FAST)
-    return s * tl.fma(z, 1.0 - s, 1.0)
+    scaled = dy * s
+    return tl.fma(scaled, z - z * s, scaled)
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def backward_row(
     rows = seen(window, reach, W, HAS_SEGMENTS)
     dz = dy
     if SILU:
-        dz = dy * silu_gradient(preactivation(rows, taps, bias, W), FAST)
+        dz = through_silu(dy, preactivation(rows, taps, bias, W), FAST)
     if HAS_SEGMENTS:
         dz = tl.where(reach >= 0, dz, 0.0)
     mine = dz
@@ -143,31 +144,6 @@ def masked_step(
         FAST,
     )
     return dx, window, pending, dtaps, dbias, previous, visible
-
-
-@triton.jit
-def add_slot_rows(
-    dx,
-    dslot_ptr,
-    token,
-    state_start,
-    state_end,
-    first_col,
-    limit,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Adds to rows of dx, of tokens from `token` on, what they owe to the slot."""
-    cols = first_col + tl.arange(0, BLOCK_N)
-    sums = ()
-    for g in tl.static_range(len(dx)):
-        row = token + g - state_end + L
-        kept = (token + g >= state_start) & (token + g < state_end) & (row >= 0)
-        mask = cols < tl.where(kept, limit, 0)
-        owed = tl.load(dslot_ptr + row * D + cols, mask=mask, other=0.0)
-        sums = sums + (dx[g] + owed.to(tl.float32),)
-    return sums
 
 
 @triton.jit
@@ -264,10 +240,13 @@ def backward_chunk(
     dy_ptr += (W - 1) * dy_stride
     segment_ptr += W - 1
 
-    # Whole groups of the chunk's own tokens need no masks; the next group's loads are
-    # in flight meanwhile.
-    groups = tl.maximum(rows - (W - 1), 0) // GROUP
-    token = first
+    # Whole groups of the chunk's own tokens, of none of which the slot holds a copy,
+    # need no masks; the next group's loads are in flight meanwhile.
+    plain = rows
+    if HAS_SLOTS:
+        copied = tl.maximum(state_start, state_end - L) - first
+        plain = tl.where(first < state_end, tl.minimum(rows, copied), rows)
+    groups = tl.maximum(plain - (W - 1), 0) // GROUP
     xs = load_rows(x_ptr, groups > 0, first_col, limit, X, BLOCK_N, GROUP, PAIRS)
     dys = load_rows(
         dy_ptr, groups > 0, first_col, limit, dy_stride, BLOCK_N, GROUP, PAIRS
@@ -306,26 +285,12 @@ def backward_chunk(
                 FAST,
             )
             dxs = dxs + (dx,)
-        if HAS_SLOTS and (token < state_end) & (token + GROUP > state_end - L):
-            dxs = add_slot_rows(
-                dxs,
-                dslot_ptr,
-                token,
-                state_start,
-                state_end,
-                first_col,
-                limit,
-                D,
-                L,
-                BLOCK_N,
-            )
         for g in tl.static_range(GROUP):
             tl.store(dx_ptrs + g * D, dxs[g].to(dx_ptr.dtype.element_ty), mask=mask)
         xs = next_xs
         dys = next_dys
         dx_ptrs += GROUP * D
         segment_ptr += GROUP
-        token += GROUP
 
     for i in range(groups * GROUP, rows):
         dx, window, pending, dtaps, dbias, previous, visible = masked_step(
@@ -353,18 +318,12 @@ def backward_chunk(
             FAST,
         )
         if HAS_SLOTS:
-            (dx,) = add_slot_rows(
-                (dx,),
-                dslot_ptr,
-                first + i,
-                state_start,
-                state_end,
-                first_col,
-                limit,
-                D,
-                L,
-                BLOCK_N,
-            )
+            token = first + i
+            row = token - state_end + L
+            kept = (token >= state_start) & (token < state_end) & (row >= 0)
+            owed = cols < tl.where(kept, limit, 0)
+            slot_row = tl.load(dslot_ptr + row * D + cols, mask=owed, other=0.0)
+            dx += slot_row.to(tl.float32)
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         x_ptr += X
         dy_ptr += dy_stride
