@@ -17,6 +17,10 @@ from .checks import PAD_SLOT_ID
 from .columns import ALL, Columns
 
 
+# Older XLA:CPU copies a cache that a loop updates, in bfloat16 at every trip.
+_LOOPS_IN_PLACE = jax.__version_info__ >= (0, 11)
+
+
 class Sequences(NamedTuple):
     """What a batch's index arguments mean, after clamping; all `(N,)`.
 
@@ -242,8 +246,8 @@ def convolve_parts(
     return tuple(convolve(x, w.T, b, h, tokens, silu, dtype) for x, w, b, h in each)
 
 
-def _store(states, parts, slot, row, rows, live):
-    """Writes `rows` `(N, K, D)` to `states[slot, row]` of live sequences.
+def _store(states, parts, seqs: Sequences, row, rows):
+    """Writes `rows` `(N, K, D)` to rows `row` of the slots of live sequences.
 
     Returns the parts of the output, then the states.
 
@@ -251,9 +255,48 @@ def _store(states, parts, slot, row, rows, live):
     a donated cache in place instead of copying it.
     """
     parts, rows, states = lax.optimization_barrier((parts, rows, states))
-    slot = jnp.where(live, slot, states.shape[0])  # out of bounds: dropped
+    slot = jnp.where(seqs.live, seqs.slot, states.shape[0])  # out of bounds: dropped
     states = states.at[slot[:, None], row].set(rows, mode="drop", unique_indices=True)
     return *parts, states
+
+
+def _roll_slots(states, parts, seqs: Sequences, x, wide_x, wide):
+    """Makes each live sequence's slot its last inputs, see `slots_after`.
+
+    Returns the parts of the output, then the states.
+
+    On a CPU a loop over the sequences rolls one slot at a time: it needs no array of
+    all new rows, which costs as much time as the cache itself, and a row in the caches
+    is not read twice from memory. Elsewhere it would be a chain of tiny kernels.
+    """
+    state_len, dtype = states.shape[1], states.dtype
+
+    def scatter(states, parts):
+        rows = slots_after(
+            x, wide_x, states, wide, seqs, seqs.length, state_len, dtype
+        )
+        row = jnp.arange(state_len, dtype=jnp.int32)
+        return _store(states, parts, seqs, row, rows)
+
+    def loop(states, parts):
+        parts, states = lax.optimization_barrier((parts, states))
+
+        def roll(i, states):
+            own = Sequences(*(lax.dynamic_slice_in_dim(a, i, 1) for a in seqs))
+            old = lax.dynamic_slice_in_dim(states, own.slot[0], 1)
+            here = own._replace(slot=jnp.zeros_like(own.slot))
+            new = slots_after(x, x, old, old, here, own.length, state_len, dtype)
+            new = jnp.where(own.live[:, None, None], new, old)
+            return lax.dynamic_update_slice_in_dim(states, new, own.slot[0], 0)
+
+        # XLA would unroll a loop of one trip, and copy the cache.
+        trips = lax.optimization_barrier(jnp.int32(seqs.slot.shape[0]))
+        return *parts, lax.fori_loop(0, trips, roll, states)
+
+    if not _LOOPS_IN_PLACE or seqs.slot.shape[0] == 1:
+        return scatter(states, parts)
+    *parts, rolled = lax.platform_dependent(states, parts, cpu=loop, default=scatter)
+    return *parts, _differentiate_as(rolled, scatter(states, parts)[-1])
 
 
 def packed(
@@ -288,11 +331,7 @@ def packed(
     )
     if state_len == 0:
         return *parts, states
-    rows = slots_after(
-        x, wide_x, states, wide, seqs, seqs.length, state_len, states.dtype
-    )
-    row = jnp.arange(state_len, dtype=jnp.int32)
-    return _store(states, parts, seqs.slot, row, rows, seqs.live)
+    return _roll_slots(states, parts, seqs, x, wide_x, wide)
 
 
 def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
@@ -373,19 +412,15 @@ def _update(
     wide = wide_slots(state, seqs, wide_x.dtype)
     if cache_seqlens is None:
         history = history_before(state, wide, seqs, width - 1)
-        row = jnp.arange(state_len, dtype=jnp.int32)
-        rows = slots_after(
-            flat, wide_x, state, wide, seqs, seqs.length, state_len, state.dtype
-        )
-    else:
-        cursor = jnp.mod(cache_seqlens, state_len)  # reduced first: cannot overflow
-        history = ring_before(state, wide, seqs, cursor, width - 1)
-        kept = min(query, state_len)  # each row is written once
-        kept_from = jnp.arange(query - kept, query)
-        row = (cursor[:, None] + kept_from) % state_len
-        token = jnp.arange(batch)[:, None] * query + kept_from
-        rows = _token_rows(flat, wide_x, token, state.dtype)
-    return _store(state, convolved(history), seqs.slot, row, rows, seqs.live)
+        return _roll_slots(state, convolved(history), seqs, flat, wide_x, wide)
+    cursor = jnp.mod(cache_seqlens, state_len)  # reduced first: cannot overflow
+    history = ring_before(state, wide, seqs, cursor, width - 1)
+    kept = min(query, state_len)  # each row is written once
+    kept_from = jnp.arange(query - kept, query)
+    row = (cursor[:, None] + kept_from) % state_len
+    token = jnp.arange(batch)[:, None] * query + kept_from
+    rows = _token_rows(flat, wide_x, token, state.dtype)
+    return _store(state, convolved(history), seqs, row, rows)
 
 
 class Runs(NamedTuple):
