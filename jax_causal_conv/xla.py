@@ -16,9 +16,9 @@ from jax import lax
 from .checks import PAD_SLOT_ID
 from .columns import ALL, Columns
 
-
-# Older XLA:CPU copies a cache that a loop updates, in bfloat16 at every trip.
-_LOOPS_IN_PLACE = jax.__version_info__ >= (0, 11)
+# XLA:CPU of older jax copies a cache that is read before a loop updates it: what is
+# needed of it must be kept by that loop. In bfloat16 any loop copies it, at every trip.
+_READS_BEFORE_LOOP = jax.__version_info__ >= (0, 11)
 
 
 class Sequences(NamedTuple):
@@ -260,43 +260,67 @@ def _store(states, parts, seqs: Sequences, row, rows):
     return *parts, states
 
 
-def _roll_slots(states, parts, seqs: Sequences, x, wide_x, wide):
-    """Makes each live sequence's slot its last inputs, see `slots_after`.
+def _advance(states, seqs: Sequences, x, wide_x, count: int, convolved):
+    """Convolves, and makes each live sequence's slot its last inputs.
 
-    Returns the parts of the output, then the states.
+    Args:
+        states: `(S, L, D)` cache.
+        seqs: the sequences in the rows of x.
+        x, wide_x: `(T, D)` as given, and in the accumulator's dtype.
+        count: W-1.
+        convolved: from history `(N, W-1, D)` to the parts of the output.
 
-    On a CPU a loop over the sequences rolls one slot at a time: it needs no array of
-    all new rows, which costs as much time as the cache itself, and a row in the caches
-    is not read twice from memory. Elsewhere it would be a chain of tiny kernels.
+    Returns:
+        The parts of the output, then the states.
     """
-    state_len, dtype = states.shape[1], states.dtype
+    num_seqs, (num_slots, state_len, _) = seqs.slot.shape[0], states.shape
+    wide = wide_slots(states, seqs, wide_x.dtype)
+    roll = functools.partial(slots_after, state_len=state_len, dtype=states.dtype)
 
-    def scatter(states, parts):
-        rows = slots_after(
-            x, wide_x, states, wide, seqs, seqs.length, state_len, dtype
-        )
+    def scatter(states):
+        parts = convolved(history_before(states, wide, seqs, count))
+        rows = roll(x, wide_x, states, wide, seqs, seqs.length)
         row = jnp.arange(state_len, dtype=jnp.int32)
         return _store(states, parts, seqs, row, rows)
 
-    def loop(states, parts):
-        parts, states = lax.optimization_barrier((parts, states))
+    # On a CPU a loop that rolls one slot at a time spares writing and reading an array
+    # of all new rows. On a GPU it would be a chain of tiny kernels.
+    def loop(states):
+        if _READS_BEFORE_LOOP:
+            parts = convolved(history_before(states, wide, seqs, count))
+            parts, states = lax.optimization_barrier((parts, states))
+            kept = None
+        else:
+            kept = jnp.zeros((num_seqs, *states.shape[1:]), states.dtype)
 
-        def roll(i, states):
+        def step(i, carry):
+            states, kept = carry
             own = Sequences(*(lax.dynamic_slice_in_dim(a, i, 1) for a in seqs))
             old = lax.dynamic_slice_in_dim(states, own.slot[0], 1)
+            if kept is not None:
+                kept = lax.dynamic_update_slice_in_dim(kept, old, i, 0)
+                old = lax.dynamic_slice_in_dim(kept, i, 1)
             here = own._replace(slot=jnp.zeros_like(own.slot))
-            new = slots_after(x, x, old, old, here, own.length, state_len, dtype)
-            new = jnp.where(own.live[:, None, None], new, old)
-            return lax.dynamic_update_slice_in_dim(states, new, own.slot[0], 0)
+            new = jnp.where(
+                own.live[:, None, None], roll(x, x, old, old, here, own.length), old
+            )
+            return lax.dynamic_update_slice_in_dim(states, new, own.slot[0], 0), kept
 
-        # XLA would unroll a loop of one trip, and copy the cache.
-        trips = lax.optimization_barrier(jnp.int32(seqs.slot.shape[0]))
-        return *parts, lax.fori_loop(0, trips, roll, states)
+        # A number that XLA does not know: it would unroll a loop of one trip, and copy.
+        trips = lax.optimization_barrier(jnp.int32(num_seqs))
+        states, kept = lax.fori_loop(0, trips, step, (states, kept))
+        if kept is not None:
+            mine = seqs._replace(slot=jnp.arange(num_seqs, dtype=jnp.int32))
+            parts = convolved(history_before(kept, wide, mine, count))
+        return *parts, states
 
-    if not _LOOPS_IN_PLACE or seqs.slot.shape[0] == 1:
-        return scatter(states, parts)
-    *parts, rolled = lax.platform_dependent(states, parts, cpu=loop, default=scatter)
-    return *parts, _differentiate_as(rolled, scatter(states, parts)[-1])
+    # A row of its own (`row_by_row`) is one of many: no loop for each.
+    if num_seqs == num_slots == 1 or not (
+        _READS_BEFORE_LOOP or states.dtype.itemsize > 2
+    ):
+        return scatter(states)
+    results = lax.platform_dependent(states, cpu=loop, default=scatter)
+    return tuple(map(_differentiate_as, results, scatter(states)))
 
 
 def packed(
@@ -323,15 +347,16 @@ def packed(
         offsets, slots, has_initial_state, num_rejected, states.shape, pad_slot_id
     )
     wide_x = x.astype(accumulator(x))
-    wide = wide_slots(states, seqs, wide_x.dtype)
-    history = history_before(states, wide, seqs, width - 1)
     tokens = tokens_of(seqs, num_tokens)
-    parts = convolve_parts(
-        wide_x, weight, bias, history, tokens, silu, x.dtype, columns
-    )
-    if state_len == 0:
-        return *parts, states
-    return _roll_slots(states, parts, seqs, x, wide_x, wide)
+
+    def convolved(history):
+        return convolve_parts(
+            wide_x, weight, bias, history, tokens, silu, x.dtype, columns
+        )
+
+    if state_len == 0:  # W = 1
+        return *convolved(jnp.zeros((seqs.slot.shape[0], 0, x.shape[1]))), states
+    return _advance(states, seqs, x, wide_x, width - 1, convolved)
 
 
 def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
@@ -409,10 +434,9 @@ def _update(
 
     if state_len == 0:  # W = 1
         return *convolved(jnp.zeros((batch, 0, dim), wide_x.dtype)), state
-    wide = wide_slots(state, seqs, wide_x.dtype)
     if cache_seqlens is None:
-        history = history_before(state, wide, seqs, width - 1)
-        return _roll_slots(state, convolved(history), seqs, flat, wide_x, wide)
+        return _advance(state, seqs, flat, wide_x, width - 1, convolved)
+    wide = wide_slots(state, seqs, wide_x.dtype)
     cursor = jnp.mod(cache_seqlens, state_len)  # reduced first: cannot overflow
     history = ring_before(state, wide, seqs, cursor, width - 1)
     kept = min(query, state_len)  # each row is written once

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.peers import cache_copies
 from jax_causal_conv import (
     build_metadata,
     causal_conv1d_fn,
@@ -19,6 +20,7 @@ from tests.test_packed import draw, ints
 from tests.test_update import draw as draw_update
 
 ON_CPU = jax.default_backend() == "cpu"
+WIDTH = 4
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None
@@ -75,6 +77,57 @@ def test_donated_state_is_consumed_and_the_result_is_right(implementation):
         result = jax.jit(step, donate_argnums=0)(state, rest)
         assert state.is_deleted()
         check_result(case, result)
+
+
+OLD_XLA = jax.__version_info__ < (0, 11)
+DECODES, MIXED = [1] * 5, [1, 9, 0, 4]
+
+
+@pytest.mark.skipif(not ON_CPU, reason="reads the program that XLA made for a CPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("drafts", [0, 4])
+@pytest.mark.parametrize(
+    "op, lengths",
+    [(packed, lengths) for lengths in ([1], [9], [1, 1], DECODES, MIXED)]
+    + [(op, [2] * rows) for op in ("update", "ring") for rows in (1, 2, 5)],
+)
+def test_donated_cache_is_neither_copied_nor_converted(op, lengths, drafts, dtype):
+    if OLD_XLA and (dtype == "bfloat16" or op == "ring"):
+        pytest.skip("before jax 0.11, XLA:CPU copies it")
+    num_seqs, tokens, dim = len(lengths), sum(lengths), 24
+    shape = (64, WIDTH - 1 + drafts, dim)
+    x, weight = jnp.ones((tokens, dim), dtype), jnp.ones((dim, WIDTH), dtype)
+    slots = jnp.arange(num_seqs)[::-1]
+    rejected = jnp.ones(num_seqs, jnp.int32) if drafts else None
+
+    def step(states, x, weight, slots, rejected):
+        if op is packed:
+            return causal_conv1d_fn(
+                x,
+                weight,
+                None,
+                states,
+                jnp.array([0, *np.cumsum(lengths)]),
+                cache_indices=slots,
+                has_initial_state=slots >= 0,
+                num_rejected_tokens=rejected,
+            )
+        ring = op == "ring"
+        return causal_conv1d_update(
+            x.reshape(num_seqs, 2, dim),
+            states,
+            weight,
+            conv_state_indices=slots,
+            cache_seqlens=slots if ring else None,
+            num_rejected_tokens=None if ring else rejected,
+        )
+
+    jitted = jax.jit(step, donate_argnums=0)
+    states = jnp.ones(shape, dtype)
+    compiled = jitted.lower(states, x, weight, slots, rejected).compile()
+    hlo = compiled.as_text()
+    assert compiled.memory_analysis().alias_size_in_bytes == states.nbytes
+    assert cache_copies(hlo, shape) == 0, hlo
 
 
 def test_state_carried_through_scan(implementation):

@@ -234,8 +234,7 @@ def backward_chunk(
             PAIRS,
             FAST,
         )
-        earliest = cols < tl.where(first == 0, limit, 0)
-        tl.store(dhistory_ptr + s * D + cols, dx, mask=earliest)
+        tl.store(dhistory_ptr + s * D + cols, dx, mask=mask & (first == 0))
     x_ptr += (W - 1) * X
     dy_ptr += (W - 1) * dy_stride
     segment_ptr += W - 1
@@ -243,9 +242,8 @@ def backward_chunk(
     # Whole groups of the chunk's own tokens, of none of which the slot holds a copy,
     # need no masks; the next group's loads are in flight meanwhile.
     plain = rows
-    if HAS_SLOTS:
-        copied = tl.maximum(state_start, state_end - L) - first
-        plain = tl.where(first < state_end, tl.minimum(rows, copied), rows)
+    if HAS_SLOTS and first < state_end:
+        plain = tl.minimum(rows, tl.maximum(state_start, state_end - L) - first)
     groups = tl.maximum(plain - (W - 1), 0) // GROUP
     xs = load_rows(x_ptr, groups > 0, first_col, limit, X, BLOCK_N, GROUP, PAIRS)
     dys = load_rows(
@@ -320,10 +318,11 @@ def backward_chunk(
         if HAS_SLOTS:
             token = first + i
             row = token - state_end + L
-            kept = (token >= state_start) & (token < state_end) & (row >= 0)
-            owed = cols < tl.where(kept, limit, 0)
-            slot_row = tl.load(dslot_ptr + row * D + cols, mask=owed, other=0.0)
-            dx += slot_row.to(tl.float32)
+            copied = (token >= state_start) & (token < state_end) & (row >= 0)
+            slot_limit = tl.where(copied, limit, 0)
+            dx += load_row(
+                dslot_ptr + row * D, first_col, slot_limit, BLOCK_N, False
+            ).to(tl.float32)
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         x_ptr += X
         dy_ptr += dy_stride
