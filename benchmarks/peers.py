@@ -74,20 +74,23 @@ class Candidate:
 # ---- This package, and yardsticks --------------------------------------------------
 
 
+def _batch(work: Workload) -> dict[str, Any]:
+    """What `causal_conv1d_fn` wants to know of a packed batch, on the device."""
+    metadata = build_metadata(work.offsets, work.tokens)
+    return {
+        "cache_indices": jnp.asarray(work.cache_indices),
+        "has_initial_state": jnp.asarray(work.has_initial_state),
+        "metadata": jax.tree.map(jnp.asarray, metadata),
+    }
+
+
 def ours(
     work: Workload, path: Path | None = None, *, implementation: str | None = None
 ) -> Prepared:
     """This package; with "xla", what XLA makes of it on a GPU."""
     x, weight, bias = work.x, work.weight, work.bias
     if work.op == "packed":
-        options = {
-            "cache_indices": jnp.asarray(work.cache_indices),
-            "has_initial_state": jnp.asarray(work.has_initial_state),
-            "metadata": jax.tree.map(
-                jnp.asarray, build_metadata(work.offsets, work.tokens)
-            ),
-        }
-        offsets = jnp.asarray(work.offsets)
+        options, offsets = _batch(work), jnp.asarray(work.offsets)
 
         def packed(states, x, weight, bias, offsets, options):
             return causal_conv1d_fn(
@@ -124,6 +127,29 @@ def ours(
     )
 
 
+def projected(work: Workload, first: int, width: int, split, *, cut: bool) -> Prepared:
+    """This package on columns of an array that is `width` wide, with results in parts.
+
+    With `cut` the columns are cut out before the call, and its result apart after it.
+    """
+    behind = width - first - work.dim
+    x = jnp.pad(work.x, ((0, 0), (first, behind)), constant_values=np.nan)
+
+    def packed(states, x, weight, bias, offsets, options):
+        columns = {} if cut else {"channel_offset": first, "split": split}
+        if cut:
+            x = x[:, first : first + work.dim]
+        out, states = causal_conv1d_fn(
+            x, weight, bias, states, offsets, **columns, **options
+        )
+        if cut:
+            out = tuple(jnp.split(out, np.cumsum(split)[:-1], axis=-1))
+        return out, states
+
+    arguments = work.weight, work.bias, jnp.asarray(work.offsets), _batch(work)
+    return _jax_with_states(work, packed, x, *arguments)
+
+
 def _jax_with_states(work: Workload, function: Callable, *args: Any) -> Prepared:
     """`(out, states) = function(states, *args)` with a donated cache."""
     step = jax.jit(function, donate_argnums=0)
@@ -140,11 +166,16 @@ def _jax_with_states(work: Workload, function: Callable, *args: Any) -> Prepared
 
     def view(result):
         out, states = result
+        if isinstance(out, tuple):
+            out = jnp.concatenate(out, axis=-1)
         left = jnp.take(states, work.cache_indices, axis=0)
         return {"out": work.pick(out), "states": work.pick(left)}
 
     # Waiting for the cache would keep it from being donated to the next call.
-    return Prepared(call, lambda result: result[0].block_until_ready(), view, note=note)
+    def wait(result):
+        jax.block_until_ready(result[0])
+
+    return Prepared(call, wait, view, note=note)
 
 
 def cache_copies(hlo: str, shape: tuple[int, ...]) -> int:

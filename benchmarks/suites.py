@@ -26,6 +26,7 @@ from jax_causal_conv import build_metadata, causal_conv1d_fn
 
 DIM, WIDTH, TOKENS = 5376, 4, 2048
 _LAYERS = 24
+_CUT = "cut around it"
 _PACKAGE = str(Path(jax_causal_conv.__file__).parent)
 
 
@@ -293,6 +294,25 @@ def training(options: Options) -> Iterator[Case]:
 # ---- Suites of what surrounds the ops ----------------------------------------------
 
 
+def columns(options: Options) -> Iterator[Case]:
+    """x, B and C of a Mamba2 in-projection: by the op itself, or cut around it."""
+    d_inner, d_state, heads = 5120, 128, 80
+    split = (d_inner, d_state, d_state)
+    width = d_inner + sum(split) + heads
+    batches = {"252 x 1 + 4 x 449": (1,) * 252 + (449,) * 4, "256 x 1": (1,) * 256}
+    for dtype, (name, lengths) in itertools.product(
+        options.all_dtypes, batches.items()
+    ):
+        work = Workload("packed", lengths, sum(split), WIDTH, dtype, slots=512)
+        prepare = {
+            who: functools.partial(
+                peers.projected, work, d_inner, width, split, cut=cut
+            )
+            for who, cut in ((_CUT, True), (OURS, False))
+        }
+        yield Case("columns", name, len(lengths), dtype, prepare, work, _CUT)
+
+
 def metadata(options: Options) -> Iterator[Case]:
     """`build_metadata` of 16 to 4,096 sequences, on the host and in the graph."""
     for num_seqs in (16, 256, 4096):
@@ -402,10 +422,18 @@ def engine(options: Options) -> Iterator[Case]:
     yield serving.case(options)
 
 
-SUITES: dict[str, Callable[[Options], Iterator[Case]]] = {
-    suite.__name__: suite
-    for suite in (decode, mixed, prefill, widths, training, metadata, layers, engine)
-}
+_ALL = (
+    decode,
+    mixed,
+    prefill,
+    widths,
+    training,
+    columns,
+    metadata,
+    layers,
+    engine,
+)
+SUITES: dict[str, Callable[[Options], Iterator[Case]]] = {s.__name__: s for s in _ALL}
 
 
 def best_peers(rows: list[Row]) -> dict[tuple[str, str, str], Row]:

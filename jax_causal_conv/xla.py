@@ -134,7 +134,8 @@ def _differentiate_as(value, twin):
 
 @_differentiate_as.defjvp
 def _(primals, tangents):
-    return primals[0], tangents[1].astype(primals[0].dtype)
+    # Of higher orders, too, the derivative is that of the twin.
+    return _differentiate_as(*primals), tangents[1].astype(primals[0].dtype)
 
 
 def wide_slots(states, seqs: Sequences, dtype):
@@ -246,18 +247,18 @@ def convolve_parts(
     return tuple(convolve(x, w.T, b, h, tokens, silu, dtype) for x, w, b, h in each)
 
 
-def _store(states, parts, seqs: Sequences, row, rows):
-    """Writes `rows` `(N, K, D)` to rows `row` of the slots of live sequences.
-
-    Returns the parts of the output, then the states.
-
-    The barrier orders every read of `states` before the write, so that XLA updates
-    a donated cache in place instead of copying it.
-    """
-    parts, rows, states = lax.optimization_barrier((parts, rows, states))
+def _store(states, seqs: Sequences, row, rows):
+    """Writes `rows` `(N, K, D)` to rows `row` of the slots of live sequences."""
     slot = jnp.where(seqs.live, seqs.slot, states.shape[0])  # out of bounds: dropped
-    states = states.at[slot[:, None], row].set(rows, mode="drop", unique_indices=True)
-    return *parts, states
+    return states.at[slot[:, None], row].set(rows, mode="drop", unique_indices=True)
+
+
+def _read_before(states, reads):
+    """Orders what was read of `states` before an update of the result.
+
+    XLA then updates a donated cache in place instead of copying it.
+    """
+    return lax.optimization_barrier((states, reads))
 
 
 def _advance(states, seqs: Sequences, x, wide_x, count: int, convolved):
@@ -276,51 +277,54 @@ def _advance(states, seqs: Sequences, x, wide_x, count: int, convolved):
     num_seqs, (num_slots, state_len, _) = seqs.slot.shape[0], states.shape
     wide = wide_slots(states, seqs, wide_x.dtype)
     roll = functools.partial(slots_after, state_len=state_len, dtype=states.dtype)
+    # A row of its own (`row_by_row`) is one of many: no loop for each.
+    looped = not num_seqs == num_slots == 1
+    if not _READS_BEFORE_LOOP:
+        looped = looped and states.dtype.itemsize > 2
+    keeps = looped and not _READS_BEFORE_LOOP
 
-    def scatter(states):
-        parts = convolved(history_before(states, wide, seqs, count))
+    def scatter(states, x, wide_x, wide):
         rows = roll(x, wide_x, states, wide, seqs, seqs.length)
+        kept = _rows(states, seqs.slot) if keeps else None
+        states, (rows, kept) = _read_before(states, (rows, kept))
         row = jnp.arange(state_len, dtype=jnp.int32)
-        return _store(states, parts, seqs, row, rows)
+        return _store(states, seqs, row, rows), kept
 
-    # On a CPU a loop that rolls one slot at a time spares writing and reading an array
-    # of all new rows. On a GPU it would be a chain of tiny kernels.
-    def loop(states):
-        if _READS_BEFORE_LOOP:
-            parts = convolved(history_before(states, wide, seqs, count))
-            parts, states = lax.optimization_barrier((parts, states))
-            kept = None
-        else:
-            kept = jnp.zeros((num_seqs, *states.shape[1:]), states.dtype)
+    # On a CPU a loop that rolls one slot a trip spares an array of all new rows. On a
+    # GPU it would be a chain of tiny kernels.
+    def loop(states, x, *_):
+        kept = states[:1].repeat(num_seqs, axis=0) if keeps else None
 
         def step(i, carry):
             states, kept = carry
             own = Sequences(*(lax.dynamic_slice_in_dim(a, i, 1) for a in seqs))
             old = lax.dynamic_slice_in_dim(states, own.slot[0], 1)
-            if kept is not None:
+            if keeps:
                 kept = lax.dynamic_update_slice_in_dim(kept, old, i, 0)
                 old = lax.dynamic_slice_in_dim(kept, i, 1)
             here = own._replace(slot=jnp.zeros_like(own.slot))
-            new = jnp.where(
-                own.live[:, None, None], roll(x, x, old, old, here, own.length), old
-            )
+            new = roll(x, x, old, old, here, own.length)
+            new = jnp.where(own.live[:, None, None], new, old)
             return lax.dynamic_update_slice_in_dim(states, new, own.slot[0], 0), kept
 
         # A number that XLA does not know: it would unroll a loop of one trip, and copy.
         trips = lax.optimization_barrier(jnp.int32(num_seqs))
-        states, kept = lax.fori_loop(0, trips, step, (states, kept))
-        if kept is not None:
-            mine = seqs._replace(slot=jnp.arange(num_seqs, dtype=jnp.int32))
-            parts = convolved(history_before(kept, wide, mine, count))
-        return *parts, states
+        return lax.fori_loop(0, trips, step, (states, kept))
 
-    # A row of its own (`row_by_row`) is one of many: no loop for each.
-    if num_seqs == num_slots == 1 or not (
-        _READS_BEFORE_LOOP or states.dtype.itemsize > 2
-    ):
-        return scatter(states)
-    results = lax.platform_dependent(states, cpu=loop, default=scatter)
-    return tuple(map(_differentiate_as, results, scatter(states)))
+    if not keeps:
+        parts = convolved(history_before(states, wide, seqs, count))
+        states, parts = _read_before(states, parts)
+    given = states, x, wide_x, wide
+    twin, _ = scatter(*given)
+    if not looped:
+        return *parts, twin
+    rolled, kept = lax.platform_dependent(
+        *lax.stop_gradient(given), cpu=loop, default=scatter
+    )
+    if keeps:
+        own = seqs._replace(slot=jnp.arange(num_seqs, dtype=jnp.int32))
+        parts = convolved(history_before(kept, wide, own, count))
+    return *parts, _differentiate_as(rolled, twin)
 
 
 def packed(
@@ -444,7 +448,8 @@ def _update(
     row = (cursor[:, None] + kept_from) % state_len
     token = jnp.arange(batch)[:, None] * query + kept_from
     rows = _token_rows(flat, wide_x, token, state.dtype)
-    return _store(state, convolved(history), seqs, row, rows)
+    state, parts = _read_before(state, convolved(history))
+    return *parts, _store(state, seqs, row, rows)
 
 
 class Runs(NamedTuple):

@@ -256,7 +256,8 @@ def test_export_for_cpu_and_cuda_serialises_and_runs_here():
 
 def test_export_with_metadata_as_an_argument():
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
-    case = draw(14, arrays={"query_start_loc": ints(0, 3, 9, 10, 24)})
+    offsets, slots = ints(0, 3, 9, 10, 24), ints(5, 4, 0, 2)
+    case = draw(14, arrays={"query_start_loc": offsets, "cache_indices": slots})
     metadata = build_metadata(case.arrays["query_start_loc"], 24, block_m=8)
     saved = exported(packed, case.arrays, metadata).serialize()
     restored = jax.export.deserialize(saved)

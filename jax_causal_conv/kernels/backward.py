@@ -205,7 +205,6 @@ def backward_chunk(
         pending = pending + (dbias,)
     dtaps = pending + (dbias,)
     cols = first_col + tl.arange(0, BLOCK_N)
-    mask = cols < limit
     dx_ptrs = dx_ptr + cols
     ahead = length - first
 
@@ -234,7 +233,8 @@ def backward_chunk(
             PAIRS,
             FAST,
         )
-        tl.store(dhistory_ptr + s * D + cols, dx, mask=mask & (first == 0))
+        before = tl.where(first == 0, limit, 0)
+        tl.store(dhistory_ptr + s * D + cols, dx, mask=cols < before)
     x_ptr += (W - 1) * X
     dy_ptr += (W - 1) * dy_stride
     segment_ptr += W - 1
@@ -284,7 +284,9 @@ def backward_chunk(
             )
             dxs = dxs + (dx,)
         for g in tl.static_range(GROUP):
-            tl.store(dx_ptrs + g * D, dxs[g].to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                dx_ptrs + g * D, dxs[g].to(dx_ptr.dtype.element_ty), mask=cols < limit
+            )
         xs = next_xs
         dys = next_dys
         dx_ptrs += GROUP * D
@@ -323,7 +325,7 @@ def backward_chunk(
             dx += load_row(
                 dslot_ptr + row * D, first_col, slot_limit, BLOCK_N, False
             ).to(tl.float32)
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=cols < limit)
         x_ptr += X
         dy_ptr += dy_stride
         dx_ptrs += D
