@@ -54,7 +54,7 @@ def assert_stays_in_registers(code):
 def test_kernel_is_lean_and_its_accesses_are_wide(case, model, capability):
     row = kernel_report.compile_row(case, model, capability)
     assert_stays_in_registers(row.code)
-    assert row.per_output <= case.max_per_output
+    assert row.per_output <= case.bound(model, capability)
     assert min(row.stores) >= case.access, row.stores
     # Flags, slots, segment ids and the filter may be narrower, but no row of x.
     wide = sum(width for width in row.loads if width >= case.access)
