@@ -27,7 +27,7 @@ OPS: dict[str, Callable] = {
     "rows_backward": xla_backward.rows_backward,
 }
 
-_DEFAULT_COMPUTE_CAPABILITY = 90
+DEFAULT_COMPUTE_CAPABILITY = 90
 # A context of jax's own kind is part of the cache key of tracing and lowering.
 _target = jax.make_user_context(default_value=None)
 
@@ -57,14 +57,17 @@ def target_compute_capability(compute_capability: int) -> Iterator[None]:
         yield
 
 
-def _compute_capability() -> int:
-    if _target.value is not None:
-        return _target.value
+def visible_compute_capability() -> int | None:
+    """That of the first GPU; None where there is none."""
     try:
         major, minor = jax.devices("cuda")[0].compute_capability.split(".")
-    except RuntimeError:  # no CUDA device is visible
-        return _DEFAULT_COMPUTE_CAPABILITY
+    except RuntimeError:
+        return None
     return int(major) * 10 + int(minor)
+
+
+def _compute_capability() -> int:
+    return _target.value or visible_compute_capability() or DEFAULT_COMPUTE_CAPABILITY
 
 
 def run(op: str, implementation: str | None, *args: Any, **static: Any) -> Any:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import causal_conv1d_fn, causal_conv1d_update, target_compute_capability
+from .dispatch import DEFAULT_COMPUTE_CAPABILITY, visible_compute_capability
 from .lowered import LoweredKernel, lowered_kernels
 
 _PACKAGES = (
@@ -40,7 +41,6 @@ _PACKAGES = (
     "numpy",
 )
 _DRIVER = Path("/proc/driver/nvidia/version")
-_DEFAULT_COMPUTE_CAPABILITY = 90
 # What a second, correct implementation may differ by on inputs of size one.
 _TOLERANCE = 1e-4
 
@@ -101,8 +101,8 @@ def collect() -> Facts:
         devices = [f"{d} ({d.device_kind})" for d in jax.devices()]
     except RuntimeError as error:
         backend, devices = f"none: {error}", []
-    gpu_capability = _gpu_capability()
-    capability = gpu_capability or _DEFAULT_COMPUTE_CAPABILITY
+    gpu_capability = visible_compute_capability()
+    capability = gpu_capability or DEFAULT_COMPUTE_CAPABILITY
     bridge_error = _error_of(_import_kernels)
     lowered: dict[str, LoweredKernel] = {}
     errors: dict[str, str] = {}
@@ -138,14 +138,6 @@ def _version(name: str) -> str | None:
         if name == "jax-causal-conv":  # run from a source tree
             return f"{importlib.import_module('jax_causal_conv').__version__} (source)"
         return None
-
-
-def _gpu_capability() -> int | None:
-    try:
-        major, minor = jax.devices("cuda")[0].compute_capability.split(".")
-    except RuntimeError:
-        return None
-    return int(major) * 10 + int(minor)
 
 
 def _error_of(action: Callable[[], Any]) -> str | None:
