@@ -263,6 +263,10 @@ def same_states(case: Case, got: np.ndarray, want: np.ndarray, what: str) -> Non
         # XLA:CPU may select bfloat16 rows in float32 and flush subnormals (README).
         tiny = abs(want.astype(np.float32)) < np.finfo(np.float32).tiny
         got = np.where(tiny & (got == 0), want, got)
+    if on_cpu and (case.arrays["x"].dtype, want.dtype) == (np.float64, np.float16):
+        # XLA:CPU rounds such a new row by way of float32 (README).
+        ulps = got.view(np.int16).astype(int) - want.view(np.int16)
+        got = np.where(abs(ulps) <= 1, want, got)
     checks.assert_same_bits(got, want, what)
 
 
