@@ -61,8 +61,8 @@ def build_metadata(
             the graph, without a host sync. Both give the same arrays.
         num_tokens: T, the number of rows of x (static).
         block_m: tokens per chunk; must be at least W-1 for the op. None is the
-            kernels' own choice from T and N: 8 or more, so filters wider than 9 may
-            have to say.
+            kernels' own choice from T and N: as little as 8 in small batches, so say
+            it for filters wider than 9.
 
     Returns:
         The `ConvMetadata` of this batch; of NumPy arrays if the input was.

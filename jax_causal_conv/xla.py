@@ -280,7 +280,7 @@ def _advance(states, seqs: Sequences, x, wide_x, count: int, convolved):
     # A row of its own (`row_by_row`) is one of many: no loop for each.
     looped = not num_seqs == num_slots == 1
     if not _READS_BEFORE_LOOP:
-        looped = looped and states.dtype.itemsize > 2
+        looped = looped and states.dtype != jnp.bfloat16
     keeps = looped and not _READS_BEFORE_LOOP
 
     def scatter(states, x, wide_x, wide):
@@ -298,7 +298,8 @@ def _advance(states, seqs: Sequences, x, wide_x, count: int, convolved):
         def step(i, carry):
             states, kept = carry
             own = Sequences(*(lax.dynamic_slice_in_dim(a, i, 1) for a in seqs))
-            old = lax.dynamic_slice_in_dim(states, own.slot[0], 1)
+            # A slice would gather all of a cache whose slots are sharded.
+            old = _rows(states, own.slot)
             if keeps:
                 kept = lax.dynamic_update_slice_in_dim(kept, old, i, 0)
                 old = lax.dynamic_slice_in_dim(kept, i, 1)
@@ -359,7 +360,8 @@ def packed(
         )
 
     if state_len == 0:  # W = 1
-        return *convolved(jnp.zeros((seqs.slot.shape[0], 0, x.shape[1]))), states
+        no_rows = jnp.zeros((seqs.slot.shape[0], 0, x.shape[1]), wide_x.dtype)
+        return *convolved(no_rows), states
     return _advance(states, seqs, x, wide_x, width - 1, convolved)
 
 

@@ -84,7 +84,7 @@ DECODES, MIXED = [1] * 5, [1, 9, 0, 4]
 
 
 @pytest.mark.skipif(not ON_CPU, reason="reads the program that XLA made for a CPU")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("drafts", [0, 4])
 @pytest.mark.parametrize(
     "op, lengths",

@@ -312,6 +312,22 @@ def any_other_sharding_computes_the_same(name, kind):
         assert_values(results, drawing.case)
 
 
+@CHECKS.over(("packed", "update", "ring"), KINDS)
+def a_cache_with_sharded_slots_is_never_gathered(op, kind):
+    draw = {"packed": packed, "update": update, "ring": ring}[op]
+    case = draw(5, num_slots=64, channels=8)
+    floats, rest = split(case)
+    state = names(case)[1]
+    specs = {name: P() for name in case.arrays} | {state: P("data")}
+    by_name = tuple({name: specs[name] for name in part} for part in (floats, rest))
+    run = function(case, None)
+    results, program = compile_on(make_mesh(kind), run, (floats, rest), by_name)
+    assert_values(results, case)
+    whole = case.arrays[state].nbytes
+    gathers = [i for i in program.collectives() if max(i.sizes) >= whole]
+    assert not gathers, texts(gathers)
+
+
 @CHECKS.over(("update", "ring"), KINDS, (0, 5))
 def one_row_of_all_is_the_padded_one(op, kind, pad):
     case = BY_ROWS[op](6, channels=8, pad_slot_id=pad)

@@ -344,10 +344,11 @@ def store_partial(
     tl.store(ptrs + W * D, dbias, mask=mask)
 
 
-# One program takes one chunk of one row for BLOCK_N channels, on the grid of the dense
-# forward. It writes its rows of dx, the first chunk the row's dhistory, and its own
-# W+1 rows of `partial`, the sums for dweight and dbias over its tokens, which are
-# added up afterwards in a fixed order: no atomics, the same bits in every run.
+# One program takes one chunk of one row for BLOCK_N channels, on a grid like that of
+# the dense forward, with longer chunks. It writes its rows of dx, the first chunk the
+# row's dhistory, and its own W+1 rows of `partial`, the sums for dweight and dbias over
+# its tokens, which are added up afterwards in a fixed order: no atomics, the same bits
+# in every run.
 @triton.jit
 def rows_backward_kernel(
     x_ptr,
