@@ -261,38 +261,39 @@ def _read_before(states, reads):
     return lax.optimization_barrier((states, reads))
 
 
-def _advance(states, seqs: Sequences, x, wide_x, count: int, convolved):
+def _advance(states, seqs: Sequences, x, columns: Columns, count: int, convolved):
     """Convolves, and makes each live sequence's slot its last inputs.
 
     Args:
         states: `(S, L, D)` cache.
         seqs: the sequences in the rows of x.
-        x, wide_x: `(T, D)` as given, and in the accumulator's dtype.
+        x: as given to the op; `columns` of it are its D channels.
         count: W-1.
         convolved: from history `(N, W-1, D)` to the parts of the output.
 
     Returns:
         The parts of the output, then the states.
     """
-    num_seqs, (num_slots, state_len, _) = seqs.slot.shape[0], states.shape
-    wide = wide_slots(states, seqs, wide_x.dtype)
+    num_seqs, (num_slots, state_len, dim) = seqs.slot.shape[0], states.shape
+    wide = wide_slots(states, seqs, accumulator(x))
     roll = functools.partial(slots_after, state_len=state_len, dtype=states.dtype)
+    row = jnp.arange(state_len, dtype=jnp.int32)
     # A row of its own (`row_by_row`) is one of many: no loop for each.
     looped = not num_seqs == num_slots == 1
     if not _READS_BEFORE_LOOP:
         looped = looped and states.dtype != jnp.bfloat16
     keeps = looped and not _READS_BEFORE_LOOP
 
-    def scatter(states, x, wide_x, wide):
-        rows = roll(x, wide_x, states, wide, seqs, seqs.length)
+    def scatter(states, x, wide):
+        x = columns.of(x, dim)
+        rows = roll(x, x.astype(wide.dtype), states, wide, seqs, seqs.length)
         kept = _rows(states, seqs.slot) if keeps else None
         states, (rows, kept) = _read_before(states, (rows, kept))
-        row = jnp.arange(state_len, dtype=jnp.int32)
         return _store(states, seqs, row, rows), kept
 
     # On a CPU a loop that rolls one slot a trip spares an array of all new rows. On a
     # GPU it would be a chain of tiny kernels.
-    def loop(states, x, *_):
+    def loop(states, x, _):
         kept = states[:1].repeat(num_seqs, axis=0) if keeps else None
 
         def step(i, carry):
@@ -303,8 +304,13 @@ def _advance(states, seqs: Sequences, x, wide_x, count: int, convolved):
             if keeps:
                 kept = lax.dynamic_update_slice_in_dim(kept, old, i, 0)
                 old = lax.dynamic_slice_in_dim(kept, i, 1)
-            here = own._replace(slot=jnp.zeros_like(own.slot))
-            new = roll(x, x, old, old, here, own.length)
+            # Cut out of x before the loop, our columns of it would be a copy.
+            behind = own.start + own.length - state_len
+            last = columns.of(_rows(x, jnp.maximum(behind + row, 0)), dim)
+            here = own._replace(
+                start=state_len - own.length, slot=jnp.zeros_like(own.slot)
+            )
+            new = roll(last, last, old, old, here, own.length)
             new = jnp.where(own.live[:, None, None], new, old)
             return lax.dynamic_update_slice_in_dim(states, new, own.slot[0], 0), kept
 
@@ -315,7 +321,7 @@ def _advance(states, seqs: Sequences, x, wide_x, count: int, convolved):
     if not keeps:
         parts = convolved(history_before(states, wide, seqs, count))
         states, parts = _read_before(states, parts)
-    given = states, x, wide_x, wide
+    given = states, x, wide
     twin, _ = scatter(*given)
     if not looped:
         return *parts, twin
@@ -345,13 +351,12 @@ def packed(
 ):
     """`causal_conv1d_fn` on checked arguments; `metadata` is not needed here."""
     del metadata
-    x = columns.of(x, weight.shape[0])
-    num_tokens, width, state_len = x.shape[0], weight.shape[1], states.shape[1]
+    num_tokens, (dim, width), state_len = x.shape[0], weight.shape, states.shape[1]
     offsets = sanitize_offsets(query_start_loc, num_tokens)
     seqs = sequences(
         offsets, slots, has_initial_state, num_rejected, states.shape, pad_slot_id
     )
-    wide_x = x.astype(accumulator(x))
+    wide_x = columns.of(x, dim).astype(accumulator(x))
     tokens = tokens_of(seqs, num_tokens)
 
     def convolved(history):
@@ -360,9 +365,9 @@ def packed(
         )
 
     if state_len == 0:  # W = 1
-        no_rows = jnp.zeros((seqs.slot.shape[0], 0, x.shape[1]), wide_x.dtype)
+        no_rows = jnp.zeros((seqs.slot.shape[0], 0, dim), wide_x.dtype)
         return *convolved(no_rows), states
-    return _advance(states, seqs, x, wide_x, width - 1, convolved)
+    return _advance(states, seqs, x, columns, width - 1, convolved)
 
 
 def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
@@ -403,7 +408,6 @@ def update(
     columns: Columns = ALL,
 ):
     """`causal_conv1d_update` on checked arguments; x is `(B, Q, D)`."""
-    x = columns.of(x, weight.shape[0])
     own = own_slots(slots, x.shape[0], state.shape[0], pad_slot_id)
     if own is None:
         index = cache_seqlens, slots, num_rejected
@@ -424,13 +428,13 @@ def _update(
     slots,
     num_rejected,
 ):
-    (batch, query, dim), width, state_len = x.shape, weight.shape[1], state.shape[1]
-    flat = x.reshape(batch * query, dim)
+    (batch, query, _), (dim, width), state_len = x.shape, weight.shape, state.shape[1]
+    flat = x.reshape(batch * query, -1)
     offsets = jnp.arange(batch + 1, dtype=jnp.int32) * query
     seqs = sequences(offsets, slots, True, num_rejected, state.shape, pad_slot_id)
     owner, position = jnp.divmod(jnp.arange(batch * query, dtype=jnp.int32), query)
     tokens = Tokens(owner, position, _rows(seqs.live, owner))
-    wide_x = flat.astype(accumulator(x))
+    wide_x = columns.of(flat, dim).astype(accumulator(x))
 
     def convolved(history):
         parts = convolve_parts(
@@ -441,7 +445,7 @@ def _update(
     if state_len == 0:  # W = 1
         return *convolved(jnp.zeros((batch, 0, dim), wide_x.dtype)), state
     if cache_seqlens is None:
-        return _advance(state, seqs, flat, wide_x, width - 1, convolved)
+        return _advance(state, seqs, flat, columns, width - 1, convolved)
     wide = wide_slots(state, seqs, wide_x.dtype)
     cursor = jnp.mod(cache_seqlens, state_len)  # reduced first: cannot overflow
     history = ring_before(state, wide, seqs, cursor, width - 1)
@@ -449,7 +453,7 @@ def _update(
     kept_from = jnp.arange(query - kept, query)
     row = (cursor[:, None] + kept_from) % state_len
     token = jnp.arange(batch)[:, None] * query + kept_from
-    rows = _token_rows(flat, wide_x, token, state.dtype)
+    rows = _token_rows(columns.of(flat, dim), wide_x, token, state.dtype)
     state, parts = _read_before(state, convolved(history))
     return *parts, _store(state, seqs, row, rows)
 
