@@ -261,13 +261,13 @@ def _read_before(states, reads):
     return lax.optimization_barrier((states, reads))
 
 
-def _advance(states, seqs: Sequences, x, columns: Columns, count: int, convolved):
+def _advance(states, seqs: Sequences, x, wide_x, columns, count: int, convolved):
     """Convolves, and makes each live sequence's slot its last inputs.
 
     Args:
         states: `(S, L, D)` cache.
         seqs: the sequences in the rows of x.
-        x: as given to the op; `columns` of it are its D channels.
+        x, wide_x: as given to the op, and its `columns` in the accumulator's dtype.
         count: W-1.
         convolved: from history `(N, W-1, D)` to the parts of the output.
 
@@ -275,7 +275,7 @@ def _advance(states, seqs: Sequences, x, columns: Columns, count: int, convolved
         The parts of the output, then the states.
     """
     num_seqs, (num_slots, state_len, dim) = seqs.slot.shape[0], states.shape
-    wide = wide_slots(states, seqs, accumulator(x))
+    wide = wide_slots(states, seqs, wide_x.dtype)
     roll = functools.partial(slots_after, state_len=state_len, dtype=states.dtype)
     row = jnp.arange(state_len, dtype=jnp.int32)
     # A row of its own (`row_by_row`) is one of many: no loop for each.
@@ -284,16 +284,16 @@ def _advance(states, seqs: Sequences, x, columns: Columns, count: int, convolved
         looped = looped and states.dtype != jnp.bfloat16
     keeps = looped and not _READS_BEFORE_LOOP
 
-    def scatter(states, x, wide):
+    def scatter(states, x, wide_x, wide):
         x = columns.of(x, dim)
-        rows = roll(x, x.astype(wide.dtype), states, wide, seqs, seqs.length)
+        rows = roll(x, wide_x, states, wide, seqs, seqs.length)
         kept = _rows(states, seqs.slot) if keeps else None
         states, (rows, kept) = _read_before(states, (rows, kept))
         return _store(states, seqs, row, rows), kept
 
     # On a CPU a loop that rolls one slot a trip spares an array of all new rows. On a
     # GPU it would be a chain of tiny kernels.
-    def loop(states, x, _):
+    def loop(states, x, *_):
         kept = states[:1].repeat(num_seqs, axis=0) if keeps else None
 
         def step(i, carry):
@@ -321,7 +321,7 @@ def _advance(states, seqs: Sequences, x, columns: Columns, count: int, convolved
     if not keeps:
         parts = convolved(history_before(states, wide, seqs, count))
         states, parts = _read_before(states, parts)
-    given = states, x, wide
+    given = states, x, wide_x, wide
     twin, _ = scatter(*given)
     if not looped:
         return *parts, twin
@@ -367,7 +367,7 @@ def packed(
     if state_len == 0:  # W = 1
         no_rows = jnp.zeros((seqs.slot.shape[0], 0, dim), wide_x.dtype)
         return *convolved(no_rows), states
-    return _advance(states, seqs, x, columns, width - 1, convolved)
+    return _advance(states, seqs, x, wide_x, columns, width - 1, convolved)
 
 
 def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
@@ -445,7 +445,7 @@ def _update(
     if state_len == 0:  # W = 1
         return *convolved(jnp.zeros((batch, 0, dim), wide_x.dtype)), state
     if cache_seqlens is None:
-        return _advance(state, seqs, flat, columns, width - 1, convolved)
+        return _advance(state, seqs, flat, wide_x, columns, width - 1, convolved)
     wide = wide_slots(state, seqs, wide_x.dtype)
     cursor = jnp.mod(cache_seqlens, state_len)  # reduced first: cannot overflow
     history = ring_before(state, wide, seqs, cursor, width - 1)
