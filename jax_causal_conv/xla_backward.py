@@ -49,7 +49,11 @@ def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu)
     dtype, width = xla.accumulator(x), weight.shape[1]
     num_tokens, num_seqs = x.shape[0], start.shape[0]
     weight = weight.astype(dtype)
-    taps = list(xla.taps_of(x.astype(dtype), history, tokens, width))
+    wide_x = x.astype(dtype)
+    # XLA:CPU of jax 0.11 and 0.12 would convert x again in each loop over it.
+    if x.dtype != dtype and jax.__version_info__ >= (0, 11):
+        wide_x = jax.lax.optimization_barrier(wide_x)
+    taps = list(xla.taps_of(wide_x, history, tokens, width))
     dz = dy.astype(dtype)
     if silu:
         z = jnp.zeros(x.shape, dtype) if bias is None else bias.astype(dtype)
