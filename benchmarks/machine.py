@@ -13,7 +13,7 @@ _PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "flax", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """The device, its platform, versions and the date."""
+    """The device, its platform, versions, XLA's flags and the date."""
     device = jax.devices()[0]
     name = device.device_kind
     if device.platform == "cpu":
@@ -28,6 +28,7 @@ def describe() -> dict[str, Any]:
         "device": name,
         "platform": device.platform,
         "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.date.today().isoformat(),
     }
 

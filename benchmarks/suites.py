@@ -197,6 +197,8 @@ def _workload_case(
     candidates: list[Candidate] = [peers.YARDSTICKS[yardstick]]
     if yardstick == "copy" and not options.on_gpu:
         candidates.append(peers.YARDSTICKS["memcpy"])
+    if work.op == "update" and options.on_gpu:
+        candidates.append(peers.YARDSTICKS["empty kernel"])
     for one in peers.CANDIDATES:
         is_ours = one.name.startswith(OURS)
         if one.takes(work) and (is_ours or (with_peers and options.with_peers)):

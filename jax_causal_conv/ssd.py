@@ -546,26 +546,21 @@ def _packed(
     shape = (states.shape[0], 1)  # to `sequences` a state is a history of one row
     seqs = xla.sequences(offsets, slots, has_initial_state, None, shape, pad_slot_id)
     prefill = seqs.live & (seqs.length > 1)
-    number = jnp.cumsum(prefill, dtype=jnp.int32) - 1
-    surplus = prefill & (number >= max_prefills)
+    surplus = prefill & (jnp.cumsum(prefill) > max_prefills)
     prefill, seqs = prefill & ~surplus, seqs._replace(live=seqs.live & ~surplus)
     tokens = xla.tokens_of(seqs, num_tokens)
+    # Where most slots take part, one pass over the cache instead of a gather and a
+    # scatter of its rows, which XLA does not do in place together.
+    num_slots = states.shape[0]
+    by_slot = num_slots <= 2 * num_seqs and states.dtype == x.dtype
+    if by_slot:
+        seqs, prefill, row = _by_slot(seqs, prefill, num_slots)
+        tokens = tokens._replace(owner=row[tokens.owner])
+    number = jnp.cumsum(prefill, dtype=jnp.int32) - 1
     single = seqs.live & ~prefill
-
-    def before(slot, known):
-        """The states before sequences, zeros where none is known."""
-        old = _select(known, states[slot].astype(x.dtype))
-        return _grouped(old, groups, 1)
 
     grouped_x, grouped_dt = _grouped(x, groups, 1), _grouped(dt, groups)
     A = _grouped(A, groups)
-    # One step of the recurrence for each sequence; of use to those of one token.
-    token = jnp.minimum(seqs.start, num_tokens - 1)
-    x1, dt1, B1, C1 = (_select(single, a[token]) for a in (grouped_x, grouped_dt, B, C))
-    decay = jnp.exp(dt1 * A)[..., None, None]
-    rows = before(seqs.slot, single & (seqs.history > 0)) * decay
-    rows = rows + (x1 * dt1[..., None])[..., None] * B1[:, :, None, None]
-    y = (rows * C1[:, :, None, None]).sum(-1)[tokens.owner]  # fuses; a dot would not
     if max_prefills:
         table = _table(seqs, prefill, number, num_tokens, chunk_size, max_prefills)
         place = jnp.where(prefill, number, max_prefills)  # out of bounds: dropped
@@ -575,21 +570,53 @@ def _packed(
             .set(values, mode="drop", unique_indices=True)
             for values in (seqs.slot, seqs.history > 0)
         )
-        initial = before(slot, known)
+        initial = _grouped(_select(known, states[slot].astype(x.dtype)), groups, 1)
+        initial, states = lax.optimization_barrier((initial, states))
         many, final = _prefill(grouped_x, grouped_dt, A, B, C, table, initial)
         many = many.reshape(-1, *many.shape[2:])
         at = table.first[tokens.owner] * chunk_size + tokens.position
         many = many.at[at].get(mode="clip")
-        y = jnp.where(prefill[tokens.owner][:, None, None, None], many, y)
         last = final.at[number].get(mode="clip")
+    # One step of the recurrence for each sequence; of use to those of one token.
+    token = jnp.minimum(seqs.start, num_tokens - 1)
+    x1, dt1, B1, C1 = (_select(single, a[token]) for a in (grouped_x, grouped_dt, B, C))
+    decay = jnp.exp(dt1 * A)[..., None, None]
+    old = states if by_slot else states[seqs.slot]
+    old = _select(single & (seqs.history > 0), old.astype(x.dtype))
+    rows = _grouped(old, groups, 1) * decay
+    rows = rows + (x1 * dt1[..., None])[..., None] * B1[:, :, None, None]
+    y = (rows * C1[:, :, None, None]).sum(-1)[tokens.owner]  # fuses; a dot would not
+    if max_prefills:
+        y = jnp.where(prefill[tokens.owner][:, None, None, None], many, y)
         rows = jnp.where(prefill[:, None, None, None, None], last, rows)
     y = y.reshape(num_tokens, heads, dim)
     if D is not None:
         y = y + D.astype(x.dtype)[:, None] * _select(tokens.live, x)
     y = _select(tokens.live, y).astype(dtype)
-    rows = rows.reshape(num_seqs, *states.shape[1:]).astype(states.dtype)
+    rows = rows.reshape(rows.shape[0], *states.shape[1:]).astype(states.dtype)
+    if by_slot:
+        return y, jnp.where(seqs.live[:, None, None, None], rows, states)
     # Every read of the cache before the write: one behind it, y's own say, would make
     # XLA copy a donated cache.
     y, rows, states = lax.optimization_barrier((y, rows, states))
-    slot = jnp.where(seqs.live, seqs.slot, states.shape[0])  # out of bounds: dropped
+    slot = jnp.where(seqs.live, seqs.slot, num_slots)  # out of bounds: dropped
     return y, states.at[slot].set(rows, mode="drop", unique_indices=True)
+
+
+def _by_slot(seqs: xla.Sequences, prefill, num_slots: int):
+    """Sequences in the order of slots, one without tokens where a slot has none.
+
+    Also `prefill` in that order, and the row in which each of the sequences is now.
+    """
+    num_seqs = seqs.slot.shape[0]
+    place = jnp.where(seqs.live, seqs.slot, num_slots)  # out of bounds: dropped
+    seq = jnp.full(num_slots, num_seqs, jnp.int32)
+    seq = seq.at[place].set(jnp.arange(num_seqs, dtype=jnp.int32), mode="drop")
+    taken = seq < num_seqs
+    moved = jax.tree.map(lambda field: field.at[seq].get(mode="clip"), seqs)
+    moved = moved._replace(
+        length=jnp.where(taken, moved.length, 0),
+        slot=jnp.arange(num_slots, dtype=jnp.int32),
+        live=taken,
+    )
+    return moved, taken & prefill.at[seq].get(mode="clip"), seqs.slot

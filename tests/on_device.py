@@ -1,13 +1,15 @@
 """Checks that only a real GPU can make: `python -m tests.on_device`.
 
-Donated buffers keep their address, others their contents; many repetitions give the
-same bits; offsets pass 2³¹ elements in real memory. `--short` makes a run that a memory
-checker can follow (`compute-sanitizer python -m tests.on_device --short`).
+Donated buffers keep their address, others their contents; every output is written, in
+memory that held NaN; many repetitions give the same bits; offsets pass 2³¹ elements in
+real memory. `--short` makes a run that a memory checker can follow
+(`compute-sanitizer python -m tests.on_device --short`).
 The rest of the suite runs there as well: `pytest -k triton`, `python -m tests.fuzz`.
 """
 
 import argparse
 import functools
+import itertools
 import time
 
 import jax
@@ -80,6 +82,53 @@ def donation() -> str:
     assert new_in_place.unsafe_buffer_pointer() == before, "the cache was copied"
     assert _same((out, new), (out_in_place, new_in_place))
     return "one address before and after"
+
+
+def poison() -> str:
+    """Outputs that are made where NaN lay hold none, whatever nobody owns in them."""
+    number = np.arange(len(_MIXED), dtype=np.int32)
+    slots = {
+        "mixed": number,
+        "with skipped sequences": np.where(number % 3, number, -1),
+        "nothing but padding": np.full_like(number, -1),
+    }
+    count = 0
+    for dim, (name, indices) in itertools.product((1000, 1001, 5376), slots.items()):
+        batch = _batch(dim, _MIXED, 128)
+        # Tokens of nobody in front and behind.
+        batch["query_start_loc"] = np.clip(batch["query_start_loc"], 3, 700)
+        batch["cache_indices"] = indices
+        del batch["metadata"]
+        states = _normal((128, 3, dim), 4)
+
+        def forward(batch, states, implementation):
+            call = functools.partial(_call, implementation=implementation)
+            return call(conv_states=states, **batch)[0]
+
+        def backward(batch, states, implementation):
+            def of_x(x):
+                return forward({**batch, "x": x}, states, implementation)
+
+            return jax.vjp(of_x, batch["x"])[1](batch["x"])[0]
+
+        for function in (forward, backward):
+            step = jax.jit(function, static_argnums=2)
+            want = np.asarray(step(batch, states, "xla"), np.float32)
+            step(batch, states, "triton").block_until_ready()
+            # What is freed last is used first.
+            bad = [jnp.full(want.shape, jnp.nan, jnp.bfloat16) for _ in range(4)]
+            jax.block_until_ready(bad)
+            places = [array.unsafe_buffer_pointer() for array in bad]
+            del bad
+            got = step(batch, states, "triton")
+            message = f"{function.__name__}, {name}, D = {dim}"
+            start, size = got.unsafe_buffer_pointer(), got.nbytes
+            reused = any(abs(start - place) < size for place in places)
+            assert reused, f"{message}: made elsewhere, so nothing is known"
+            got = np.asarray(got, np.float32)
+            np.testing.assert_allclose(got, want, 0.02, 0.02, err_msg=message)
+            count += 1
+    return f"{count} outputs agree with XLA's"
 
 
 def repetitions(count: int) -> str:
@@ -176,7 +225,7 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         parser.error("needs a GPU")
     count = 2 if arguments.short else arguments.repetitions
-    checks = [donation, functools.partial(repetitions, count)]
+    checks = [donation, poison, functools.partial(repetitions, count)]
     if not arguments.short:
         checks.append(large)
     for check in checks:

@@ -1,6 +1,7 @@
 """The state-space-duality op against the recurrence, token by token in float64."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -136,10 +137,11 @@ def check_dense(arrays, terms=32, **options):
     assert_close(got_state, state, state_size, "final state", terms)
 
 
+@pytest.mark.parametrize("slots", [9, 30])  # most take part in a step, or few do
 @pytest.mark.parametrize("chunk_size", [5, 64])
-def test_mixed_batches_equal_the_recurrence(chunk_size):
+def test_mixed_batches_equal_the_recurrence(chunk_size, slots):
     for seed in range(20):
-        check(draw(seed), chunk_size=chunk_size)
+        check(draw(seed, slots=slots), chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +184,8 @@ def test_pad_slot_id_names_a_slot_to_skip():
 def test_surplus_prefills_are_skipped(most):
     prefills = [sum(np.diff(draw(seed)["query_start_loc"]) > 1) for seed in range(4)]
     assert max(prefills) > 2, prefills
-    for seed in range(4):
-        check(draw(seed), max_prefills=most, chunk_size=5)
+    for seed, slots in itertools.product(range(4), (9, 30)):
+        check(draw(seed, slots=slots), max_prefills=most, chunk_size=5)
 
 
 def test_without_prefills_there_is_no_work_for_chunks():

@@ -120,6 +120,29 @@ def packed_call_without_metadata():
     return Program(layer, arguments, (3,), 1)
 
 
+def ssd_decode(slots):
+    """One token for each of 64 requests in so many slots, by Mamba2-2.7B's SSD."""
+    heads, dim, size = 80, 64, 128
+    operand = struct((SEQS, 1, size))
+
+    def step(states, x, dt, A, B, C, D, slots, seen):
+        return jcc.ssd_packed(
+            *(x, dt, A, B, C, D, states, jnp.arange(SEQS + 1)),
+            cache_indices=slots,
+            has_initial_state=seen,
+            max_prefills=0,
+        )
+
+    per_head = struct((heads,), jnp.float32)
+    arguments = (
+        struct((int(slots), heads, dim, size), jnp.float32),
+        struct((SEQS, heads, dim)),
+        struct((SEQS, heads), jnp.float32),
+        *(per_head, operand, operand, per_head, ROWS, SEEN),
+    )
+    return Program(step, arguments, (0,), 0)
+
+
 CALLS = ["one_packed_call", "one_update_call"]
 STACKS = ["packed_layer_stack", "update_layer_stack"]
 SCANS = ["packed_layer_scan", "update_layer_scan"]
@@ -131,6 +154,7 @@ SCRATCH = 1024  # tables of pointers
 @pytest.fixture(scope="module")
 def compiled():
     names = [*CALLS, *STACKS, *SCANS, "packed_call_without_metadata"]
+    names += ["ssd_decode-128", "ssd_decode-129"]
     return gpu_compiler.compile_programs(__name__, names)
 
 
@@ -182,3 +206,15 @@ def test_metadata_built_in_the_graph_copies_no_states(compiled):
     assert not program.cache_copies(), texts(program.cache_copies())
     assert len(program.kernels()) == 1
     assert program.temp_bytes < program.cache_bytes / 16
+
+
+@pytest.mark.parametrize(("slots", "passes"), [(128, 1), (129, 2)])
+def test_ssd_decode_passes_over_the_states(compiled, slots, passes):
+    """Where most slots take part: once. Else it gathers rows, and scatters them."""
+    program = compiled[f"ssd_decode-{slots}", True]
+    one_row = program.cache_bytes // slots
+    large = [i for i in program.launches() if max(i.sizes) >= SEQS * one_row]
+    assert len(large) == passes, texts(large)
+    assert program.alias_bytes == program.cache_bytes
+    rows_are_kept = program.temp_bytes >= SEQS * one_row
+    assert rows_are_kept == (passes > 1), program.temp_bytes
