@@ -552,7 +552,7 @@ def _packed(
     # Where most slots take part, one pass over the cache instead of a gather and a
     # scatter of its rows, which XLA does not do in place together.
     num_slots = states.shape[0]
-    by_slot = num_slots <= 2 * num_seqs and states.dtype == x.dtype
+    by_slot = 2 * num_slots <= 3 * num_seqs and states.dtype == x.dtype
     if by_slot:
         seqs, prefill, row = _by_slot(seqs, prefill, num_slots)
         tokens = tokens._replace(owner=row[tokens.owner])

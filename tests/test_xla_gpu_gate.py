@@ -154,7 +154,7 @@ SCRATCH = 1024  # tables of pointers
 @pytest.fixture(scope="module")
 def compiled():
     names = [*CALLS, *STACKS, *SCANS, "packed_call_without_metadata"]
-    names += ["ssd_decode-128", "ssd_decode-129"]
+    names += ["ssd_decode-96", "ssd_decode-97"]
     return gpu_compiler.compile_programs(__name__, names)
 
 
@@ -208,7 +208,7 @@ def test_metadata_built_in_the_graph_copies_no_states(compiled):
     assert program.temp_bytes < program.cache_bytes / 16
 
 
-@pytest.mark.parametrize(("slots", "passes"), [(128, 1), (129, 2)])
+@pytest.mark.parametrize(("slots", "passes"), [(96, 1), (97, 2)])
 def test_ssd_decode_passes_over_the_states(compiled, slots, passes):
     """Where most slots take part: once. Else it gathers rows, and scatters them."""
     program = compiled[f"ssd_decode-{slots}", True]
