@@ -209,7 +209,7 @@ def test_seeds_and_positions_give_independent_draws():
         assert_drawn_from(chances, (2 * a + b).ravel())
 
 
-def test_a_greedy_batch_does_no_work_but_argmax():
+def test_a_greedy_batch_does_no_work_but_argmax_on_a_cpu():
     jaxpr = jax.make_jaxpr(sample)(*rows(np.zeros((4, VOCAB)))).jaxpr
     outside = {eqn.primitive.name for eqn in jaxpr.eqns}
     assert "cond" in outside

@@ -143,6 +143,16 @@ def ssd_decode(slots):
     return Program(step, arguments, (0,), 0)
 
 
+def sampling():
+    """The example's drawing of 64 tokens."""
+    from examples.mamba2.sampling import sample
+
+    logits = struct((SEQS, 1000), jnp.float32)
+    of_rows = [jnp.uint32, jnp.int32, jnp.float32, jnp.int32, jnp.float32]
+    rows = (struct((SEQS,), jnp.dtype(kind)) for kind in of_rows)
+    return Program(sample, (logits, *rows), (), 0)
+
+
 CALLS = ["one_packed_call", "one_update_call"]
 STACKS = ["packed_layer_stack", "update_layer_stack"]
 SCANS = ["packed_layer_scan", "update_layer_scan"]
@@ -154,7 +164,7 @@ SCRATCH = 1024  # tables of pointers
 @pytest.fixture(scope="module")
 def compiled():
     names = [*CALLS, *STACKS, *SCANS, "packed_call_without_metadata"]
-    names += ["ssd_decode-96", "ssd_decode-97"]
+    names += ["ssd_decode-96", "ssd_decode-97", "sampling"]
     return gpu_compiler.compile_programs(__name__, names)
 
 
@@ -218,3 +228,11 @@ def test_ssd_decode_passes_over_the_states(compiled, slots, passes):
     assert program.alias_bytes == program.cache_bytes
     rows_are_kept = program.temp_bytes >= SEQS * one_row
     assert rows_are_kept == (passes > 1), program.temp_bytes
+
+
+def test_sampling_never_makes_the_host_wait(compiled):
+    """Which branch to take, or whether to go on, the host would have to read."""
+    instructions = compiled["sampling", True].instructions
+    assert not [i for i in instructions if i.opcode == "conditional"]
+    loops = [i for i in instructions if i.opcode == "while"]
+    assert loops and all("known_trip_count" in i.text for i in loops), texts(loops)
