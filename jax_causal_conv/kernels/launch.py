@@ -293,7 +293,9 @@ def packed_backward(
     num_seqs = live.shape[0]
     metadata = _metadata_or_default(metadata, query_start_loc, num_tokens, width)
     layout = _Layout.of(columns, x, weight)
-    tile = tiles.choose_backward(max(layout.sizes), width, metadata.block_m)
+    tile = tiles.choose_backward(
+        max(layout.sizes), width, metadata.block_m, x.dtype.itemsize
+    )
     chunk_seq = jnp.asarray(metadata.chunk_seq)
     history, dhistory = _kernel_history(history)
     dx, dhistory, partial = call(
@@ -340,7 +342,7 @@ def rows_backward(
     """Launches the backward kernel of rows, see `xla_backward.rows_backward`."""
     (batch, length, _), (dim, width) = x.shape, weight.shape
     layout = _Layout.of(columns, x, weight)
-    tile = tiles.choose_backward(max(layout.sizes), width, length)
+    tile = tiles.choose_backward(max(layout.sizes), width, length, x.dtype.itemsize)
     block_m = tiles.backward_block_m(batch * length, dim, tile.block_n)
     block_m = max(block_m, width - 1)
     chunks = -(-length // block_m)

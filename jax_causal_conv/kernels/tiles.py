@@ -59,12 +59,16 @@ def choose(
     return tile
 
 
-def choose_backward(dim: int, width: int, rows: int) -> Tiles:
+def choose_backward(dim: int, width: int, rows: int, itemsize: int) -> Tiles:
     """Tiles of the backward kernels.
 
-    They keep two windows and the sums for dweight in registers beside the taps.
+    They keep two windows and the sums for dweight in registers beside the taps. Long
+    rows of 16-bit data go by larger groups, for more loads in flight.
     """
-    return _tiles(dim, width, 1, rows, 4)
+    tile = _tiles(dim, width, 1, rows, 4)
+    if width == 4 and rows >= 128 and itemsize == 2:
+        tile = dataclasses.replace(tile, group=2 * width)
+    return tile
 
 
 def _tiles(dim: int, width: int, state_len: int, rows: int, per_thread: int) -> Tiles:
