@@ -372,7 +372,7 @@ def test_dense_tokens_at_the_far_end(segments):
     assert rows.tolist() == list(range(tail - len(rows), tail))
     assert_near(out[1, -tail:][rows], want[0][rows])
 
-    block_n = tiles.choose_backward(dim, width, length, x.itemsize).block_n
+    block_n = tiles.choose_backward(dim, width, length).block_n
     chunks = -(-length // tiles.backward_block_m(2 * length, dim, block_n))
     partial = sparse((2 * chunks, width + 1, dim), np.dtype("float32"))
     dhistory = np.zeros((2, width - 1, dim), np.float32)

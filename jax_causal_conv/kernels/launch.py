@@ -84,11 +84,15 @@ class _Layout:
             parts = (columns.joined(dy),)
         return [*parts, *[parts[0]] * (_MAX_PARTS - len(parts))]
 
+    def in_pairs(self, x) -> bool:
+        """Are two neighbouring channels one word, to be widened together?"""
+        return x.dtype == jnp.bfloat16 and self.alignment % 2 == 0
+
     def constants(self, tile: tiles.Tiles, x) -> dict:
         return {
             "BLOCK_N": tile.block_n,
             "GROUP": tile.group,
-            "PAIRS": x.dtype == jnp.bfloat16 and self.alignment % 2 == 0,
+            "PAIRS": self.in_pairs(x),
             "X": self.width,
             "OFFSET": self.offset,
             "SPLIT": self.sizes,
@@ -293,9 +297,7 @@ def packed_backward(
     num_seqs = live.shape[0]
     metadata = _metadata_or_default(metadata, query_start_loc, num_tokens, width)
     layout = _Layout.of(columns, x, weight)
-    tile = tiles.choose_backward(
-        max(layout.sizes), width, metadata.block_m, x.dtype.itemsize
-    )
+    tile = tiles.choose_backward(max(layout.sizes), width, metadata.block_m)
     chunk_seq = jnp.asarray(metadata.chunk_seq)
     history, dhistory = _kernel_history(history)
     dx, dhistory, partial = call(
@@ -342,7 +344,8 @@ def rows_backward(
     """Launches the backward kernel of rows, see `xla_backward.rows_backward`."""
     (batch, length, _), (dim, width) = x.shape, weight.shape
     layout = _Layout.of(columns, x, weight)
-    tile = tiles.choose_backward(max(layout.sizes), width, length, x.dtype.itemsize)
+    spare_registers = layout.in_pairs(x) and segment_ids is None
+    tile = tiles.choose_backward(max(layout.sizes), width, length, spare_registers)
     block_m = tiles.backward_block_m(batch * length, dim, tile.block_n)
     block_m = max(block_m, width - 1)
     chunks = -(-length // block_m)

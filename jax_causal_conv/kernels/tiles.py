@@ -59,14 +59,16 @@ def choose(
     return tile
 
 
-def choose_backward(dim: int, width: int, rows: int, itemsize: int) -> Tiles:
+def choose_backward(
+    dim: int, width: int, rows: int, spare_registers: bool = False
+) -> Tiles:
     """Tiles of the backward kernels.
 
-    They keep two windows and the sums for dweight in registers beside the taps. Long
-    rows of 16-bit data go by larger groups, for more loads in flight.
+    They keep two windows and the sums for dweight in registers beside the taps. With
+    `spare_registers`, long rows go by larger groups, for more loads in flight.
     """
     tile = _tiles(dim, width, 1, rows, 4)
-    if width == 4 and rows >= 128 and itemsize == 2:
+    if spare_registers and width == 4 and rows >= 128:
         tile = dataclasses.replace(tile, group=2 * width)
     return tile
 
