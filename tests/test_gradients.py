@@ -333,6 +333,14 @@ def test_dense_rows_around_the_width_and_the_block(implementation):
         check(dense(6, num_tokens=num_tokens), implementation)
 
 
+@pytest.mark.parametrize("num_tokens", [128, 301])
+def test_long_rows_of_bfloat16(implementation, num_tokens):
+    """By larger groups of rows than others."""
+    kinds = {"x_dtype": FLOATS[2], "state_dtype": FLOATS[2]}
+    sizes = {"num_tokens": num_tokens, "channels": 34, "width": 4, "state_len": 3}
+    check(dense(8, **sizes, **kinds, segment_ids=False), implementation)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 100, 257])
 def test_any_number_of_channels(implementation, channels):
     check(dense(7, num_tokens=6, channels=channels), implementation)
