@@ -249,7 +249,8 @@ def launch(work: Workload, path: Path | None = None) -> Prepared:
         constants={},
         compute_capability=visible_compute_capability() or 90,
     )
-    return Prepared(functools.partial(jax.jit(lambda x: call(arrays=[x])), work.x))
+    step = jax.jit(lambda x: call(arrays=[x]))
+    return Prepared(functools.partial(step, work.x), nbytes=0)
 
 
 def _nothing(x_ptr, out_ptr, FAST: "tl.constexpr"):  # noqa: F821 (Triton's)

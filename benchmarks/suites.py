@@ -144,10 +144,13 @@ def run_case(case: Case, options: Options) -> list[Row]:
             error = None
             if case.work is not None and one.view is not None:
                 error = case.work.error(one.view(result))
+            nbytes = one.nbytes
+            if nbytes is None:
+                nbytes = case.work.nbytes if case.work else 0
             # The candidates' place in the table, whether or not timing succeeds.
             rows[name] = blank(
                 name,
-                nbytes=case.work.nbytes if case.work else 0,
+                nbytes=nbytes,
                 error=error,
                 note=one.note,
             )

@@ -40,6 +40,7 @@ class Prepared:
         clock: None is the platform's, "dispatch" the time until `call` returns.
         note: to be said in the table.
         by_torch: whether PyTorch runs it.
+        nbytes: what must be moved once; None is the workload's.
     """
 
     call: Callable[[], Any]
@@ -48,6 +49,7 @@ class Prepared:
     clock: Clock | None = None
     note: str = ""
     by_torch: bool = False
+    nbytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -548,14 +548,12 @@ def _packed(
     prefill = seqs.live & (seqs.length > 1)
     surplus = prefill & (jnp.cumsum(prefill) > max_prefills)
     prefill, seqs = prefill & ~surplus, seqs._replace(live=seqs.live & ~surplus)
-    tokens = xla.tokens_of(seqs, num_tokens)
-    # Where most slots take part, one pass over the cache instead of a gather and a
-    # scatter of its rows, which XLA does not do in place together.
     num_slots = states.shape[0]
-    by_slot = 2 * num_slots <= 3 * num_seqs and states.dtype == x.dtype
-    if by_slot:
-        seqs, prefill, row = _by_slot(seqs, prefill, num_slots)
-        tokens = tokens._replace(owner=row[tokens.owner])
+    by_slot = states.dtype == x.dtype and _no_more(num_slots, num_seqs)
+    if by_slot:  # then a row of `seqs` is a slot
+        tokens, seqs, prefill = _by_slot(seqs, prefill, num_slots, num_tokens)
+    else:
+        tokens = xla.tokens_of(seqs, num_tokens)
     number = jnp.cumsum(prefill, dtype=jnp.int32) - 1
     single = seqs.live & ~prefill
 
@@ -603,20 +601,32 @@ def _packed(
     return y, states.at[slot].set(rows, mode="drop", unique_indices=True)
 
 
-def _by_slot(seqs: xla.Sequences, prefill, num_slots: int):
-    """Sequences in the order of slots, one without tokens where a slot has none.
+def _no_more(num_slots, num_seqs) -> bool:
+    """Are there no more slots than sequences?
 
-    Also `prefill` in that order, and the row in which each of the sequences is now.
+    Then XLA for a GPU updates the states in one pass over all slots; of some, it would
+    gather the rows, keep them, and scatter them. Unknown sizes (`jax.export`) are more.
     """
-    num_seqs = seqs.slot.shape[0]
+    sizes = num_slots, num_seqs
+    return not any(map(jax.export.is_symbolic_dim, sizes)) and num_slots <= num_seqs
+
+
+def _by_slot(seqs: xla.Sequences, prefill, num_slots: int, num_tokens: int):
+    """Tokens, and sequences in the order of slots: a dead one where a slot has none.
+
+    Of several that name one slot, which none may do, one is left, and others' tokens
+    are nobody's.
+    """
+    number = jnp.arange(seqs.slot.shape[0], dtype=jnp.int32)
     place = jnp.where(seqs.live, seqs.slot, num_slots)  # out of bounds: dropped
-    seq = jnp.full(num_slots, num_seqs, jnp.int32)
-    seq = seq.at[place].set(jnp.arange(num_seqs, dtype=jnp.int32), mode="drop")
-    taken = seq < num_seqs
-    moved = jax.tree.map(lambda field: field.at[seq].get(mode="clip"), seqs)
-    moved = moved._replace(
-        length=jnp.where(taken, moved.length, 0),
-        slot=jnp.arange(num_slots, dtype=jnp.int32),
-        live=taken,
+    seq = jnp.full(num_slots, number.shape[0], jnp.int32)
+    seq = seq.at[place].set(number, mode="drop")
+    live = seqs.live & (seq[seqs.slot] == number)
+    tokens = xla.tokens_of(seqs._replace(live=live), num_tokens)
+    tokens = tokens._replace(owner=seqs.slot[tokens.owner])
+    taken = seq < number.shape[0]
+    seqs, prefill = jax.tree.map(
+        lambda field: field.at[seq].get(mode="clip"), (seqs, prefill & live)
     )
-    return moved, taken & prefill.at[seq].get(mode="clip"), seqs.slot
+    slot = jnp.arange(num_slots, dtype=jnp.int32)
+    return tokens, seqs._replace(slot=slot, live=taken), taken & prefill

@@ -215,6 +215,8 @@ def test_a_greedy_batch_does_no_work_but_argmax_on_a_cpu():
     assert "cond" in outside
     costly = ("scan", "while", "cumsum", "exp", "random", "threefry", "sort")
     assert not [name for name in outside if name.startswith(costly)], outside
+    compiled = draw.lower(*rows(np.zeros((4, VOCAB)))).compile().as_text()
+    assert " conditional(" in compiled, "it is always done"
 
 
 def test_one_token_in_the_vocabulary():

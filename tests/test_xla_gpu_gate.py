@@ -120,8 +120,8 @@ def packed_call_without_metadata():
     return Program(layer, arguments, (3,), 1)
 
 
-def ssd_decode(slots):
-    """One token for each of 64 requests in so many slots, by Mamba2-2.7B's SSD."""
+def ssd_step(slots, prefills):
+    """64 tokens of at most 64 requests in so many slots, by Mamba2-2.7B's SSD."""
     heads, dim, size = 80, 64, 128
     operand = struct((SEQS, 1, size))
 
@@ -130,7 +130,8 @@ def ssd_decode(slots):
             *(x, dt, A, B, C, D, states, jnp.arange(SEQS + 1)),
             cache_indices=slots,
             has_initial_state=seen,
-            max_prefills=0,
+            max_prefills=int(prefills),
+            chunk_size=16,
         )
 
     per_head = struct((heads,), jnp.float32)
@@ -156,6 +157,8 @@ def sampling():
 CALLS = ["one_packed_call", "one_update_call"]
 STACKS = ["packed_layer_stack", "update_layer_stack"]
 SCANS = ["packed_layer_scan", "update_layer_scan"]
+# Slots, most prefills, and how often XLA makes arrays of 64 states or more.
+SSD_STEPS = [(64, 0, 1), (64, 4, 1), (65, 0, 2)]
 # The residual stream and an op's output, with room for alignment.
 ACTIVATIONS = 3 * TOKENS * MODEL.dim * DTYPE.itemsize
 SCRATCH = 1024  # tables of pointers
@@ -164,7 +167,7 @@ SCRATCH = 1024  # tables of pointers
 @pytest.fixture(scope="module")
 def compiled():
     names = [*CALLS, *STACKS, *SCANS, "packed_call_without_metadata"]
-    names += ["ssd_decode-96", "ssd_decode-97", "sampling"]
+    names += [*(f"ssd_step-{slots}-{most}" for slots, most, _ in SSD_STEPS), "sampling"]
     return gpu_compiler.compile_programs(__name__, names)
 
 
@@ -218,10 +221,10 @@ def test_metadata_built_in_the_graph_copies_no_states(compiled):
     assert program.temp_bytes < program.cache_bytes / 16
 
 
-@pytest.mark.parametrize(("slots", "passes"), [(96, 1), (97, 2)])
-def test_ssd_decode_passes_over_the_states(compiled, slots, passes):
-    """Where most slots take part: once. Else it gathers rows, and scatters them."""
-    program = compiled[f"ssd_decode-{slots}", True]
+@pytest.mark.parametrize(("slots", "most", "passes"), SSD_STEPS)
+def test_ssd_passes_over_the_states(compiled, slots, most, passes):
+    """Once, where all slots may take part. Else it gathers rows, and scatters them."""
+    program = compiled[f"ssd_step-{slots}-{most}", True]
     one_row = program.cache_bytes // slots
     large = [i for i in program.launches() if max(i.sizes) >= SEQS * one_row]
     assert len(large) == passes, texts(large)

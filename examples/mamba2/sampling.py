@@ -125,8 +125,9 @@ def filtered(
 def _where_any(mask: jax.Array, then: Callable[[], jax.Array], otherwise: jax.Array):
     """`then()`, which equals `otherwise` in the rows outside the mask.
 
-    Where a CPU need not compute it, it does not. On a GPU the host, which launches one
-    branch or the other, would wait for the mask, and with it for the whole step.
+    On a CPU it is not computed where no row needs it. On a GPU the host, which launches
+    one branch or the other, would have to wait for the mask, and with it for the step:
+    there, and elsewhere, it is always computed.
     """
     return jax.lax.platform_dependent(
         cpu=lambda: jax.lax.cond(jnp.any(mask), then, lambda: otherwise), default=then
