@@ -569,6 +569,7 @@ def _packed(
             for values in (seqs.slot, seqs.history > 0)
         )
         initial = _grouped(_select(known, states[slot].astype(x.dtype)), groups, 1)
+        # A read of the cache by itself: before the write, as below.
         initial, states = lax.optimization_barrier((initial, states))
         many, final = _prefill(grouped_x, grouped_dt, A, B, C, table, initial)
         many = many.reshape(-1, *many.shape[2:])

@@ -344,8 +344,10 @@ def rows_backward(
     """Launches the backward kernel of rows, see `xla_backward.rows_backward`."""
     (batch, length, _), (dim, width) = x.shape, weight.shape
     layout = _Layout.of(columns, x, weight)
-    spare_registers = layout.in_pairs(x) and segment_ids is dslots is None
-    tile = tiles.choose_backward(max(layout.sizes), width, length, spare_registers)
+    plain = segment_ids is None and dslots is None
+    tile = tiles.choose_backward(
+        max(layout.sizes), width, length, spare_registers=plain and layout.in_pairs(x)
+    )
     block_m = tiles.backward_block_m(batch * length, dim, tile.block_n)
     block_m = max(block_m, width - 1)
     chunks = -(-length // block_m)
