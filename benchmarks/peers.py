@@ -34,6 +34,10 @@ from jax_causal_conv import (
     causal_conv1d_fn,
     causal_conv1d_update,
 )
+from jax_causal_conv.dispatch import (
+    DEFAULT_COMPUTE_CAPABILITY,
+    visible_compute_capability,
+)
 
 OURS = "jax-causal-conv"
 
@@ -236,8 +240,7 @@ def launch(work: Workload, path: Path | None = None) -> Prepared:
     """A Triton kernel that does nothing, called as ours are: no call takes less."""
     import triton  # noqa: PLC0415 (only where there is a GPU)
 
-    from jax_causal_conv.dispatch import visible_compute_capability  # noqa: PLC0415
-    from jax_causal_conv.kernels import bridge  # noqa: PLC0415 (as above)
+    from jax_causal_conv.kernels import bridge  # noqa: PLC0415 (needs jax-triton)
 
     call = functools.partial(
         bridge.call,
@@ -247,13 +250,13 @@ def launch(work: Workload, path: Path | None = None) -> Prepared:
         grid=1,
         num_warps=1,
         constants={},
-        compute_capability=visible_compute_capability() or 90,
+        compute_capability=(visible_compute_capability() or DEFAULT_COMPUTE_CAPABILITY),
     )
     step = jax.jit(lambda x: call(arrays=[x]))
     return Prepared(functools.partial(step, work.x), nbytes=0)
 
 
-def _nothing(x_ptr, out_ptr, FAST: "tl.constexpr"):  # noqa: F821 (Triton's)
+def _nothing(x_ptr, out_ptr, FAST: "tl.constexpr"):  # noqa: F821 (for Triton)
     pass
 
 

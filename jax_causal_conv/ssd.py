@@ -549,6 +549,7 @@ def _packed(
     surplus = prefill & (jnp.cumsum(prefill) > max_prefills)
     prefill, seqs = prefill & ~surplus, seqs._replace(live=seqs.live & ~surplus)
     num_slots = states.shape[0]
+    # Not where unnamed states would be converted: on a CPU not all keep their bits.
     by_slot = states.dtype == x.dtype and _no_more(num_slots, num_seqs)
     if by_slot:  # then a row of `seqs` is a slot
         tokens, seqs, prefill = _by_slot(seqs, prefill, num_slots, num_tokens)

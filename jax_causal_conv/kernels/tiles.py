@@ -68,7 +68,7 @@ def choose_backward(
     `spare_registers`, long rows go by larger groups, for more loads in flight.
     """
     tile = _tiles(dim, width, 1, rows, 4)
-    if spare_registers and width == 4 and rows >= 128:
+    if spare_registers and width == 4 and rows >= 128:  # as was measured
         tile = dataclasses.replace(tile, group=2 * width)
     return tile
 
