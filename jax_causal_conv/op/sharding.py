@@ -3,7 +3,7 @@
 Three things that jax leaves to whoever brings a primitive of his own: operands inside
 `shard_map` must vary over the same manual axes; explicit axes want to know the sharding
 of every result; and XLA cannot look into a kernel call to divide it among devices.
-What is local and what is not is one table, DIMENSIONS.
+What is local and what is not, the record of each op says: `Op.dims`.
 """
 
 import functools
@@ -20,64 +20,43 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .checks import PAD_SLOT_ID
-from .columns import ALL, Columns
-
-# The dimensions of every operand and result, in the order of the op's arguments. Those
-# in capitals may be sharded: each device then runs the op on its share. (Batch rows own
-# their slots only if `update` was given no slot numbers: see `_dimensions`. X are the
-# columns of x and Y those of the output, which are the channels D as well, unless x is
-# wider or the output is split: then none of the three can be sharded.)
-DIMENSIONS = {
-    "packed": (
-        ("t X", "D w", "D", "s l D", "q", "n", "n", "n", ("p", "p")),
-        ("t Y", "s l D"),
-    ),
-    "update": (("B q X", "D w", "D", "S l D", "B", "B", "B"), ("B q Y", "S l D")),
-    "dense": (("B t X", "D w", "D", "B l D", "B t"), ("B t Y", "B m D")),
-    "packed_backward": (
-        ("t X", "D w", "D", "n k D", "t Y", "n l D", "q", "n", ("p", "p")),
-        ("t D", "D w", "D", "n k D"),
-    ),
-    "rows_backward": (
-        ("B t X", "D w", "D", "B k D", "B t Y", "B l D", "B", "B t"),
-        ("B t D", "D w", "D", "B k D"),
-    ),
-}
+from .record import Op
 
 
-def on_mesh(
-    function: Callable, columns: Columns, with_states: bool, *args: Any
-) -> tuple:
-    """`function(*args)` on whatever mesh its arguments are.
+def on_mesh(function: Callable, op: Op, spec: Any, operands: Any) -> tuple:
+    """`function(operands)` on whatever mesh its arrays are.
 
     Args:
-        function: of x, weight, bias, states (or None) and index arrays (or None).
-        columns: those of x, and the parts of the output.
-        with_states: whether the last result is like the states.
-        args: its arguments.
+        function: of the op's operands.
+        op: what is computed.
+        spec: what is static about the call.
+        operands: its arrays.
 
     Returns:
-        The results: the parts of the output sharded like x, states like the states.
-        Parts that are not all of x do not share the sharding of its channels.
+        The results, each sharded like the operand that has the same dimensions, or
+        else like x as far as they have dimensions in common. Parts that are not all of
+        x do not share the sharding of its channels.
     """
-    args = varying_alike(args)
-    leaves = jax.tree.leaves(args)
+    operands = varying_alike(operands)
+    leaves = jax.tree.leaves(operands)
     meshes = (jax.typeof(leaf).sharding.mesh for leaf in leaves)
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
     if mesh is None:
-        return function(*args)
-    spec = jax.typeof(args[0]).sharding.spec
-    if not columns.all_together:
-        spec = P(*spec[:-1], None)
-    like_states = P(spec[0], None, spec[-1])
-    if args[3] is not None:
-        like_states = jax.typeof(args[3]).sharding.spec
-    specs = [spec] * columns.num_parts + [like_states] * with_states
+        return function(operands)
+    shapes = op.result_shapes(spec, operands)
+    dims, results = _names(op, spec, operands)
+    axes_of: dict[tuple[str, ...], P] = {}
+    for names, leaf in zip(dims, leaves, strict=True):
+        axes_of.setdefault(tuple(names), jax.typeof(leaf).sharding.spec)
+    of_x = dict(zip(dims[0], jax.typeof(leaves[0]).sharding.spec, strict=True))
+    specs = [
+        axes_of.get(tuple(names), P(*(of_x.get(name) for name in names)))
+        for names in results[: len(shapes)]
+    ]
     out_sharding = tuple(NamedSharding(mesh, spec) for spec in specs)
     return jax.sharding.auto_axes(
         function, axes=mesh.explicit_axes, out_sharding=out_sharding
-    )(*args)
+    )(operands)
 
 
 def result_types(shapes: Sequence[Any], avals: Sequence[Any]) -> list:
@@ -173,36 +152,48 @@ def partitioned(
     return functools.partial(divided, stamp)
 
 
-def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:
-    """Names of the dimensions of the primitive's operands and of its results."""
-    args = jax.tree.unflatten(params["tree"], avals)
-    names_of_args, names_of_results = DIMENSIONS[params["op"]]
-    options = dict(params["options"])
-    columns = options.get("columns", ALL)
+def _names(op: Op, spec: Any, operands: Any) -> tuple[list, list]:
+    """Names of the dimensions of each array of the operands, and of each result.
+
+    X and Y become D, or other names where x is wider or the output is split; S and B
+    become one, or names that cannot be sharded, as `op.own_rows` says.
+    """
+    columns = spec.columns
     parts, rename = ["Y"], {"X": "D", "Y": "D"}
     if not columns.all_together:
         rename = {"X": "x", "D": "d", "Y": "d"}
         if columns.num_parts > 1:
             parts = [f"y{i}" for i in range(columns.num_parts)]
-    if params["op"] == "update":
-        x, _, _, state, _, slots, _ = args
-        rank = sum(axes[0] for axes in params["batched"])
-        own = slots is None and x.shape[rank] == state.shape[-3]
-        own &= options["pad_slot_id"] == PAD_SLOT_ID
+    if op.own_rows is not None:
+        own = op.own_rows(spec, operands)
         rename |= {"S": "B"} if own else {"S": "s", "B": "b"}
 
-    def split(arrays: Any) -> list[list[str]]:
+    def split(dims: Any) -> list[list[str]]:
         every: list[str] = []
-        for names in jax.tree.leaves(arrays):
+        for names in jax.tree.leaves(dims):
             each = [names.replace("Y", part) for part in parts]
             every += dict.fromkeys(each)  # one, if there is no Y in it
         return [[rename.get(name, name) for name in names.split()] for names in every]
 
     present = [
-        names for names, arg in zip(names_of_args, args, strict=True) if arg is not None
+        names
+        for names, operand in zip(op.dims, operands, strict=True)
+        if operand is not None
     ]
-    operands, results = split(present), split(names_of_results)
-    for depth, axes in reversed(list(enumerate(params["batched"]))):
+    return split(present), split(op.result_dims)
+
+
+def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:
+    """`_names` of the primitive's operands and results, mapped axes in front."""
+    batched = params["batched"]
+    ranks = map(sum, zip(*batched, strict=True)) if batched else [0] * len(avals)
+    inner = [
+        jax.ShapeDtypeStruct(aval.shape[rank:], aval.dtype)
+        for aval, rank in zip(avals, ranks, strict=True)
+    ]
+    args = jax.tree.unflatten(params["tree"], inner)
+    operands, results = _names(params["op"], params["spec"], args)
+    for depth, axes in reversed(list(enumerate(batched))):
         mapped = f"V{depth}"
         for names, axis in zip(operands, axes, strict=True):
             names[:0] = [mapped] if axis else []
