@@ -4,9 +4,9 @@ from .checks import PAD_SLOT_ID
 from .dense import causal_conv1d
 from .dispatch import target_compute_capability
 from .halo import halo_state
+from .mamba2.ssd import ssd, ssd_packed
 from .metadata import ConvMetadata, build_metadata, validate_batch
 from .packed import causal_conv1d_fn
-from .ssd import ssd, ssd_packed
 from .states import layer_slots, varlen_conv_states
 from .update import causal_conv1d_update
 
