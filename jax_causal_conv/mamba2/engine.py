@@ -184,7 +184,7 @@ class Stats(NamedTuple):
 class Batch(NamedTuple):
     """A step's input from the host, padded to T tokens and N rows.
 
-    The last five arrays are zero in rows that draw nothing.
+    `seeds` and what follows up to `top_p` are zero in rows that draw nothing.
 
     Attributes:
         tokens: `(T,)` int32, 0 where the token is still on the device.
@@ -194,12 +194,12 @@ class Batch(NamedTuple):
         decodes: `(N,)` bool, whether the row is its slot's newest token.
         draws: `(N,)` bool, whether the row ends with the last known token of its
             request, so that the next one is drawn.
-        metadata: of `query_start_loc`, for the convs of all layers.
         seeds: `(N,)` uint32.
         positions: `(N,)` int32, of the token to draw.
         temperature: `(N,)` float32.
         top_k: `(N,)` int32.
         top_p: `(N,)` float32.
+        metadata: of `query_start_loc`, for the convs of all layers.
     """
 
     tokens: np.ndarray

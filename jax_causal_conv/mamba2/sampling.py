@@ -172,8 +172,8 @@ def _from_distribution(
     """The first token of `(V,)` weights at which a random share of them is reached."""
     key = jax.random.fold_in(jax.random.key(seed), position)
     total = jnp.cumsum(weights)
-    # The partial sums of a parallel cumsum may fall by a rounding error. So the total is
-    # their maximum rather than the last one, and tokens without weight are excluded
-    # explicitly.
+    # A cumsum in parallel may fall by a rounding error from one token to the next. So
+    # the total is the largest sum rather than the last, and tokens without weight are
+    # excluded explicitly.
     share = jax.random.uniform(key) * jnp.max(total)
     return jnp.argmax((total > share) & (weights > 0)).astype(jnp.int32)
