@@ -17,10 +17,11 @@ from .device import (
     load_row,
     load_rows,
     load_window,
-    next_visible,
+    next_token,
     offset_bound,
     only_if,
     preactivation,
+    reach,
     segments_before,
     widen,
     within_reach,
@@ -124,11 +125,11 @@ class Walk(NamedTuple):
 
 
 @triton.jit
-def backward_row(x, dy, walk, filter, reach, inside, mine, C: tl.constexpr):
+def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
     """Steps the backward pass by token t: row t of x and dy comes in, one dx goes out.
 
     Args:
-        reach: see `next_visible`.
+        segments: as of t, or None.
         inside, mine: whether t lies in the sequence, and in the chunk; None if it does.
 
     Returns:
@@ -136,21 +137,22 @@ def backward_row(x, dy, walk, filter, reach, inside, mine, C: tl.constexpr):
     """
     W: tl.constexpr = C.W
     window = walk.window + (x,)
-    rows = within_reach(window, reach, C)
+    rows = within_reach(window, segments, C)
     dz = through_activation(dy, preactivation(rows, filter, C), C)
-    if reach is not None:
-        dz = tl.where(reach >= 0, dz, 0.0)
+    if segments is not None:
+        dz = tl.where(reach(segments) >= 0, dz, 0.0)
     counted = dz
     if inside is not None:
         dz = tl.where(inside, dz, 0.0)
-        counted = tl.where(mine, counted, 0.0)
+        counted = tl.where(mine, dz, 0.0)
     sums = ()
     dx = ()
     for k in tl.static_range(W):
         sums = sums + (tl.fma(counted, rows[k], walk.sums.taps[k]),)
         # Selected behind the product: even a tap that is NaN reaches only what it may.
-        if reach is not None:
-            back = tl.where(reach >= W - 1 - k, filter.taps[k] * dz, 0.0)
+        if segments is not None:
+            seen = reach(segments) >= W - 1 - k
+            back = tl.where(seen, filter.taps[k] * dz, 0.0)
             dx = dx + (walk.pending[k] + back if k < W - 1 else back,)
         elif k < W - 1:
             dx = dx + (tl.fma(filter.taps[k], dz, walk.pending[k]),)
@@ -162,7 +164,7 @@ def backward_row(x, dy, walk, filter, reach, inside, mine, C: tl.constexpr):
 
 @triton.jit
 def masked_step(
-    x_ptr, dy_ptr, step, reach, walk, filter, chunk, block, C: tl.constexpr
+    x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C: tl.constexpr
 ):
     """`backward_row` for a token that may lie behind the chunk or the sequence.
 
@@ -174,17 +176,18 @@ def masked_step(
     here = only_if(inside, block)
     x = widen(load_row(x_ptr, here, C), C)
     dy = widen(load_row(dy_ptr, here, C), C)
-    return backward_row(x, dy, walk, filter, reach, inside, step < chunk.rows, C)
+    mine = step < chunk.rows
+    return backward_row(x, dy, walk, filter, segments, inside, mine, C)
 
 
 @triton.jit
-def next_visible_in(segments, step, chunk, C: tl.constexpr):
-    """`next_visible` for a token that may lie behind the row's end.
+def next_token_in(segments, step, chunk, C: tl.constexpr):
+    """`next_token` for one that may lie behind the row's end.
 
-    There stands another row's id, or nothing: the walk stays on the last one.
+    There stands another row's id, or nothing: the row's last id is read again.
     """
     last = chunk.length - chunk.first - 1
-    return next_visible(segments, tl.minimum(last - step, 0), C)
+    return next_token(segments, tl.minimum(last - step, 0), C)
 
 
 @triton.jit
@@ -213,7 +216,7 @@ def backward_chunk(
         dy: `Rows`, the first one that of the chunk's first token.
         dhistory_ptr: to the first of the history's W-1 float32 rows.
         dslot: `SlotRows`, or None.
-        segments: `Segments` of the chunk's first token, or None.
+        segments: `Segments` before the chunk's first token, or None.
         window: tuple of the W-1 float32 rows before it, oldest first.
 
     Returns:
@@ -234,16 +237,15 @@ def backward_chunk(
     dx_ptrs = dx_ptr + cols
 
     for s in tl.static_range(W - 1):
-        reach = None
         if segments is not None:
-            segments, reach = next_visible_in(segments, s, chunk, C)
+            segments = next_token_in(segments, s, chunk, C)
         dx, walk = masked_step(
             x_ptr + s * X,
             dy_ptr + s * dy.stride,
             s,
-            reach,
             walk,
             filter,
+            segments,
             chunk,
             block,
             C,
@@ -271,11 +273,10 @@ def backward_chunk(
         next_dys = load_rows(dy_ptr, dy.stride, more, block, C)
         dxs = ()
         for g in tl.static_range(GROUP):
-            reach = None
             if segments is not None:
-                segments, reach = next_visible(segments, 0, C)
+                segments = next_token(segments, 0, C)
             x, dy_row = widen(xs[g], C), widen(dys[g], C)
-            dx, walk = backward_row(x, dy_row, walk, filter, reach, None, None, C)
+            dx, walk = backward_row(x, dy_row, walk, filter, segments, None, None, C)
             dxs = dxs + (dx,)
         for g in tl.static_range(GROUP):
             tl.store(dx_ptrs + g * D, dxs[g].to(dx_ptr.dtype.element_ty), mask=mask)
@@ -285,11 +286,10 @@ def backward_chunk(
 
     for i in range(groups * GROUP, chunk.rows):
         step = i + (W - 1)
-        reach = None
         if segments is not None:
-            segments, reach = next_visible_in(segments, step, chunk, C)
+            segments = next_token_in(segments, step, chunk, C)
         dx, walk = masked_step(
-            x_ptr, dy_ptr, step, reach, walk, filter, chunk, block, C
+            x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C
         )
         if dslot is not None:
             token = chunk.first + i

@@ -106,13 +106,12 @@ class Segments(NamedTuple):
 
     Attributes:
         ptr: to the segment id of the next token.
-        previous: the id of the token before it.
-        visible: how many tokens before the next one are of that one's run: at most
-            W-1.
+        last: the segment id of the last token.
+        visible: how many tokens before the last one are of its run, at most W-1.
     """
 
     ptr: Any
-    previous: Any
+    last: Any
     visible: Any
 
 
@@ -252,7 +251,7 @@ def load_filter(weight_ptr, bias_ptr, block, C: tl.constexpr):
 
 @triton.jit
 def segments_before(ptr, first, C: tl.constexpr):
-    """The `Segments` of a walk that begins at token `first` of a row.
+    """The `Segments` before token `first` of a row.
 
     Args:
         ptr: to the id of token `first`.
@@ -260,44 +259,44 @@ def segments_before(ptr, first, C: tl.constexpr):
     """
     W: tl.constexpr = C.W
     back = tl.where(first > 0, 1, 0)
-    previous = tl.load(ptr - back)
+    last = tl.load(ptr - back)
     same = first > 0
     visible = tl.where(same, 0, W - 1)
     for j in tl.static_range(2, W):
-        same = same & (tl.load(ptr - j * back) == previous)
+        same = same & (tl.load(ptr - j * back) == last)
         visible += tl.where(same, 1, 0)
-    return Segments(ptr, previous, visible)
+    return Segments(ptr, last, visible)
 
 
 @triton.jit
-def next_visible(segments, offset, C: tl.constexpr):
-    """Steps the walk to the next token.
+def next_token(segments, offset, C: tl.constexpr):
+    """The `Segments` one token later, whose id is `offset` from where it should be."""
+    segment = tl.load(segments.ptr + offset)
+    visible = tl.minimum(segments.visible + 1, C.W - 1)
+    visible = tl.where(segment == segments.last, visible, 0)
+    return Segments(segments.ptr + 1, segment, visible)
+
+
+@triton.jit
+def reach(segments):
+    """How many tokens back the last token sees; -1 if it is padding and sees none."""
+    return tl.where(segments.last >= 0, segments.visible, -1)
+
+
+@triton.jit
+def within_reach(window, segments, C: tl.constexpr):
+    """The window with rows that its last token must not see replaced by zeros.
 
     Args:
-        offset: where its id is looked up instead, counted from `segments.ptr`.
-
-    Returns:
-        The new `Segments`, and the token's reach: it sees itself and others up to so
-        many tokens back, or -1 for padding, which sees nothing.
-    """
-    segment = tl.load(segments.ptr + offset)
-    same = segment == segments.previous
-    visible = tl.where(same, tl.minimum(segments.visible + 1, C.W - 1), 0)
-    reach = tl.where(segment >= 0, visible, -1)
-    return Segments(segments.ptr + 1, segment, visible), reach
-
-
-@triton.jit
-def within_reach(window, reach, C: tl.constexpr):
-    """The window with rows out of a token's reach replaced by zeros.
-
-    A reach of None is as far as the window goes.
+        window: W rows.
+        segments: as of the last of them; None if it sees them all.
     """
     W: tl.constexpr = C.W
-    if reach is not None:
+    if segments is not None:
         rows = ()
         for k in tl.static_range(W):
-            rows = rows + (tl.where(reach >= W - 1 - k, window[k], 0.0),)
+            seen = reach(segments) >= W - 1 - k
+            rows = rows + (tl.where(seen, window[k], 0.0),)
         return rows
     else:
         return window
@@ -314,11 +313,11 @@ def preactivation(window, filter, C: tl.constexpr):
 
 
 @triton.jit
-def filter_row(window, filter, reach, C: tl.constexpr):
-    """One row of output in float32; zeros for padding."""
-    y = activate(preactivation(within_reach(window, reach, C), filter, C), C)
-    if reach is not None:
-        y = tl.where(reach >= 0, y, 0.0)
+def filter_row(window, filter, segments, C: tl.constexpr):
+    """One row of output in float32, of a window of W rows; zeros for padding."""
+    y = activate(preactivation(within_reach(window, segments, C), filter, C), C)
+    if segments is not None:
+        y = tl.where(reach(segments) >= 0, y, 0.0)
     return y
 
 
@@ -336,7 +335,7 @@ def convolve_rows(
         row_ptr: scalar pointer to the first row of x.
         out: `Rows` of the output, the first one first.
         window: tuple of the W-1 float32 rows before it, oldest first.
-        segments: `Segments` of the first row, or None.
+        segments: `Segments` before the first row, or None.
 
     Returns:
         The window behind the last row.
@@ -354,10 +353,9 @@ def convolve_rows(
             ahead = load_rows(row_ptr, X, i + 1 < groups, block, C)
             for g in tl.static_range(GROUP):
                 window = window + (widen(fresh[g], C),)
-                reach = None
                 if segments is not None:
-                    segments, reach = next_visible(segments, 0, C)
-                y = filter_row(window, filter, reach, C)
+                    segments = next_token(segments, 0, C)
+                y = filter_row(window, filter, segments, C)
                 y = y.to(out.ptr.dtype.element_ty)
                 tl.store(out_ptrs + g * out.stride, y, mask=mask)
                 window = window[1:]
@@ -370,10 +368,9 @@ def convolve_rows(
         row_ptr += X
         ahead = load_row(row_ptr, only_if(i + 1 < rest, block), C)
         window = window + (widen(x, C),)
-        reach = None
         if segments is not None:
-            segments, reach = next_visible(segments, 0, C)
-        y = filter_row(window, filter, reach, C)
+            segments = next_token(segments, 0, C)
+        y = filter_row(window, filter, segments, C)
         tl.store(out_ptrs, y.to(out.ptr.dtype.element_ty), mask=mask)
         window = window[1:]
         x = ahead
