@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks import machine, tune
 from benchmarks.peers import PACKAGES
 from benchmarks.suites import SUITES, Options, Row, best_peers, run_case
-from tests.gpu_compiler import expect_no_gpu
+from tests.support.gpu_compiler import expect_no_gpu
 
 _COLUMNS = ("us", "p10-p90", "GB/s", "{}", "x ours", "error", "kernels")
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 import jax_causal_conv as jcc
 from benchmarks.model_shapes import MODELS, ModelShape, by_kernel
-from tests import gpu_compiler
-from tests.gpu_compiler import MachineCode
+from tests.support import gpu_compiler
+from tests.support.gpu_compiler import MachineCode
 
 COMPUTE_CAPABILITIES = (80, 90, 100)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+
 class Sequences(NamedTuple):
     """What a batch's index arguments mean, after clamping; all `(N,)`.
 

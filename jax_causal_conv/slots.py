@@ -66,11 +66,21 @@ def token_rows(x, wide, token, dtype):
     return differentiate_as(value, take_rows(wide, token).astype(dtype))
 
 
-def slots_after(x, wide_x, states, wide, seqs, length, state_len: int, dtype):
+def slots_after(rows, slots, seqs: Sequences, state_len: int, dtype, length=None):
     """The last `state_len` of `concat(history, x[start:start+length])`, `(N, ·, D)`.
 
-    Zero rows in front of the first known one. `states` None means no history.
+    Zero rows in front of the first known one.
+
+    Args:
+        rows: x `(T, D)`, and the same in the accumulator's dtype.
+        slots: the states `(S, L, D)`, and `wide_slots` of them; Nones: no history.
+        seqs: whose tokens and slots they are.
+        state_len: rows of the result.
+        dtype: that of the result.
+        length: `(N,)`, how many tokens of each sequence are taken; None is all.
     """
+    (x, wide_x), (states, wide) = rows, slots
+    length = seqs.length if length is None else length
     if state_len == 0:
         return jnp.zeros((length.shape[0], 0, x.shape[1]), dtype)
     row = jnp.arange(state_len, dtype=jnp.int32)
@@ -103,15 +113,22 @@ def read_before(states, reads):
 def final_states(x, initial_state, segment_ids, state_len: int):
     """What a continuation of each row's last run needs, `(B, state_len, D)`."""
     runs = runs_of(segment_ids, *x.shape[:2])
-    return _final_states(x, x, initial_state, initial_state, runs, state_len)
+    return final_states_of((x, x), (initial_state, initial_state), runs, state_len)
 
 
-def _final_states(x, wide_x, initial_state, wide, runs: Runs, state_len: int):
-    dtype = x.dtype if initial_state is None else initial_state.dtype
+def final_states_of(rows, states, runs: Runs, state_len: int):
+    """`final_states`, of arrays in pairs: as they are, and in the accumulator's dtype.
 
-    def of_row(x, wide_x, state, wide, last):
-        length = last.length
-        return slots_after(x[0], wide_x[0], state, wide, last, length, state_len, dtype)
+    Args:
+        rows: two of x `(B, T, D)`.
+        states: two of the initial state `(B, L, D)`, or Nones.
+        runs: of the rows.
+        state_len: rows of the result.
+    """
+    dtype = rows[0].dtype if states[0] is None else states[0].dtype
 
-    last = last_runs(runs, state_len)
-    return row_by_row(of_row)(x, wide_x, initial_state, wide, last)
+    def of_row(rows, states, last):
+        rows = tuple(array[0] for array in rows)
+        return slots_after(rows, states, last, state_len, dtype)
+
+    return row_by_row(of_row)(rows, states, last_runs(runs, state_len))

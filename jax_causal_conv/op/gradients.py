@@ -1,95 +1,82 @@
 """Reverse-mode rules of the ops, for every implementation but "xla".
 
-XLA's own differentiation of `xla.py` is right too, in any mode and order; the rules
-here are faster, and the only ones that Triton kernels can have. They keep the inputs
-and the gathered history (W-1 rows a sequence), never the cache, so that a donated
-cache can be updated in place.
-
-Results are flat: the parts of the output (see `Columns`), then the states.
+XLA's own differentiation of `xla/forward.py` is right too, in any mode and order; the
+rules here are faster, and the only ones that Triton kernels can have. They keep the
+inputs and the gathered history (W-1 rows a sequence), never the cache, so that a
+donated cache can be updated in place.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import dispatch, sharding, xla
-from .checks import PAD_SLOT_ID
-from .columns import ALL, Columns
+from ..batch import (
+    Sequences,
+    last_runs,
+    own_slots,
+    row_by_row,
+    runs_of,
+    sanitize_offsets,
+    sequences,
+)
+from ..operands import (
+    PAD_SLOT_ID,
+    ConvSpec,
+    DenseOperands,
+    PackedBackwardOperands,
+    PackedOperands,
+    RowsBackwardOperands,
+    UpdateOperands,
+)
+from ..slots import history_before, ring_before, wide_slots
+from . import primitive, sharding
+from .ops import (
+    DENSE,
+    PACKED,
+    PACKED_BACKWARD,
+    ROWS_BACKWARD,
+    SSD,
+    SSD_PACKED,
+    UPDATE,
+)
+from .record import Op
 
 
-class _Static(NamedTuple):
-    """An op's static arguments; `option` is its own: pad slot, or length of a state."""
+def call(
+    op: Op, implementation: str | None, spec: Any, operands: Any
+) -> tuple[jax.Array, ...]:
+    """A public op on checked operands, differentiable, on any mesh.
 
-    implementation: str | None
-    silu: bool
-    columns: Columns
-    option: int | None
-
-
-def packed(implementation, *args, silu: bool, pad_slot_id: int, columns: Columns = ALL):
-    """`causal_conv1d_fn` on checked arguments, differentiable."""
-    static = _Static(implementation, silu, columns, pad_slot_id)
-    function = _run_packed if implementation == "xla" else _packed
-    return _on_mesh(function, static, True, args)
-
-
-def update(implementation, *args, silu: bool, pad_slot_id: int, columns: Columns = ALL):
-    """`causal_conv1d_update` on checked arguments, differentiable."""
-    static = _Static(implementation, silu, columns, pad_slot_id)
-    function = _run_update if implementation == "xla" else _update
-    return _on_mesh(function, static, True, args)
-
-
-def dense(
-    implementation, *args, silu: bool, state_len: int | None, columns: Columns = ALL
-):
-    """`causal_conv1d` on checked arguments, differentiable.
-
-    `state_len` None is without a final state.
+    Returns:
+        The output, or its parts (see `Columns`), then the states if there are any.
     """
-    static = _Static(implementation, silu, columns, state_len)
-    function = _run_dense if implementation == "xla" else _dense
-    return _on_mesh(function, static, state_len is not None, args)
+    operands = jax.tree.map(jnp.asarray, operands)
+    if implementation == "xla":
+        function: Callable = functools.partial(primitive.run, op, "xla", spec)
+    else:
+        function = functools.partial(_RULES[op], implementation, spec)
+    return sharding.on_mesh(function, op, spec, operands)
 
 
-def _on_mesh(function, static, with_states, args):
-    args = jax.tree.map(jnp.asarray, args)
-    function = functools.partial(function, static)
-    return sharding.on_mesh(function, static.columns, with_states, *args)
+def _filter_gradients(implementation, spec, op: Op, operands):
+    """Cotangents of x, weight and bias as a dict, and that of the history."""
+    x, weight, bias, *_ = operands
+    spec = ConvSpec(spec.activation, spec.columns)  # all that the backward ops read
+    dx, dweight, dbias, dhistory = primitive.run(op, implementation, spec, operands)
+    gradients = {
+        "x": spec.columns.widen(dx, x.shape[-1]),
+        "weight": dweight.astype(weight.dtype),
+        "bias": None if bias is None else dbias.astype(bias.dtype),
+    }
+    return gradients, dhistory
 
 
-def _run_packed(static, *args):
-    return _run("packed", static, *args, pad_slot_id=static.option)
-
-
-def _run_update(static, *args):
-    return _run("update", static, *args, pad_slot_id=static.option)
-
-
-def _run_dense(static, *args):
-    return _run("dense", static, *args, state_len=static.option)
-
-
-def _run(op, static, *args, **options):
-    options.update(silu=static.silu, columns=static.columns)
-    return dispatch.run(op, static.implementation, *args, **options)
-
-
-def _run_backward(op, static, x, weight, bias, history, dy, *rest):
-    """Cotangents of x, weight, bias and history, from those of the parts."""
-    columns = static.columns
-    args = (x, weight, bias, history, columns.output(dy), *rest)
-    dx, dweight, dbias, dhistory = _run(op, static, *args)
-    dweight = dweight.astype(weight.dtype)
-    dbias = None if bias is None else dbias.astype(bias.dtype)
-    return columns.widen(dx, x.shape[-1]), dweight, dbias, dhistory
-
-
-_packed = jax.custom_vjp(_run_packed, nondiff_argnums=(0,))
-_update = jax.custom_vjp(_run_update, nondiff_argnums=(0,))
-_dense = jax.custom_vjp(_run_dense, nondiff_argnums=(0,))
+def _cotangents(operands, **gradients):
+    """Those of a record of operands: None is no cotangent."""
+    return type(operands)(*[None] * len(operands))._replace(**gradients)
 
 
 def _keep_before_update(history, states):
@@ -97,7 +84,7 @@ def _keep_before_update(history, states):
     return jax.lax.optimization_barrier((history, states))
 
 
-def _state_cotangent(dstates, dslots, dhistory, seqs: xla.Sequences, source):
+def _state_cotangent(dstates, dslots, dhistory, seqs: Sequences, source):
     """The cotangent of a cache, from that of the updated cache.
 
     Args:
@@ -117,13 +104,14 @@ def _state_cotangent(dstates, dslots, dhistory, seqs: xla.Sequences, source):
     return dstates.at[slot].set(rows, mode="drop", unique_indices=True)
 
 
-def _slots_of(dstates, seqs: xla.Sequences):
+def _slots_of(dstates, seqs: Sequences):
+    """The cotangent of each live sequence's slot, zeros for the others."""
     rows = dstates.at[seqs.slot].get(mode="clip")
     return jnp.where(seqs.live[:, None, None], rows, 0)
 
 
-def _shifted(dslots, seqs: xla.Sequences):
-    """Cotangent of old slot rows through `xla.slots_after`: row m went to row l."""
+def _through_roll(dslots, seqs: Sequences):
+    """Cotangent of old slot rows through `slots_after`, where row m went to row l."""
     state_len = dslots.shape[1]
     old = jnp.arange(state_len)
     row = old - seqs.history[:, None] + state_len - seqs.length[:, None]
@@ -132,95 +120,105 @@ def _shifted(dslots, seqs: xla.Sequences):
     return jnp.where(kept[..., None], moved, 0)
 
 
-def _history_rows(seqs: xla.Sequences, count: int, state_len: int):
+def _history_rows(seqs: Sequences, count: int, state_len: int):
     """The slot row of each history row; out of bounds where there is none."""
     row = seqs.history[:, None] - count + jnp.arange(count)
     return jnp.where(row >= 0, row, state_len)
 
 
-def _packed_sequences(static, x, states, offsets, slots, has_initial_state, rejected):
-    offsets = xla.sanitize_offsets(offsets, x.shape[0])
-    return xla.sequences(
-        offsets, slots, has_initial_state, rejected, states.shape, static.option
+def _packed_forward(implementation, spec, operands: PackedOperands):
+    states = operands.states
+    seqs = sequences(
+        sanitize_offsets(operands.query_start_loc, operands.x.shape[0]),
+        operands.slots,
+        operands.has_initial_state,
+        operands.num_rejected,
+        states.shape,
+        spec.pad_slot_id,
     )
-
-
-def _packed_fwd(static, x, weight, bias, states, *rest):
-    *index, metadata = rest
-    seqs = _packed_sequences(static, x, states, *index)
-    wide = xla.wide_slots(states, seqs, states.dtype)  # as stored
-    history = xla.history_before(states, wide, seqs, weight.shape[1] - 1)
+    wide = wide_slots(states, seqs, states.dtype)  # as stored
+    history = history_before(states, wide, seqs, operands.weight.shape[1] - 1)
     history, states = _keep_before_update(history, states)
-    results = _run_packed(static, x, weight, bias, states, *index, metadata)
-    return results, (x, weight, bias, history, seqs, index[0], metadata)
+    operands = operands._replace(states=states)
+    results = primitive.run(PACKED, implementation, spec, operands)
+    return results, (operands._replace(states=None), history, seqs)
 
 
-def _packed_bwd(static, residuals, cotangents):
-    x, weight, bias, history, seqs, offsets, metadata = residuals
+def _packed_backward(implementation, spec, residuals, cotangents):
+    operands, history, seqs = residuals
     *dy, dstates = cotangents
     dslots = _slots_of(dstates, seqs)
-    dx, dweight, dbias, dhistory = _run_backward(
-        "packed_backward",
-        static,
-        x,
-        weight,
-        bias,
-        history,
-        dy,
-        dslots,
-        offsets,
-        seqs.live,
-        metadata,
+    gradients, dhistory = _filter_gradients(
+        implementation,
+        spec,
+        PACKED_BACKWARD,
+        PackedBackwardOperands(
+            operands.x,
+            operands.weight,
+            operands.bias,
+            history=history,
+            dy=tuple(dy),
+            dslots=dslots,
+            query_start_loc=operands.query_start_loc,
+            live=seqs.live,
+            metadata=operands.metadata,
+        ),
     )
     dstates = _state_cotangent(
         dstates,
-        _shifted(dslots, seqs),
+        _through_roll(dslots, seqs),
         dhistory,
         seqs,
         _history_rows(seqs, history.shape[1], dslots.shape[1]),
     )
-    return dx, dweight, dbias, dstates, None, None, None, None, None
+    return (_cotangents(operands, states=dstates, **gradients),)
 
 
-_packed.defvjp(_packed_fwd, _packed_bwd)
+def _update_history(count: int, query: int, pad_slot_id: int, rows: UpdateOperands):
+    """The sequences of an update, their ring positions, and history as stored.
 
-
-def _update_history(count, query, pad_slot_id, state, cursor, slots, rejected):
-    """The sequences of an update, their ring positions, and history as stored."""
-    offsets = jnp.arange(slots.shape[0] + 1, dtype=jnp.int32) * query
-    seqs = xla.sequences(offsets, slots, True, rejected, state.shape, pad_slot_id)
-    wide = xla.wide_slots(state, seqs, state.dtype)
+    Of `rows`, x and the filter are not looked at.
+    """
+    offsets = jnp.arange(rows.slots.shape[0] + 1, dtype=jnp.int32) * query
+    states, cursor = rows.states, rows.cache_seqlens
+    seqs = sequences(
+        offsets, rows.slots, True, rows.num_rejected, states.shape, pad_slot_id
+    )
+    wide = wide_slots(states, seqs, states.dtype)
     if cursor is None:
-        return seqs, cursor, xla.history_before(state, wide, seqs, count)
-    cursor = jnp.mod(cursor, state.shape[1])
-    return seqs, cursor, xla.ring_before(state, wide, seqs, cursor, count)
+        return seqs, cursor, history_before(states, wide, seqs, count)
+    cursor = jnp.mod(cursor, states.shape[1])
+    return seqs, cursor, ring_before(states, wide, seqs, cursor, count)
 
 
-def _update_fwd(static, x, weight, bias, state, cursor, slots, rejected):
-    (batch, query, _), pad_slot_id = x.shape, static.option
-    own = xla.own_slots(slots, batch, state.shape[0], pad_slot_id)
-    gather = functools.partial(_update_history, weight.shape[1] - 1, query)
+def _update_forward(implementation, spec, operands: UpdateOperands):
+    (batch, query, _), states = operands.x.shape, operands.states
+    own = own_slots(operands.slots, batch, states.shape[0], spec.pad_slot_id)
+    gather = functools.partial(_update_history, operands.weight.shape[1] - 1, query)
+    rows = operands._replace(x=None, weight=None, bias=None)
     if own is not None:
-        seqs, place, history = xla.row_by_row(functools.partial(gather, PAD_SLOT_ID))(
-            state, cursor, own, rejected
-        )
+        of_row = row_by_row(functools.partial(gather, PAD_SLOT_ID))
+        seqs, cursor, history = of_row(rows._replace(slots=own))
     else:
-        numbers = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
-        seqs, place, history = gather(pad_slot_id, state, cursor, numbers, rejected)
-    history, state = _keep_before_update(history, state)
-    results = _run_update(static, x, weight, bias, state, cursor, slots, rejected)
-    return results, (x, weight, bias, history, seqs, place, slots)
+        if rows.slots is None:
+            rows = rows._replace(slots=jnp.arange(batch, dtype=jnp.int32))
+        seqs, cursor, history = gather(spec.pad_slot_id, rows)
+    history, states = _keep_before_update(history, states)
+    operands = operands._replace(states=states)
+    results = primitive.run(UPDATE, implementation, spec, operands)
+    return results, (operands._replace(states=None), history, seqs, cursor)
 
 
-def _update_bwd(static, residuals, cotangents):
-    x, weight, bias, history, seqs, cursor, slots = residuals
-    *dy, dstate = cotangents
-    (batch, query, _), state_len, count = x.shape, dstate.shape[1], history.shape[1]
-    own = slots is None and batch == dstate.shape[0]
-    by_row = xla.row_by_row if own else lambda function: function
-    dslots = by_row(_slots_of)(dstate, seqs)
+def _update_backward(implementation, spec, residuals, cotangents):
+    operands, history, seqs, cursor = residuals
+    *dy, dstates = cotangents
+    (batch, query, _), state_len = operands.x.shape, dstates.shape[1]
+    count = history.shape[1]
+    own = operands.slots is None and batch == dstates.shape[0]
+    by_row = row_by_row if own else lambda function: function
+    dslots = by_row(_slots_of)(dstates, seqs)
     if cursor is None:
-        into_tokens, through = dslots, _shifted(dslots, seqs)
+        into_tokens, through = dslots, _through_roll(dslots, seqs)
         source = _history_rows(seqs, count, state_len)
     else:
         # Rows in the order of the tokens that were written to them, newest last.
@@ -230,63 +228,92 @@ def _update_bwd(static, residuals, cotangents):
         written = jnp.mod(row - cursor[:, None], state_len) < query
         through = jnp.where(written[..., None], 0, dslots)
         source = jnp.mod(cursor[:, None] - count + jnp.arange(count), state_len)
-    dx, dweight, dbias, dhistory = _run_backward(
-        "rows_backward",
-        static,
-        x,
-        weight,
-        bias,
-        history,
-        dy,
-        into_tokens,
-        seqs.live,
-        None,
+    gradients, dhistory = _filter_gradients(
+        implementation,
+        spec,
+        ROWS_BACKWARD,
+        RowsBackwardOperands(
+            operands.x,
+            operands.weight,
+            operands.bias,
+            history=history,
+            dy=tuple(dy),
+            dslots=into_tokens,
+            live=seqs.live,
+        ),
     )
-    dstate = by_row(_state_cotangent)(dstate, through, dhistory, seqs, source)
-    return dx, dweight, dbias, dstate, None, None, None
+    dstates = by_row(_state_cotangent)(dstates, through, dhistory, seqs, source)
+    return (_cotangents(operands, states=dstates, **gradients),)
 
 
-_update.defvjp(_update_fwd, _update_bwd)
+def _dense_forward(implementation, spec, operands: DenseOperands):
+    return primitive.run(DENSE, implementation, spec, operands), operands
 
 
-def _dense_fwd(static, *args):
-    return _run_dense(static, *args), args
-
-
-def _dense_bwd(static, residuals, cotangents):
-    x, weight, bias, initial_state, segment_ids = residuals
-    parts = static.columns.num_parts
+def _dense_backward(implementation, spec, operands: DenseOperands, cotangents):
+    x, weight, bias, states, segment_ids = operands
+    parts = spec.columns.num_parts
     dy, dfinal = cotangents[:parts], (*cotangents[parts:], None)[0]
     if dfinal is not None and dfinal.shape[1] == 0:  # W = 1
         dfinal = None
     (batch, length, _), (dim, width) = x.shape, weight.shape
     count = width - 1
-    if initial_state is None:
+    if states is None:
         history = jnp.zeros((batch, count, dim), x.dtype)
     else:
-        history = initial_state[:, initial_state.shape[1] - count :]
-    dx, dweight, dbias, dhistory = _run_backward(
-        "rows_backward",
-        static,
-        x,
-        weight,
-        bias,
-        history,
-        dy,
-        dfinal,
-        None,
-        segment_ids,
+        history = states[:, states.shape[1] - count :]
+    gradients, dhistory = _filter_gradients(
+        implementation,
+        spec,
+        ROWS_BACKWARD,
+        RowsBackwardOperands(
+            x,
+            weight,
+            bias,
+            history=history,
+            dy=tuple(dy),
+            dslots=dfinal,
+            segment_ids=segment_ids,
+        ),
     )
-    dinitial = None
-    if initial_state is not None:
-        unread = initial_state.shape[1] - count
-        dinitial = jnp.pad(dhistory, ((0, 0), (unread, 0), (0, 0)))
+    dstates = None
+    if states is not None:
+        unread = states.shape[1] - count
+        dstates = jnp.pad(dhistory, ((0, 0), (unread, 0), (0, 0)))
         if dfinal is not None:
-            runs = xla.runs_of(segment_ids, batch, length)
-            last = xla.last_runs(runs, initial_state.shape[1])
-            dinitial = dinitial + _shifted(dfinal.astype(dhistory.dtype), last)
-        dinitial = dinitial.astype(initial_state.dtype)
-    return dx, dweight, dbias, dinitial, None
+            last = last_runs(runs_of(segment_ids, batch, length), states.shape[1])
+            dstates = dstates + _through_roll(dfinal.astype(dhistory.dtype), last)
+        dstates = dstates.astype(states.dtype)
+    return (_cotangents(operands, states=dstates, **gradients),)
 
 
-_dense.defvjp(_dense_fwd, _dense_bwd)
+def _through_xla(op: Op) -> tuple[Callable, Callable]:
+    """The rule of an op that has no backward of its own: that of XLA, computed anew."""
+
+    def forward(implementation, spec, operands):
+        return primitive.run(op, implementation, spec, operands), operands
+
+    def backward(implementation, spec, operands, cotangents):
+        del implementation
+        _, pull_back = jax.vjp(functools.partial(op.xla, spec), operands)
+        return pull_back(tuple(cotangents))
+
+    return forward, backward
+
+
+def _rule(op: Op, forward: Callable, backward: Callable) -> Callable:
+    """The op as a function of implementation, spec and operands, with its rule."""
+    function = jax.custom_vjp(
+        functools.partial(primitive.run, op), nondiff_argnums=(0, 1)
+    )
+    function.defvjp(forward, backward)
+    return function
+
+
+_RULES = {
+    PACKED: _rule(PACKED, _packed_forward, _packed_backward),
+    UPDATE: _rule(UPDATE, _update_forward, _update_backward),
+    DENSE: _rule(DENSE, _dense_forward, _dense_backward),
+    SSD: _rule(SSD, *_through_xla(SSD)),
+    SSD_PACKED: _rule(SSD_PACKED, *_through_xla(SSD_PACKED)),
+}

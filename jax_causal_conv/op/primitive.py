@@ -1,12 +1,10 @@
-"""Chooses the implementation of an op, at lowering where the caller does not say.
+"""The primitive of all ops: how jax traces, maps, and lowers a call of one.
 
-An op is a function `op(*arrays_or_None, **static) -> tuple of arrays` in XLA, with a
-twin of the same name in `kernels/launch.py`. Everything here is the same for all ops.
+The implementation is chosen at lowering, where the caller does not say.
 """
 
 import functools
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +15,10 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from . import checks, sharding, xla, xla_backward
-
-OPS: dict[str, Callable] = {
-    "packed": xla.packed,
-    "update": xla.update,
-    "dense": xla.dense,
-    "packed_backward": xla_backward.packed_backward,
-    "rows_backward": xla_backward.rows_backward,
-}
+from .. import checks
+from ..compat import __version__, kernel_compilers
+from . import sharding
+from .record import Op
 
 DEFAULT_COMPUTE_CAPABILITY = 90
 # A context of jax's own kind is part of the cache key of tracing and lowering.
@@ -70,18 +63,17 @@ def _compute_capability() -> int:
     return _target.value or visible_compute_capability() or DEFAULT_COMPUTE_CAPABILITY
 
 
-def run(op: str, implementation: str | None, *args: Any, **static: Any) -> Any:
-    """Runs `op` on checked arguments (arrays, pytrees of arrays, or None)."""
-    options = tuple(sorted(static.items()))
+def run(op: Op, implementation: str | None, spec: Any, operands: Any) -> tuple:
+    """Runs `op` on checked operands."""
     if implementation in ("xla", "interpret"):
-        out = _jitted(op, implementation, options)(*args)
-        return sharding.varying_alike((args, out))[1]  # a callback forgets it
-    leaves, tree = jax.tree.flatten(args)
+        out = _jitted(op, implementation, spec)(operands)
+        return sharding.varying_alike((operands, out))[1]  # a callback forgets it
+    leaves, tree = jax.tree.flatten(operands)
     out = causal_conv_p.bind(
         *leaves,
         op=op,
         tree=tree,
-        options=options,
+        spec=spec,
         required=implementation == "triton",
         batched=(),
     )
@@ -89,20 +81,28 @@ def run(op: str, implementation: str | None, *args: Any, **static: Any) -> Any:
 
 
 @functools.cache
-def _jitted(op, implementation, options):
-    """The op as a function of arrays, compiled once where it is called eagerly."""
+def _jitted(op: Op, implementation: str, spec: Any) -> Callable:
+    """The op as a function of its operands, compiled once if it is called eagerly."""
     if implementation == "xla":
-        function = OPS[op]
+        function: Callable = functools.partial(op.xla, spec)
     else:
-        from .kernels import interpreter, launch
+        from ..kernels import interpreter
 
-        function = functools.partial(getattr(launch, op), interpreter.call)
-    return jax.jit(functools.partial(function, **dict(options)), inline=True)
+        function = _launched(op, spec, interpreter.call)
+    return jax.jit(function, inline=True)
 
 
-# Params of the primitive: `op` with its static `options`; `tree`, which arguments the
-# operands are; `required`, whether Triton must run it; `batched`, outermost vmap
-# first, which operands have that vmap's axis (in front).
+def _launched(op: Op, spec: Any, call: Callable) -> Callable:
+    """The op as a function of its operands, by kernels that `call` launches."""
+    from ..kernels import record
+
+    launches = op.launches()
+    return lambda operands: record.run(launches(spec, operands), call)
+
+
+# Params of the primitive: `op`, with its static `spec`; `tree`, the record of operands
+# that the primitive's own operands are; `required`, whether Triton must run it;
+# `batched`, outermost vmap first, which operands have that vmap's axis (in front).
 causal_conv_p = Primitive("causal_conv")
 causal_conv_p.multiple_results = True
 sharding.needs_devices(causal_conv_p)
@@ -119,15 +119,19 @@ def _jitted_bind(params):
 
 
 def _function(params, function, over_axis) -> Callable:
-    """`function` of the op's arguments as one of the primitive's operands."""
+    """`function` of the op's record of operands as one of the primitive's operands."""
 
     def of_leaves(*leaves):
-        args = jax.tree.unflatten(params["tree"], leaves)
-        return tuple(function(*args, **dict(params["options"])))
+        return tuple(function(jax.tree.unflatten(params["tree"], leaves)))
 
     for axes in reversed(params["batched"]):
         of_leaves = over_axis(of_leaves, axes)
     return of_leaves
+
+
+def _in_xla(params) -> Callable:
+    function = functools.partial(params["op"].xla, params["spec"])
+    return _function(params, function, _vmapped)
 
 
 def _vmapped(function, axes):
@@ -154,10 +158,20 @@ def _looped(function, axes):
 
 
 @causal_conv_p.def_abstract_eval
-def _abstract_eval(*leaves, **params):
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    shapes = jax.eval_shape(_function(params, OPS[params["op"]], _vmapped), *shapes)
-    return sharding.result_types(shapes, leaves)
+def _abstract_eval(*leaves, op, tree, spec, batched, **_):
+    shapes, sizes = [leaf.shape for leaf in leaves], []
+    for axes in batched:
+        sizes.append(next(s[0] for s, axis in zip(shapes, axes, strict=True) if axis))
+        shapes = [s[axis:] for s, axis in zip(shapes, axes, strict=True)]
+    arrays = [
+        jax.ShapeDtypeStruct(shape, leaf.dtype)
+        for shape, leaf in zip(shapes, leaves, strict=True)
+    ]
+    results = [
+        jax.ShapeDtypeStruct((*sizes, *result.shape), result.dtype)
+        for result in op.result_shapes(spec, jax.tree.unflatten(tree, arrays))
+    ]
+    return sharding.result_types(results, leaves)
 
 
 def _batch(leaves, dims, **params):
@@ -167,38 +181,16 @@ def _batch(leaves, dims, **params):
     ]
     axes = tuple(dim is not None for dim in dims)
     size = next(leaf.shape[0] for leaf, axis in zip(leaves, axes, strict=True) if axis)
-    if params["op"] == "dense" and not params["batched"]:
-        x, *_ = jax.tree.unflatten(params["tree"], leaves)
-        x_axis, weight_axis, bias_axis, *_ = jax.tree.unflatten(params["tree"], axes)
-        tokens = size * math.prod(x.shape[x_axis : x_axis + 2])
-        if not (weight_axis or bias_axis) and 0 < tokens < 2**31:
-            return _fold_rows(leaves, axes, size, params)
+    op, tree = params["op"], params["tree"]
+    if op.fold is not None and not params["batched"]:
+        operands, mapped = (jax.tree.unflatten(tree, each) for each in (leaves, axes))
+        folded = op.fold(params["spec"], operands, mapped, size)
+        if folded is not None:
+            out = causal_conv_p.bind(*jax.tree.leaves(folded), **params)
+            return [o.reshape(size, -1, *o.shape[1:]) for o in out], [0] * len(out)
     params["batched"] = (axes, *params["batched"])
     out = causal_conv_p.bind(*leaves, **params)
     return out, [0] * len(out)
-
-
-def _fold_rows(leaves, axes, size, params):
-    """Dense op under vmap over anything but its filter: more rows of one batch."""
-
-    def fold(leaf, axis):
-        if not axis:
-            leaf = jnp.broadcast_to(leaf, (size, *leaf.shape))
-        return leaf.reshape(-1, *leaf.shape[2:])
-
-    x, weight, bias, *rest = jax.tree.unflatten(params["tree"], leaves)
-    x_axis, _, _, *rest_axes = jax.tree.unflatten(params["tree"], axes)
-    folded = [
-        fold(x, x_axis),
-        weight,
-        bias,
-        *(
-            None if leaf is None else fold(leaf, axis)
-            for leaf, axis in zip(rest, rest_axes, strict=True)
-        ),
-    ]
-    out = causal_conv_p.bind(*jax.tree.leaves(folded), **params)
-    return [o.reshape(size, -1, *o.shape[1:]) for o in out], [0] * len(out)
 
 
 batching.primitive_batchers[causal_conv_p] = _batch
@@ -214,14 +206,12 @@ def _lower_to_xla(ctx, *leaves, **params):
             'implementation="triton" needs CUDA, got platform '
             f'{ctx.module_context.platforms}; use None, "xla" or "interpret"'
         )
-    return _lower(ctx, *leaves, function=_function(params, OPS[params["op"]], _vmapped))
+    return _lower(ctx, *leaves, function=_in_xla(params))
 
 
 def _lower_to_triton(ctx, *leaves, **params):
-    from . import __version__
-
     try:
-        from .kernels import bridge, launch
+        from ..kernels import bridge
     except ImportError as error:
         cure = 'pip install "jax[cuda13]" jax-triton (or jax[cuda12])'
         if params["required"]:
@@ -238,10 +228,10 @@ def _lower_to_triton(ctx, *leaves, **params):
         )
     capability = _compute_capability()
     call = functools.partial(bridge.call, compute_capability=capability)
-    kernel = functools.partial(getattr(launch, params["op"]), call)
-    target = (__version__, capability, bridge.VERSIONS)
+    kernels = _launched(params["op"], params["spec"], call)
+    target = (__version__, capability, kernel_compilers())
     function = sharding.partitioned(
-        _function(params, kernel, _looped), params, ctx, target
+        _function(params, kernels, _looped), params, ctx, target
     )
     return _lower(ctx, *leaves, function=function)
 

@@ -3,7 +3,7 @@
 Three things that jax leaves to whoever brings a primitive of his own: operands inside
 `shard_map` must vary over the same manual axes; explicit axes want to know the sharding
 of every result; and XLA cannot look into a kernel call to divide it among devices.
-What is local and what is not is one table, DIMENSIONS.
+What is local and what is not, the record of each op says: `Op.dims`.
 """
 
 import functools
@@ -20,64 +20,43 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .checks import PAD_SLOT_ID
-from .columns import ALL, Columns
-
-# The dimensions of every operand and result, in the order of the op's arguments. Those
-# in capitals may be sharded: each device then runs the op on its share. (Batch rows own
-# their slots only if `update` was given no slot numbers: see `_dimensions`. X are the
-# columns of x and Y those of the output, which are the channels D as well, unless x is
-# wider or the output is split: then none of the three can be sharded.)
-DIMENSIONS = {
-    "packed": (
-        ("t X", "D w", "D", "s l D", "q", "n", "n", "n", ("p", "p")),
-        ("t Y", "s l D"),
-    ),
-    "update": (("B q X", "D w", "D", "S l D", "B", "B", "B"), ("B q Y", "S l D")),
-    "dense": (("B t X", "D w", "D", "B l D", "B t"), ("B t Y", "B m D")),
-    "packed_backward": (
-        ("t X", "D w", "D", "n k D", "t Y", "n l D", "q", "n", ("p", "p")),
-        ("t D", "D w", "D", "n k D"),
-    ),
-    "rows_backward": (
-        ("B t X", "D w", "D", "B k D", "B t Y", "B l D", "B", "B t"),
-        ("B t D", "D w", "D", "B k D"),
-    ),
-}
+from .record import Op
 
 
-def on_mesh(
-    function: Callable, columns: Columns, with_states: bool, *args: Any
-) -> tuple:
-    """`function(*args)` on whatever mesh its arguments are.
+def on_mesh(function: Callable, op: Op, spec: Any, operands: Any) -> tuple:
+    """`function(operands)` on whatever mesh its arrays are.
 
     Args:
-        function: of x, weight, bias, states (or None) and index arrays (or None).
-        columns: those of x, and the parts of the output.
-        with_states: whether the last result is like the states.
-        args: its arguments.
+        function: of the op's operands.
+        op: what is computed.
+        spec: what is static about the call.
+        operands: its arrays.
 
     Returns:
-        The results: the parts of the output sharded like x, states like the states.
-        Parts that are not all of x do not share the sharding of its channels.
+        The results, each sharded like the operand that has the same dimensions, or
+        else like x as far as they have dimensions in common. Parts that are not all of
+        x do not share the sharding of its channels.
     """
-    args = varying_alike(args)
-    leaves = jax.tree.leaves(args)
+    operands = varying_alike(operands)
+    leaves = jax.tree.leaves(operands)
     meshes = (jax.typeof(leaf).sharding.mesh for leaf in leaves)
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
     if mesh is None:
-        return function(*args)
-    spec = jax.typeof(args[0]).sharding.spec
-    if not columns.all_together:
-        spec = P(*spec[:-1], None)
-    like_states = P(spec[0], None, spec[-1])
-    if args[3] is not None:
-        like_states = jax.typeof(args[3]).sharding.spec
-    specs = [spec] * columns.num_parts + [like_states] * with_states
+        return function(operands)
+    shapes = op.result_shapes(spec, operands)
+    dims, results = _names(op, spec, operands)
+    axes_of: dict[tuple[str, ...], P] = {}
+    for names, leaf in zip(dims, leaves, strict=True):
+        axes_of.setdefault(tuple(names), jax.typeof(leaf).sharding.spec)
+    of_x = dict(zip(dims[0], jax.typeof(leaves[0]).sharding.spec, strict=True))
+    specs = [
+        axes_of.get(tuple(names), P(*(of_x.get(name) for name in names)))
+        for names in results[: len(shapes)]
+    ]
     out_sharding = tuple(NamedSharding(mesh, spec) for spec in specs)
     return jax.sharding.auto_axes(
         function, axes=mesh.explicit_axes, out_sharding=out_sharding
-    )(*args)
+    )(operands)
 
 
 def result_types(shapes: Sequence[Any], avals: Sequence[Any]) -> list:
@@ -161,48 +140,103 @@ def partitioned(
     stamp = np.array([zlib.crc32(says)], np.uint32)
 
     divided = custom_partitioning(lambda _, *leaves: tuple(function(*leaves)))
-    # In the order of their first appearance, as Shardy wants its factors.
-    letters = dict.fromkeys(name for dims in (*operands, *results) for name in dims)
+    avals = [jax.ShapeDtypeStruct((1,), np.uint32), *ctx.avals_in, *ctx.avals_out]
+    rule, factors, sizes = _sharding_rule(operands, results, avals)
     divided.def_partition(
         partition,
-        sharding_rule=" -> ".join(
-            ", ".join(map(" ".join, side)) for side in (operands, results)
-        ),
-        need_replication_factors=tuple(filter(str.islower, letters)),
+        sharding_rule=rule,
+        need_replication_factors=tuple(filter(str.islower, factors)),
+        **sizes,
     )
     return functools.partial(divided, stamp)
 
 
-def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:
-    """Names of the dimensions of the primitive's operands and of its results."""
-    args = jax.tree.unflatten(params["tree"], avals)
-    names_of_args, names_of_results = DIMENSIONS[params["op"]]
-    options = dict(params["options"])
-    columns = options.get("columns", ALL)
+def _sizes(dimensions: Sequence[Sequence[str]], arrays: Sequence[Any]) -> dict:
+    """All sizes of each name, ascending."""
+    sizes: dict[str, set[int]] = {}
+    for names, array in zip(dimensions, arrays, strict=True):
+        for name, size in zip(names, array.shape, strict=True):
+            sizes.setdefault(name, set()).add(size)
+    return {name: sorted(all_sizes) for name, all_sizes in sizes.items()}
+
+
+def _sharding_rule(operands, results, avals) -> tuple[str, list[str], dict[str, int]]:
+    """The rule in Shardy's letters, its factors, and the sizes of those it needs.
+
+    Where a name has several sizes, heads and their groups say, a larger dimension is
+    the least size times a factor that cannot be sharded.
+    """
+    sizes = _sizes([*operands, *results], avals)
+    factors: dict[str, None] = {}  # in the order of their first appearance
+    needed: dict[str, int] = {}
+    sides = []
+    for names_of, arrays in (
+        (operands, avals[: len(operands)]),
+        (results, avals[len(operands) :]),
+    ):
+        side = []
+        for names, array in zip(names_of, arrays, strict=True):
+            dims = []
+            for name, size in zip(names, array.shape, strict=True):
+                least = sizes[name][0]
+                factors[name] = None
+                if size == least:
+                    dims.append(name)
+                    continue
+                inner = f"in{size // least}{name.lower()}"
+                factors[inner] = None
+                needed |= {name: least, inner: size // least}
+                dims.append(f"({name} {inner})")
+            side.append(" ".join(dims))
+        sides.append(", ".join(side))
+    return " -> ".join(sides), list(factors), needed
+
+
+def _names(op: Op, spec: Any, operands: Any) -> tuple[list, list]:
+    """Names of the dimensions of each array of the operands, and of each result.
+
+    X and Y become D, or other names where x is wider or the output is split; the op
+    may have more to say. An array of fewer dimensions has the first of them.
+    """
+    columns = spec.columns
     parts, rename = ["Y"], {"X": "D", "Y": "D"}
     if not columns.all_together:
         rename = {"X": "x", "D": "d", "Y": "d"}
         if columns.num_parts > 1:
             parts = [f"y{i}" for i in range(columns.num_parts)]
-    if params["op"] == "update":
-        x, _, _, state, _, slots, _ = args
-        rank = sum(axes[0] for axes in params["batched"])
-        own = slots is None and x.shape[rank] == state.shape[-3]
-        own &= options["pad_slot_id"] == PAD_SLOT_ID
-        rename |= {"S": "B"} if own else {"S": "s", "B": "b"}
+    if op.rename is not None:
+        rename |= op.rename(spec, operands)
 
-    def split(arrays: Any) -> list[list[str]]:
+    def split(dims: Any) -> list[list[str]]:
         every: list[str] = []
-        for names in jax.tree.leaves(arrays):
+        for names in jax.tree.leaves(dims):
             each = [names.replace("Y", part) for part in parts]
             every += dict.fromkeys(each)  # one, if there is no Y in it
         return [[rename.get(name, name) for name in names.split()] for names in every]
 
     present = [
-        names for names, arg in zip(names_of_args, args, strict=True) if arg is not None
+        names
+        for names, operand in zip(op.dims, operands, strict=True)
+        if operand is not None
     ]
-    operands, results = split(present), split(names_of_results)
-    for depth, axes in reversed(list(enumerate(params["batched"]))):
+    ranks = (len(leaf.shape) for leaf in jax.tree.leaves(operands))
+    of_operands = [
+        names[:rank] for names, rank in zip(split(present), ranks, strict=True)
+    ]
+    return of_operands, split(op.result_dims)
+
+
+def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:
+    """`_names` of the primitive's operands and results, mapped axes in front."""
+    batched = params["batched"]
+    ranks = map(sum, zip(*batched, strict=True)) if batched else [0] * len(avals)
+    inner = [
+        jax.ShapeDtypeStruct(aval.shape[rank:], aval.dtype)
+        for aval, rank in zip(avals, ranks, strict=True)
+    ]
+    args = jax.tree.unflatten(params["tree"], inner)
+    operands, results = _names(params["op"], params["spec"], args)
+    for depth, axes in reversed(list(enumerate(batched))):
         mapped = f"V{depth}"
         for names, axis in zip(operands, axes, strict=True):
             names[:0] = [mapped] if axis else []
@@ -214,13 +248,15 @@ def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:
 def _axes_of(mesh, dimensions, shapes) -> dict[str, tuple]:
     """The mesh axes over which each dimension is to be divided, evenly."""
     axes: dict[str, tuple] = {}
+    sizes = _sizes(dimensions, shapes)
     for names, shape in zip(dimensions, shapes, strict=True):
         spec = [*shape.sharding.spec, *[None] * len(names)][: len(names)]
-        for name, over, size in zip(names, spec, shape.shape, strict=True):
+        for name, over in zip(names, spec, strict=True):
             if over is None or name.islower() or name in axes:
                 continue
             mesh_axes = over if isinstance(over, tuple) else (over,)
             free = set(mesh_axes).isdisjoint(itertools.chain(*axes.values()))
-            if free and size % math.prod(mesh.shape[a] for a in mesh_axes) == 0:
+            parts = math.prod(mesh.shape[a] for a in mesh_axes)
+            if free and all(size % parts == 0 for size in sizes[name]):
                 axes[name] = mesh_axes
     return axes

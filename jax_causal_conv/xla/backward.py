@@ -1,20 +1,53 @@
-"""The XLA implementation of the gradients, as gathers like the forward.
+"""The gradients of the ops in XLA, as gathers like the forward.
 
 Nothing of the forward is kept but its inputs: the pre-activation is computed again.
 With z the pre-activation and u what the taps met,
 
-    dz = dy · silu'(z)        dw[k] = Σ_t dz[t] · u[t-(W-1)+k]
+    dz = dy · act'(z)        dw[k] = Σ_t dz[t] · u[t-(W-1)+k]
     dx[t] = Σ_d w[W-1-d] · dz[t+d]  over tokens t+d of the same sequence,
 
 and what reaches behind a sequence's first token is the gradient of its history.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from . import xla
-from .columns import ALL, Columns
-from .xla import Tokens
+from ..batch import (
+    Tokens,
+    accumulator,
+    last_runs,
+    runs_of,
+    sanitize_offsets,
+    sequences,
+    tokens_of,
+    tokens_of_runs,
+)
+from ..compat import CPU_CONVERTS_IN_EVERY_LOOP
+from ..operands import ConvSpec, PackedBackwardOperands, RowsBackwardOperands
+from .activations import PULLBACKS
+from .forward import taps_of, with_zeros
+
+
+class _Rows(NamedTuple):
+    """Rows of tokens on their way back through the conv.
+
+    Attributes:
+        x: `(T, D)`, the op's own columns.
+        dy: `(T, D)`, the cotangent of the output.
+        history: `(N or more, W-1, D)`, rows that tokens own.
+        copied: `(T, D)` cotangent of the slot row that each token became, or 0.
+        tokens: where each token stands.
+        start: `(N,)` first token of each sequence.
+    """
+
+    x: Any
+    dy: Any
+    history: Any
+    copied: Any
+    tokens: Tokens
+    start: Any
 
 
 def _column_sums(rows):
@@ -26,41 +59,32 @@ def _column_sums(rows):
     return blocks.sum(axis=axes) + rows[..., whole:, :].sum(axis=axes)
 
 
-def _filter_sums(dz, products):
+def _filter_gradients(dz, products):
     """Dweight `(D, W)` and dbias `(D,)` from `_backward`'s terms."""
     return jnp.stack(list(map(_column_sums, products)), axis=1), _column_sums(dz)
 
 
-def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu):
-    """Gradients of `xla.convolve`, and of rows of x copied into slots.
-
-    Args:
-        x, dy: `(T, D)`.
-        history: `(N or more, W-1, D)`, rows that tokens own.
-        copied: `(T, D)` cotangent of the slot row that each token became, or 0.
-        tokens: where each token stands.
-        start: `(N,)` first token of each sequence.
-        silu: whether the activation was silu.
+def _backward(weight, bias, rows: _Rows, activation: str | None):
+    """Gradients of the conv, and of rows of x copied into slots.
 
     Returns:
         dx `(T, D)` in x's dtype; in the accumulator's dtype dz `(T, D)`, its products
         with each tap `(T, D)`, oldest first, and dhistory `(N, W-1, D)`.
     """
-    dtype, width = xla.accumulator(x), weight.shape[1]
+    x, dy, history, copied, tokens, start = rows
+    dtype, width = accumulator(x), weight.shape[1]
     num_tokens, num_seqs = x.shape[0], start.shape[0]
     weight = weight.astype(dtype)
     wide_x = x.astype(dtype)
-    # XLA:CPU of jax 0.11 and 0.12 would convert x again in each loop over it.
-    if x.dtype != dtype and jax.__version_info__ >= (0, 11):
+    if x.dtype != dtype and CPU_CONVERTS_IN_EVERY_LOOP:
         wide_x = jax.lax.optimization_barrier(wide_x)
-    taps = list(xla.taps_of(wide_x, history, tokens, width))
+    taps = list(taps_of(wide_x, history, tokens, width))
     dz = dy.astype(dtype)
-    if silu:
+    if activation is not None:
         z = jnp.zeros(x.shape, dtype) if bias is None else bias.astype(dtype)
         for d, tap in enumerate(taps):
             z = z + tap * weight[:, width - 1 - d]
-        sigmoid = jax.nn.sigmoid(z)
-        dz = dz * sigmoid * (1 + z * (1 - sigmoid))
+        dz = PULLBACKS[activation](dz, z)
     dz = jnp.where(tokens.live[:, None], dz, 0)
 
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -85,7 +109,7 @@ def _backward(x, weight, bias, history, dy, copied, tokens: Tokens, start, silu)
     return dx.astype(x.dtype), dz, products, dhistory
 
 
-def state_rows(dslots) -> int:
+def _state_len(dslots) -> int:
     """L, or 0 where the state has no cotangent."""
     return 0 if dslots is None else dslots.shape[1]
 
@@ -99,87 +123,63 @@ def _copied(dslots, owner, row, dtype):
 
 
 def packed_backward(
-    x,
-    weight,
-    bias,
-    history,
-    dy,
-    dslots,
-    query_start_loc,
-    live,
-    metadata=None,
-    *,
-    silu: bool,
-    columns: Columns = ALL,
-):
-    """Gradients of a packed batch: dx, dweight, dbias and dhistory.
+    spec: ConvSpec, operands: PackedBackwardOperands
+) -> tuple[jax.Array, ...]:
+    """Gradients of a packed batch.
 
-    Args:
-        x: as wide as that of the op; dx has the conv's D columns alone.
-        dy: the cotangent of the op's output, with `split` a tuple of parts.
-        dslots: `(N, L, D)` cotangent of what each sequence left in its slot, or None.
-        live: `(N,)` bool, sequences that were not skipped.
+    Returns:
+        dx `(T, D)` of the conv's own columns, in x's dtype; dweight `(D, W)`, dbias
+        `(D,)` and dhistory `(N, W-1, D)` in the accumulator's dtype.
     """
-    del metadata
-    x, dy = columns.of(x, weight.shape[0]), columns.joined(dy)
-    num_tokens = x.shape[0]
-    offsets = xla.sanitize_offsets(query_start_loc, num_tokens)
-    seqs = xla.sequences(offsets, None, None, None, (live.shape[0], 0), -1)
-    seqs = seqs._replace(live=live & seqs.live)
-    tokens = xla.tokens_of(seqs, num_tokens)
-    row = state_rows(dslots) - seqs.length[tokens.owner] + tokens.position
-    copied = _copied(dslots, tokens.owner, row, xla.accumulator(x))
-    dx, dz, products, dhistory = _backward(
-        x, weight, bias, history, dy, copied, tokens, seqs.start, silu
-    )
-    return dx, *_filter_sums(dz, products), dhistory
+    weight, bias, dslots = operands.weight, operands.bias, operands.dslots
+    x = spec.columns.of(operands.x, weight.shape[0])
+    num_tokens, num_seqs = x.shape[0], operands.live.shape[0]
+    offsets = sanitize_offsets(operands.query_start_loc, num_tokens)
+    seqs = sequences(offsets, None, None, None, (num_seqs, 0), -1)
+    seqs = seqs._replace(live=operands.live & seqs.live)
+    tokens = tokens_of(seqs, num_tokens)
+    row = _state_len(dslots) - seqs.length[tokens.owner] + tokens.position
+    copied = _copied(dslots, tokens.owner, row, accumulator(x))
+    dy = spec.columns.joined(operands.dy)
+    rows = _Rows(x, dy, operands.history, copied, tokens, seqs.start)
+    dx, dz, products, dhistory = _backward(weight, bias, rows, spec.activation)
+    return dx, *_filter_gradients(dz, products), dhistory
 
 
 def rows_backward(
-    x,
-    weight,
-    bias,
-    history,
-    dy,
-    dslots,
-    live,
-    segment_ids,
-    *,
-    silu: bool,
-    columns: Columns = ALL,
-):
-    """Gradients of B rows of equal length, `x` and `dy` `(B, T, D)`.
-
-    Args:
-        x: as wide as that of the op; dx has the conv's D columns alone.
-        dy: the cotangent of the op's output, with `split` a tuple of parts.
-        dslots: `(B, L, D)` cotangent of what the last run of real tokens of each row
-            left in its slot, or None.
-        live: `(B,)` bool, rows that were not skipped; None is all.
-        segment_ids: `(B, T)`; None is one run a row.
+    spec: ConvSpec, operands: RowsBackwardOperands
+) -> tuple[jax.Array, ...]:
+    """Gradients of B rows of equal length.
 
     Returns:
-        dx `(B, T, D)` in x's dtype; dweight `(D, W)`, dbias `(D,)` and dhistory
-        `(B, W-1, D)` in the accumulator's dtype.
+        dx `(B, T, D)` of the conv's own columns, in x's dtype; dweight `(D, W)`, dbias
+        `(D,)` and dhistory `(B, W-1, D)` in the accumulator's dtype.
     """
-    x, dy = columns.of(x, weight.shape[0]), columns.joined(dy)
+    weight, bias, dslots = operands.weight, operands.bias, operands.dslots
+    x, dy = spec.columns.of(operands.x, weight.shape[0]), operands.dy
     batch, length, _ = x.shape
-    runs = xla.runs_of(segment_ids, batch, length)
-    if live is not None:
-        runs = runs._replace(real=runs.real & live[:, None])
-    last = xla.last_runs(runs, 0)
+    runs = runs_of(operands.segment_ids, batch, length)
+    if operands.live is not None:
+        runs = runs._replace(real=runs.real & operands.live[:, None])
+    last = last_runs(runs, 0)
     token = jnp.arange(length, dtype=jnp.int32)
-    row = state_rows(dslots) - last.length[:, None] + (token - last.start[:, None])
-    kept = (token >= last.start[:, None]) & (row < state_rows(dslots))
+    row = _state_len(dslots) - last.length[:, None] + (token - last.start[:, None])
+    kept = (token >= last.start[:, None]) & (row < _state_len(dslots))
     row = jnp.where(kept, row, -1)
 
-    def of_row(x, history, dy, dslots, tokens, row):
+    def of_row(x, dy, history, dslots, row, tokens):
         dslots = None if dslots is None else dslots[None]
-        copied = _copied(dslots, 0, row, xla.accumulator(x))
+        copied = _copied(dslots, 0, row, accumulator(x))
         start = jnp.zeros((1,), jnp.int32)
-        return _backward(x, weight, bias, history, dy, copied, tokens, start, silu)
+        rows = _Rows(x, dy, history, copied, tokens, start)
+        return _backward(weight, bias, rows, spec.activation)
 
     dx, dz, products, dhistory = jax.vmap(of_row)(
-        x, xla.with_zeros(history), dy, dslots, xla.tokens_of_runs(runs), row
+        x,
+        spec.columns.joined(dy),
+        with_zeros(operands.history),
+        dslots,
+        row,
+        tokens_of_runs(runs),
     )
-    return dx, *_filter_sums(dz, products), dhistory[:, 0]
+    return dx, *_filter_gradients(dz, products), dhistory[:, 0]
