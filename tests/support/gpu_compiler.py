@@ -165,7 +165,7 @@ def compile_kernels(
     import jax
 
     from jax_causal_conv import target_compute_capability
-    from jax_causal_conv.lowered import lowered_kernels
+    from jax_causal_conv.kernels.lowered import lowered_kernels
 
     with target_compute_capability(compute_capability):
         traced = jax.jit(function).trace(*arguments)
