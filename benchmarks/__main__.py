@@ -23,9 +23,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import machine, tune
+from benchmarks.machine_code import expect_no_gpu
 from benchmarks.peers import PACKAGES
 from benchmarks.suites import SUITES, Options, Row, best_peers, run_case
-from tests.gpu_compiler import expect_no_gpu
 
 _COLUMNS = ("us", "p10-p90", "GB/s", "{}", "x ours", "error", "kernels")
 

@@ -34,12 +34,13 @@ def missing_for_kernels() -> str | None:
     for module in ("triton", "jax_triton"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
-    if not any(_is_importable(f"jax_cuda{version}_plugin") for version in (12, 13)):
+    if not any(is_importable(f"jax_cuda{version}_plugin") for version in (12, 13)):
         return "no jax-cuda12-plugin or jax-cuda13-plugin is installed"
     return None
 
 
-def _is_importable(name: str) -> bool:
+def is_importable(name: str) -> bool:
+    """Whether there is such a module, though it be inside a package that is absent."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # not even its parent

@@ -34,7 +34,7 @@ from jax_causal_conv import (
     causal_conv1d_fn,
     causal_conv1d_update,
 )
-from jax_causal_conv.dispatch import (
+from jax_causal_conv.op.primitive import (
     DEFAULT_COMPUTE_CAPABILITY,
     visible_compute_capability,
 )

@@ -13,9 +13,7 @@ import numpy as np
 from jax import lax
 
 from .columns import Columns
-
-PAD_SLOT_ID = -1
-"""The slot number that means "skip this sequence" unless the caller names another."""
+from .operands import PAD_SLOT_ID
 
 IMPLEMENTATIONS = (None, "xla", "triton", "interpret")
 
@@ -165,14 +163,14 @@ def host_integers(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def silu_wanted(activation: Any) -> bool:
-    """None/False: no activation; "silu"/"swish"/True: silu."""
-    if activation is None:
-        return False
-    if isinstance(activation, (bool, np.bool_)):
-        return bool(activation)
-    if isinstance(activation, str) and activation in ("silu", "swish"):
-        return True
+ACTIVATIONS = {None: None, False: None, "silu": "silu", "swish": "silu", True: "silu"}
+
+
+def activation_name(activation: Any) -> str | None:
+    """The canonical name of an activation, None for none."""
+    known = activation is None or isinstance(activation, (bool, np.bool_, str))
+    if known and activation in ACTIVATIONS:
+        return ACTIVATIONS[activation]
     raise ValueError(
         f'activation must be None, "silu", "swish", True or False, got {activation!r}'
     )

@@ -14,11 +14,12 @@ import numpy as np
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from . import checks, xla
-from .checks import PAD_SLOT_ID
+from . import batch as xla
+from . import checks
 from .columns import Output
 from .dense import causal_conv1d
 from .metadata import ConvMetadata
+from .operands import PAD_SLOT_ID
 from .packed import causal_conv1d_fn
 from .ssd import ssd, ssd_packed
 from .update import causal_conv1d_update
@@ -102,7 +103,7 @@ class CausalConv1d(nnx.Module):
     ):
         self.features = checks.static_int("features", features, minimum=0)
         self.kernel_size = checks.static_int("kernel_size", kernel_size, minimum=1)
-        checks.silu_wanted(activation)
+        checks.activation_name(activation)
         self.use_bias = use_bias
         self.activation = activation
         self.dtype = dtype

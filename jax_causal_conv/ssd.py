@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from . import checks, xla
-from .checks import PAD_SLOT_ID
+from . import batch as xla
+from . import checks
+from .operands import PAD_SLOT_ID
 
 _LOWEST = -1000.0
 """exp of it, and of anything below, is 0 in every dtype."""

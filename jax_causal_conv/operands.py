@@ -1,0 +1,149 @@
+"""What the conv's ops are called with: a record of what is static, one of arrays.
+
+Both travel whole from the public op to the implementation. `ConvSpec` is known while
+jax traces. The other records are pytrees: one field per operand, None where the caller
+gave none; what stands for an operand may be an array, its shape, its sharding, its
+cotangent, or the names of its dimensions.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .columns import ALL, Columns
+
+PAD_SLOT_ID = -1
+"""The slot number that means "skip this sequence" unless the caller names another."""
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """What is static about one call of a conv op.
+
+    Attributes:
+        activation: the canonical name of the activation, None for none.
+        columns: which columns of x are read, and the parts of the output.
+        pad_slot_id: the slot number that means "skip this sequence".
+        final_state_len: L of the dense op's final state; None if none is wanted.
+    """
+
+    activation: str | None = None
+    columns: Columns = ALL
+    pad_slot_id: int = PAD_SLOT_ID
+    final_state_len: int | None = None
+
+
+class PackedOperands(NamedTuple):
+    """Arrays of `causal_conv1d_fn`, in the letters of its docstring.
+
+    Attributes:
+        x: `(T, D)`, or wider: see `Columns`.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        states: `(S, L, D)`.
+        query_start_loc: `(N+1,)` int32, any values.
+        slots: `(N,)` int32, the slot of each sequence; None is `arange(N)`.
+        has_initial_state: `(N,)` bool; None is all False.
+        num_rejected: `(N,)` int32; None is 0.
+        metadata: a `ConvMetadata`; None leaves it to the kernels' launch.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    states: Any
+    query_start_loc: Any
+    slots: Any = None
+    has_initial_state: Any = None
+    num_rejected: Any = None
+    metadata: Any = None
+
+
+class UpdateOperands(NamedTuple):
+    """Arrays of `causal_conv1d_update`.
+
+    Attributes:
+        x: `(B, Q, D)`, or wider.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        states: `(S, L, D)`.
+        slots: `(B,)` int32; None is `arange(B)`.
+        cache_seqlens: `(B,)` int32, positions in circular buffers; None: none are.
+        num_rejected: `(B,)` int32; None is 0.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    states: Any
+    slots: Any = None
+    cache_seqlens: Any = None
+    num_rejected: Any = None
+
+
+class DenseOperands(NamedTuple):
+    """Arrays of `causal_conv1d`.
+
+    Attributes:
+        x: `(B, T, D)`, or wider.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        states: `(B, L, D)`, the state before each row; None is zeros.
+        segment_ids: `(B, T)` int32; None is one document a row.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    states: Any = None
+    segment_ids: Any = None
+
+
+class PackedBackwardOperands(NamedTuple):
+    """Arrays of the gradient of a packed batch.
+
+    Attributes:
+        x: `(T, D)`, or wider.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        history: `(N, W-1, D)`, the rows before each sequence's first token.
+        dy: a tuple with the cotangent of each part of the output.
+        dslots: `(N, L, D)`, the cotangent of what each sequence left in its slot.
+        query_start_loc: `(N+1,)` int32.
+        live: `(N,)` bool, the sequences that were not skipped.
+        metadata: that of the forward.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    history: Any
+    dy: Any
+    dslots: Any
+    query_start_loc: Any
+    live: Any
+    metadata: Any = None
+
+
+class RowsBackwardOperands(NamedTuple):
+    """Arrays of the gradient of B rows of equal length.
+
+    Attributes:
+        x: `(B, T, D)`, or wider.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        history: `(B, W-1, D)`, the rows before each row's first token.
+        dy: a tuple with the cotangent of each part of the output.
+        dslots: `(B, L, D)`, the cotangent of what the last run of real tokens of each
+            row left in its slot; None is zeros.
+        live: `(B,)` bool, the rows that were not skipped; None is all.
+        segment_ids: `(B, T)` int32; None is one document a row.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    history: Any
+    dy: Any
+    dslots: Any = None
+    live: Any = None
+    segment_ids: Any = None
