@@ -1,4 +1,4 @@
-"""The end-to-end suite: a Mamba2 model with random weights in the example's engine.
+"""The end-to-end suite: a Mamba2 model with random weights in the engine.
 
 The conv's share of a step is read from a profile on a GPU: the durations of this
 package's kernels over those of all kernels, in the same steps. On a CPU, where XLA
@@ -20,9 +20,8 @@ from benchmarks import timing
 from benchmarks.cases import Case, Options, Row
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
-from examples.mamba2.engine import Engine, Request
-from examples.mamba2.model import Mamba2Config, Mamba2LM
 from jax_causal_conv import build_metadata, causal_conv1d_fn
+from jax_causal_conv.mamba2 import Engine, Mamba2Config, Mamba2LM, Request
 
 # The published sizes of state-spaces/mamba2-*, their vocabulary padded to 50,288.
 SHAPES = {

@@ -4,11 +4,11 @@ from .chunks import ConvMetadata
 from .compat import __version__
 from .dense import causal_conv1d
 from .halo import halo_state
+from .mamba2.ssd import ssd, ssd_packed
 from .metadata import build_metadata, validate_batch
 from .op.primitive import target_compute_capability
 from .operands import PAD_SLOT_ID
 from .packed import causal_conv1d_fn
-from .ssd import ssd, ssd_packed
 from .states import layer_slots, varlen_conv_states
 from .update import causal_conv1d_update
 

@@ -176,6 +176,31 @@ def activation_name(activation: Any) -> str | None:
     )
 
 
+def exact_products(precision: Any) -> bool:
+    """None or "highest": products of float32 operands; "default": the fastest ones."""
+    if precision in (None, "highest", lax.Precision.HIGHEST):
+        return True
+    if precision in ("default", lax.Precision.DEFAULT):
+        return False
+    raise ValueError(
+        f'precision must be None, "highest" or "default", got {precision!r}'
+    )
+
+
+def limits(name: str, value: Any) -> tuple[float, float]:
+    """A pair of static numbers, the least and the largest allowed."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair (least, largest), got {value!r}")
+    numbers = (int, float, np.integer, np.floating)
+    for number in value:
+        if isinstance(number, bool) or not isinstance(number, numbers):
+            raise TypeError(f"{name} must be a pair of static floats, got {value!r}")
+    low, high = map(float, value)
+    if not low <= high:  # nor is NaN a limit
+        raise ValueError(f"{name} must have least <= largest, got {value!r}")
+    return low, high
+
+
 def columns(
     channel_offset: Any, split: Any, x: jax.Array, weight: Any
 ) -> tuple[int, Columns]:

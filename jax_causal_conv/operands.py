@@ -1,13 +1,14 @@
-"""What the conv's ops are called with: a record of what is static, one of arrays.
+"""What the ops are called with: a record of what is static, one of arrays.
 
-Both travel whole from the public op to the implementation. `ConvSpec` is known while
-jax traces. The other records are pytrees: one field per operand, None where the caller
+Both travel whole from the public op to the implementation. A spec is known while jax
+traces. The other records are pytrees: one field per operand, None where the caller
 gave none; what stands for an operand may be an array, its shape, its sharding, its
 cotangent, or the names of its dimensions.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .columns import ALL, Columns
 
@@ -147,3 +148,90 @@ class RowsBackwardOperands(NamedTuple):
     dslots: Any = None
     live: Any = None
     segment_ids: Any = None
+
+
+@dataclass(frozen=True)
+class SSDSpec:
+    """What is static about one call of an SSD op.
+
+    Attributes:
+        chunk_size: c, the tokens of a chunk, at most all of them.
+        dt_softplus: whether step sizes are softplus of what is given.
+        dt_limit: the least and the largest step size.
+        exact: whether products have float32 operands, or those of x's dtype may do.
+        max_prefills: how many live sequences of more than one token the packed op
+            serves.
+        pad_slot_id: the slot number that means "skip", in the packed op.
+        final_state: whether the dense op returns one.
+    """
+
+    chunk_size: int
+    dt_softplus: bool = False
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    exact: bool = True
+    max_prefills: int = 0
+    pad_slot_id: int = PAD_SLOT_ID
+    final_state: bool = False
+
+    columns: ClassVar[Columns] = ALL
+
+    @property
+    def limits_dt(self) -> bool:
+        """Whether `dt_limit` limits anything: by default it is never looked at."""
+        return self.dt_limit != (0.0, math.inf)
+
+
+class SSDOperands(NamedTuple):
+    """Arrays of `ssd`.
+
+    Attributes:
+        x: `(B, T, H, P)`.
+        dt: `(B, T, H)`.
+        A: `(H,)`.
+        B: `(B, T, G, K)`.
+        C: `(B, T, G, K)`.
+        D: `(H,)` or `(H, P)`.
+        dt_bias: `(H,)`, added to dt.
+        states: `(B, H, P, K)`, the state before each row; None is zeros.
+        segment_ids: `(B, T)` int32; None is one document a row.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any = None
+    dt_bias: Any = None
+    states: Any = None
+    segment_ids: Any = None
+
+
+class SSDPackedOperands(NamedTuple):
+    """Arrays of `ssd_packed`.
+
+    Attributes:
+        x: `(T, H, P)`.
+        dt: `(T, H)`.
+        A: `(H,)`.
+        B: `(T, G, K)`.
+        C: `(T, G, K)`.
+        D: `(H,)` or `(H, P)`.
+        dt_bias: `(H,)`, added to dt.
+        states: `(S, H, P, K)`.
+        query_start_loc: `(N+1,)` int32, any values.
+        slots: `(N,)` int32, the slot of each sequence; None is `arange(N)`.
+        has_initial_state: `(N,)` bool; None is all False.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    dt_bias: Any
+    states: Any
+    query_start_loc: Any
+    slots: Any = None
+    has_initial_state: Any = None

@@ -8,6 +8,7 @@ donated cache can be updated in place.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +33,25 @@ from ..operands import (
 )
 from ..slots import history_before, ring_before, wide_slots
 from . import primitive, sharding
-from .ops import DENSE, PACKED, PACKED_BACKWARD, ROWS_BACKWARD, UPDATE
+from .ops import (
+    DENSE,
+    PACKED,
+    PACKED_BACKWARD,
+    ROWS_BACKWARD,
+    SSD,
+    SSD_PACKED,
+    UPDATE,
+)
 from .record import Op
-
-Operands = PackedOperands | UpdateOperands | DenseOperands
 
 
 def call(
-    op: Op, implementation: str | None, spec: ConvSpec, operands: Operands
+    op: Op, implementation: str | None, spec: Any, operands: Any
 ) -> tuple[jax.Array, ...]:
     """A public op on checked operands, differentiable, on any mesh.
 
     Returns:
-        The parts of the output (see `Columns`), then the states if there are any.
+        The output, or its parts (see `Columns`), then the states if there are any.
     """
     operands = jax.tree.map(jnp.asarray, operands)
     if implementation == "xla":
@@ -280,6 +287,20 @@ def _dense_backward(implementation, spec, operands: DenseOperands, cotangents):
     return (_cotangents(operands, states=dstates, **gradients),)
 
 
+def _through_xla(op: Op) -> tuple[Callable, Callable]:
+    """The rule of an op that has no backward of its own: that of XLA, computed anew."""
+
+    def forward(implementation, spec, operands):
+        return primitive.run(op, implementation, spec, operands), operands
+
+    def backward(implementation, spec, operands, cotangents):
+        del implementation
+        _, pull_back = jax.vjp(functools.partial(op.xla, spec), operands)
+        return pull_back(tuple(cotangents))
+
+    return forward, backward
+
+
 def _rule(op: Op, forward: Callable, backward: Callable) -> Callable:
     """The op as a function of implementation, spec and operands, with its rule."""
     function = jax.custom_vjp(
@@ -293,4 +314,6 @@ _RULES = {
     PACKED: _rule(PACKED, _packed_forward, _packed_backward),
     UPDATE: _rule(UPDATE, _update_forward, _update_backward),
     DENSE: _rule(DENSE, _dense_forward, _dense_backward),
+    SSD: _rule(SSD, *_through_xla(SSD)),
+    SSD_PACKED: _rule(SSD_PACKED, *_through_xla(SSD_PACKED)),
 }

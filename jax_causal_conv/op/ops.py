@@ -1,6 +1,7 @@
-"""The conv's ops, one record each: all that jax knows of an op stands here."""
+"""The ops, one record each: all that jax knows of an op stands here."""
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +16,12 @@ from ..operands import (
     PackedBackwardOperands,
     PackedOperands,
     RowsBackwardOperands,
+    SSDOperands,
+    SSDPackedOperands,
+    SSDSpec,
     UpdateOperands,
 )
-from ..xla import backward, forward
+from ..xla import backward, forward, ssd
 from .record import Op
 
 
@@ -25,6 +29,12 @@ def _kernels() -> ModuleType:
     from ..kernels import launch
 
     return launch
+
+
+def _ssd_kernels() -> ModuleType:
+    from ..kernels import launch_ssd
+
+    return launch_ssd
 
 
 def _like(array: Any) -> jax.ShapeDtypeStruct:
@@ -65,29 +75,56 @@ def _gradients(
     ]
 
 
-def _rows_own_slots(spec: ConvSpec, operands: UpdateOperands) -> bool:
+def _rows_and_slots(spec: ConvSpec, operands: UpdateOperands) -> dict[str, str]:
+    """Rows that own their slots one to one may be sharded together; no others."""
     as_many = operands.x.shape[0] == operands.states.shape[0]
-    return operands.slots is None and as_many and spec.pad_slot_id == PAD_SLOT_ID
+    own = operands.slots is None and as_many and spec.pad_slot_id == PAD_SLOT_ID
+    return {"S": "B"} if own else {"S": "s", "B": "b"}
 
 
-def _more_rows(
-    spec: ConvSpec, operands: DenseOperands, axes: DenseOperands, size: int
-) -> DenseOperands | None:
-    """Dense op under vmap over anything but its filter: more rows of one batch."""
+def _groups(spec: SSDSpec, operands: SSDOperands | SSDPackedOperands) -> dict[str, str]:
+    """Groups are sharded as their heads are; a single one is everybody's."""
     del spec
-    rows = operands.x.shape[axes.x : axes.x + 2]
-    if axes.weight or axes.bias or not 0 < size * math.prod(rows) < 2**31:
-        return None
+    return {"G": "g" if operands.B.shape[-2] == 1 else "H"}
 
-    def fold(array, mapped):
-        if not mapped:
-            array = jnp.broadcast_to(array, (size, *array.shape))
-        return array.reshape(-1, *array.shape[2:])
 
-    filters = {"weight": operands.weight, "bias": operands.bias}
-    rest = operands._replace(weight=None, bias=None)
-    axes = axes._replace(weight=None, bias=None)
-    return jax.tree.map(fold, rest, axes)._replace(**filters)
+def _fold_rows(*shared: str) -> Callable[..., Any]:
+    """The fold of an op on rows: vmap over all but the `shared` fields adds rows."""
+
+    def fold(spec: Any, operands: Any, axes: Any, size: int) -> Any:
+        del spec
+        rows = operands.x.shape[axes.x : axes.x + 2]
+        if any(getattr(axes, name) for name in shared):
+            return None
+        if not 0 < size * math.prod(rows) < 2**31:
+            return None
+
+        def fold_one(array, mapped):
+            if not mapped:
+                array = jnp.broadcast_to(array, (size, *array.shape))
+            return array.reshape(-1, *array.shape[2:])
+
+        absent = dict.fromkeys(shared)
+        folded = jax.tree.map(
+            fold_one, operands._replace(**absent), axes._replace(**absent)
+        )
+        return folded._replace(**{name: getattr(operands, name) for name in shared})
+
+    return fold
+
+
+def _ssd_results(spec: SSDSpec, operands: SSDOperands) -> list:
+    x, states = operands.x, operands.states
+    if not spec.final_state:
+        return [_like(x)]
+    shape = (x.shape[0], *x.shape[2:], operands.B.shape[-1])
+    dtype = accumulator(x) if states is None else states.dtype
+    return [_like(x), jax.ShapeDtypeStruct(shape, dtype)]
+
+
+def _ssd_packed_results(spec: SSDSpec, operands: SSDPackedOperands) -> list:
+    del spec
+    return [_like(operands.x), _like(operands.states)]
 
 
 PACKED = Op(
@@ -124,7 +161,7 @@ UPDATE = Op(
     ),
     result_dims=("B q Y", "S l D"),
     result_shapes=_with_states,
-    own_rows=_rows_own_slots,
+    rename=_rows_and_slots,
 )
 
 DENSE = Op(
@@ -136,7 +173,7 @@ DENSE = Op(
     ),
     result_dims=("B t Y", "B l D"),
     result_shapes=_dense_results,
-    fold=_more_rows,
+    fold=_fold_rows("weight", "bias"),
 )
 
 PACKED_BACKWARD = Op(
@@ -176,4 +213,47 @@ ROWS_BACKWARD = Op(
     result_shapes=_gradients,
 )
 
-OPS = (PACKED, UPDATE, DENSE, PACKED_BACKWARD, ROWS_BACKWARD)
+SSD = Op(
+    name="ssd",
+    xla=ssd.dense,
+    launches=lambda: _ssd_kernels().dense,
+    dims=SSDOperands(
+        x="B t H p",
+        dt="B t H",
+        A="H",
+        B="B t G k",
+        C="B t G k",
+        D="H p",
+        dt_bias="H",
+        states="B H p k",
+        segment_ids="B t",
+    ),
+    result_dims=("B t H p", "B H p k"),
+    result_shapes=_ssd_results,
+    rename=_groups,
+    fold=_fold_rows("A", "D", "dt_bias"),
+)
+
+SSD_PACKED = Op(
+    name="ssd_packed",
+    xla=ssd.packed,
+    launches=lambda: _ssd_kernels().packed,
+    dims=SSDPackedOperands(
+        x="t H p",
+        dt="t H",
+        A="H",
+        B="t G k",
+        C="t G k",
+        D="H p",
+        dt_bias="H",
+        states="s H p k",
+        query_start_loc="q",
+        slots="n",
+        has_initial_state="n",
+    ),
+    result_dims=("t H p", "s H p k"),
+    result_shapes=_ssd_packed_results,
+    rename=_groups,
+)
+
+OPS = (PACKED, UPDATE, DENSE, PACKED_BACKWARD, ROWS_BACKWARD, SSD, SSD_PACKED)

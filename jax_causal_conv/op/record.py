@@ -26,8 +26,9 @@ class Op:
             part of the output.
         result_shapes: `(spec, operands) -> list` of `jax.ShapeDtypeStruct`, from
             anything with a shape and a dtype.
-        own_rows: `(spec, operands) -> bool`, whether rows B own the slots S of a state
-            one to one, so that both may be sharded. None is never.
+        rename: `(spec, operands) -> dict`, other names for dimensions in this call:
+            two that are sharded alike get one name, of which all sizes are then
+            multiples of the least. None renames nothing.
         fold: `(spec, operands, axes, size) -> operands or None`, the op under vmap as
             one call: operands with the mapped axis (in front where `axes` is True)
             folded into rows, or None where that cannot be.
@@ -39,7 +40,7 @@ class Op:
     dims: Any
     result_dims: tuple[str, ...]
     result_shapes: Callable[..., list]
-    own_rows: Callable[..., bool] | None = None
+    rename: Callable[..., dict[str, str]] | None = None
     fold: Callable[..., Any] | None = None
 
     def __repr__(self) -> str:

@@ -140,23 +140,63 @@ def partitioned(
     stamp = np.array([zlib.crc32(says)], np.uint32)
 
     divided = custom_partitioning(lambda _, *leaves: tuple(function(*leaves)))
-    # In the order of their first appearance, as Shardy wants its factors.
-    letters = dict.fromkeys(name for dims in (*operands, *results) for name in dims)
+    avals = [jax.ShapeDtypeStruct((1,), np.uint32), *ctx.avals_in, *ctx.avals_out]
+    rule, factors, sizes = _sharding_rule(operands, results, avals)
     divided.def_partition(
         partition,
-        sharding_rule=" -> ".join(
-            ", ".join(map(" ".join, side)) for side in (operands, results)
-        ),
-        need_replication_factors=tuple(filter(str.islower, letters)),
+        sharding_rule=rule,
+        need_replication_factors=tuple(filter(str.islower, factors)),
+        **sizes,
     )
     return functools.partial(divided, stamp)
+
+
+def _sizes(dimensions: Sequence[Sequence[str]], arrays: Sequence[Any]) -> dict:
+    """All sizes of each name, ascending."""
+    sizes: dict[str, set[int]] = {}
+    for names, array in zip(dimensions, arrays, strict=True):
+        for name, size in zip(names, array.shape, strict=True):
+            sizes.setdefault(name, set()).add(size)
+    return {name: sorted(all_sizes) for name, all_sizes in sizes.items()}
+
+
+def _sharding_rule(operands, results, avals) -> tuple[str, list[str], dict[str, int]]:
+    """The rule in Shardy's letters, its factors, and the sizes of those it needs.
+
+    Where a name has several sizes, heads and their groups say, a larger dimension is
+    the least size times a factor that cannot be sharded.
+    """
+    sizes = _sizes([*operands, *results], avals)
+    factors: dict[str, None] = {}  # in the order of their first appearance
+    needed: dict[str, int] = {}
+    sides = []
+    for names_of, arrays in (
+        (operands, avals[: len(operands)]),
+        (results, avals[len(operands) :]),
+    ):
+        side = []
+        for names, array in zip(names_of, arrays, strict=True):
+            dims = []
+            for name, size in zip(names, array.shape, strict=True):
+                least = sizes[name][0]
+                factors[name] = None
+                if size == least:
+                    dims.append(name)
+                    continue
+                inner = f"in{size // least}{name.lower()}"
+                factors[inner] = None
+                needed |= {name: least, inner: size // least}
+                dims.append(f"({name} {inner})")
+            side.append(" ".join(dims))
+        sides.append(", ".join(side))
+    return " -> ".join(sides), list(factors), needed
 
 
 def _names(op: Op, spec: Any, operands: Any) -> tuple[list, list]:
     """Names of the dimensions of each array of the operands, and of each result.
 
-    X and Y become D, or other names where x is wider or the output is split; S and B
-    become one, or names that cannot be sharded, as `op.own_rows` says.
+    X and Y become D, or other names where x is wider or the output is split; the op
+    may have more to say. An array of fewer dimensions has the first of them.
     """
     columns = spec.columns
     parts, rename = ["Y"], {"X": "D", "Y": "D"}
@@ -164,9 +204,8 @@ def _names(op: Op, spec: Any, operands: Any) -> tuple[list, list]:
         rename = {"X": "x", "D": "d", "Y": "d"}
         if columns.num_parts > 1:
             parts = [f"y{i}" for i in range(columns.num_parts)]
-    if op.own_rows is not None:
-        own = op.own_rows(spec, operands)
-        rename |= {"S": "B"} if own else {"S": "s", "B": "b"}
+    if op.rename is not None:
+        rename |= op.rename(spec, operands)
 
     def split(dims: Any) -> list[list[str]]:
         every: list[str] = []
@@ -180,7 +219,11 @@ def _names(op: Op, spec: Any, operands: Any) -> tuple[list, list]:
         for names, operand in zip(op.dims, operands, strict=True)
         if operand is not None
     ]
-    return split(present), split(op.result_dims)
+    ranks = (len(leaf.shape) for leaf in jax.tree.leaves(operands))
+    of_operands = [
+        names[:rank] for names, rank in zip(split(present), ranks, strict=True)
+    ]
+    return of_operands, split(op.result_dims)
 
 
 def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:
@@ -205,13 +248,15 @@ def _dimensions(params: dict, avals: Sequence[Any]) -> tuple[list, list]:
 def _axes_of(mesh, dimensions, shapes) -> dict[str, tuple]:
     """The mesh axes over which each dimension is to be divided, evenly."""
     axes: dict[str, tuple] = {}
+    sizes = _sizes(dimensions, shapes)
     for names, shape in zip(dimensions, shapes, strict=True):
         spec = [*shape.sharding.spec, *[None] * len(names)][: len(names)]
-        for name, over, size in zip(names, spec, shape.shape, strict=True):
+        for name, over in zip(names, spec, strict=True):
             if over is None or name.islower() or name in axes:
                 continue
             mesh_axes = over if isinstance(over, tuple) else (over,)
             free = set(mesh_axes).isdisjoint(itertools.chain(*axes.values()))
-            if free and size % math.prod(mesh.shape[a] for a in mesh_axes) == 0:
+            parts = math.prod(mesh.shape[a] for a in mesh_axes)
+            if free and all(size % parts == 0 for size in sizes[name]):
                 axes[name] = mesh_axes
     return axes

@@ -12,9 +12,8 @@ for package in ("matplotlib", "optax", "rich", "safetensors"):
 import jax
 import numpy as np
 
-from examples.mamba2 import checkpoint, serve, train
-from examples.mamba2.engine import Event
-from examples.mamba2.model import Mamba2LM
+from examples import serve, train
+from jax_causal_conv.mamba2 import Event, Mamba2LM, checkpoint
 
 pytestmark = pytest.mark.xdist_group("train_and_serve")
 
@@ -167,7 +166,7 @@ def test_served_requests_get_the_answers_they_get_alone(
 def test_serving_without_a_checkpoint_says_how_to_make_one(tmp_path, capsys):
     assert serve.main([str(tmp_path / "none")]) == 2
     message = capsys.readouterr().err
-    assert f"examples.mamba2.train --out {tmp_path / 'none'}" in message
+    assert f"examples.train --out {tmp_path / 'none'}" in message
 
 
 def test_serving_another_vocabulary_says_that_its_tokenizer_is_missing(

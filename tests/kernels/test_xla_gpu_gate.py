@@ -147,8 +147,8 @@ def ssd_step(slots, prefills):
 
 
 def sampling():
-    """The example's drawing of 64 tokens."""
-    from examples.mamba2.sampling import sample
+    """The engine's drawing of 64 tokens."""
+    from jax_causal_conv.mamba2 import sample
 
     logits = struct((SEQS, 1000), jnp.float32)
     of_rows = [jnp.uint32, jnp.int32, jnp.float32, jnp.int32, jnp.float32]

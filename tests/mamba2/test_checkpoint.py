@@ -15,8 +15,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from examples.mamba2.checkpoint import load, save
-from examples.mamba2.model import Mamba2Config, Mamba2LM
+from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM, load, save
 from tests.support import make_mamba2_goldens as goldens
 
 TIED, UNTIED, BIASED, _ = goldens.MODELS

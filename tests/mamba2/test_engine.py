@@ -13,10 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.mamba2.engine import Bucket, Engine, Event, QueueFull, Request
-from examples.mamba2.model import Mamba2Config, Mamba2LM
-from examples.mamba2.sampling import SamplingParams, sample
 from jax_causal_conv import PAD_SLOT_ID
+from jax_causal_conv.mamba2 import (
+    Bucket,
+    Engine,
+    Event,
+    Mamba2Config,
+    Mamba2LM,
+    QueueFull,
+    Request,
+    SamplingParams,
+    sample,
+)
 
 pytestmark = pytest.mark.xdist_group("mamba2_engine")
 

@@ -18,9 +18,8 @@ pytest.importorskip("safetensors")
 
 from flax import nnx
 
-from examples.mamba2.checkpoint import load
-from examples.mamba2.model import Mamba2Config, Mamba2LM
 from jax_causal_conv import PAD_SLOT_ID, ConvMetadata, build_metadata
+from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM, load
 from jax_causal_conv.nnx import Mamba2Mixer
 from tests.support import make_mamba2_goldens as goldens
 from tests.support.platforms import HAS_TRITON

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.mamba2.sampling import (
+from jax_causal_conv.mamba2.sampling import (
     SamplingParams,
     _from_distribution,
     filtered,

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_causal_conv.ssd import ssd, ssd_packed
+from jax_causal_conv.mamba2.ssd import ssd, ssd_packed
 from tests.support import checks
 from tests.support import ssd_reference as reference
 

@@ -1,7 +1,7 @@
 """What `ssd` and `ssd_packed` must compute: the recurrence, one token after another.
 
 Loops in numpy, in float64 whatever the inputs. Nothing is shared with
-`jax_causal_conv`. Letters as in `jax_causal_conv.ssd`.
+`jax_causal_conv`. Letters as in `jax_causal_conv.mamba2.ssd`.
 """
 
 import numpy as np

@@ -1,14 +1,15 @@
 """Continuous batching for `Mamba2LM`: requests come and go, one jitted call per step.
 
 A step packs one token of every decoding request and, within its budget of tokens, the
-next chunks of the prompts that still wait, runs the model over all of them and draws
+next chunks of the prompts that still wait. It runs the model over all of them and draws
 the next tokens, in one executable with donated caches. Batches are padded to one of a
-few shapes (`Bucket`), each compiled once, by `Engine.warmup` or on its first use.
+few shapes (`Bucket`), each of which is compiled once, by `Engine.warmup` or when it is
+first used.
 
-The newest token of each slot stays on the device, where the next step finds it. So a
-step is dispatched before the host knows what the one before it has drawn, and the host
-works while the device does. The price: a request that draws a stop token has already
-been given a row in the next step, whose result is thrown away.
+The newest token of each slot stays on the device, where the next step finds it. So the
+engine can dispatch a step before the host knows what the previous one has drawn, and
+the host works while the device does. The price is that a request which draws a stop
+token has already been given a row in the next step. That row's result is thrown away.
 """
 
 import functools
@@ -24,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from examples.mamba2.model import Mamba2LM
-from examples.mamba2.sampling import GREEDY, SamplingParams, sample
-from jax_causal_conv import PAD_SLOT_ID, ConvMetadata, build_metadata
+from ..metadata import ConvMetadata, build_metadata
+from ..operands import PAD_SLOT_ID
+from .model import Mamba2LM
+from .sampling import GREEDY, SamplingParams, sample
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -36,11 +38,17 @@ class QueueFull(RuntimeError):
 
 
 class Event(NamedTuple):
-    """What a step did to a request: a new token, its end, or both at once."""
+    """What a step did to a request: a new token, its end, or both at once.
+
+    Attributes:
+        id: number of the request.
+        token: the new token, or None if the request was cancelled.
+        finish_reason: why the request ended, in its last event; None in all others.
+    """
 
     id: int
-    token: int | None  # None: cancelled
-    finish_reason: FinishReason | None = None  # not None: the request's last event
+    token: int | None
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +62,8 @@ class Request:
         stop_token_ids: drawing one of these ends the request with "stop". It is the
             last of its tokens.
         on_event: called by `Engine.step` with each event of this request, in order. It
-            may submit and cancel requests. If it raises, `step` does, and the events
-            behind it are delivered by the next step.
+            may submit and cancel requests. If it raises an error, `step` raises that
+            error, and the next step delivers the events that come after this one.
     """
 
     prompt: Sequence[int] | np.ndarray
@@ -67,7 +75,7 @@ class Request:
 
 @dataclass(eq=False)
 class Generation:
-    """A request on its way; what `Engine.submit` returns. For reading only.
+    """The state of a request, which `Engine.submit` returns. For reading only.
 
     Times are those of `time.perf_counter`.
 
@@ -99,7 +107,7 @@ class Generation:
 
     @property
     def seed(self) -> int:
-        """What its draws depend on, beside their positions."""
+        """The seed of its draws, which depend on it and on their positions alone."""
         seed = self.request.sampling.seed
         return self.id % 2**32 if seed is None else seed
 
@@ -115,16 +123,22 @@ class Generation:
 
     @property
     def draws_scheduled(self) -> int:
-        """Tokens drawn, those on their way from the device included."""
+        """Tokens drawn so far, including those that have not reached the host yet."""
         return max(self.scheduled - len(self.prompt) + 1, 0)
 
 
 class Bucket(NamedTuple):
-    """The static shape of a step."""
+    """The static shape of a step.
 
-    tokens: int  # T
-    sequences: int  # N
-    prefills: int  # at most so many rows of more than one token
+    Attributes:
+        tokens: T, how many tokens it has room for.
+        sequences: N, how many rows it has room for.
+        prefills: how many of the rows may have more than one token.
+    """
+
+    tokens: int
+    sequences: int
+    prefills: int
 
 
 @dataclass(frozen=True)
@@ -168,47 +182,84 @@ class Stats(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A step's input from the host, padded to T tokens and N rows."""
+    """A step's input from the host, padded to T tokens and N rows.
 
-    tokens: np.ndarray  # (T,) int32, 0 where the token is still on the device
-    query_start_loc: np.ndarray  # (N+1,) int32
-    slots: np.ndarray  # (N,) int32, PAD_SLOT_ID in padding
-    has_initial_state: np.ndarray  # (N,) bool, False in the first chunk of a request
-    decodes: np.ndarray  # (N,) bool, the token is the slot's newest one
-    draws: np.ndarray  # (N,) bool, the row ends where the known tokens do
-    seeds: np.ndarray  # (N,) uint32; these five are zeros where nothing is drawn
-    positions: np.ndarray  # (N,) int32, of the token to draw
-    temperature: np.ndarray  # (N,) float32
-    top_k: np.ndarray  # (N,) int32
-    top_p: np.ndarray  # (N,) float32
+    `seeds` and what follows up to `top_p` are zero in rows that draw nothing.
+
+    Attributes:
+        tokens: `(T,)` int32, 0 where the token is still on the device.
+        query_start_loc: `(N+1,)` int32, as for `causal_conv1d_fn`.
+        slots: `(N,)` int32, PAD_SLOT_ID in padding.
+        has_initial_state: `(N,)` bool, False in the first chunk of a request.
+        decodes: `(N,)` bool, whether the row is its slot's newest token.
+        draws: `(N,)` bool, whether the row ends with the last known token of its
+            request, so that the next one is drawn.
+        seeds: `(N,)` uint32.
+        positions: `(N,)` int32, of the token to draw.
+        temperature: `(N,)` float32.
+        top_k: `(N,)` int32.
+        top_p: `(N,)` float32.
+        metadata: of `query_start_loc`, for the convs of all layers.
+    """
+
+    tokens: np.ndarray
+    query_start_loc: np.ndarray
+    slots: np.ndarray
+    has_initial_state: np.ndarray
+    decodes: np.ndarray
+    draws: np.ndarray
+    seeds: np.ndarray
+    positions: np.ndarray
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
     metadata: ConvMetadata
 
 
 class DeviceState(NamedTuple):
-    """What stays on the device from step to step."""
+    """What stays on the device from step to step.
 
-    cache: Any  # of the model
-    newest: jax.Array  # (S,) int32, the token that each slot's request drew last
+    Attributes:
+        cache: of the model, S slots.
+        newest: `(S,)` int32, the token that each slot's request drew last.
+    """
+
+    cache: Any
+    newest: jax.Array
 
 
 class Row(NamedTuple):
-    """A generation's share of a step."""
+    """A generation's share of a step.
+
+    Attributes:
+        generation: whose tokens these are.
+        start: position of the first of them in the request.
+        length: how many there are.
+        draws: whether the next token is drawn after the last of them.
+    """
 
     generation: Generation
-    start: int  # position of its first token in the request
+    start: int
     length: int
     draws: bool
 
     @property
     def decodes(self) -> bool:
+        """Whether its token is a drawn one, rather than part of the prompt."""
         return self.start >= len(self.generation.prompt)
 
 
 class Flight(NamedTuple):
-    """A step that the device may still be working on."""
+    """A step that the device may still be working on.
+
+    Attributes:
+        rows: who takes part.
+        tokens: `(N,)`, what the rows draw.
+        bucket, running, waiting, start, host_seconds: as in `StepStats`.
+    """
 
     rows: list[Row]
-    tokens: jax.Array  # (N,) drawn
+    tokens: jax.Array
     bucket: Bucket
     running: int
     waiting: int
@@ -290,8 +341,8 @@ class Engine:
             for t in mixed_sizes
             if t > 1
         ]
-        # A flat list: in every step the arguments are flattened, which takes 60 us for
-        # an nnx.State of 38 arrays, and 2 us for a list.
+        # The parameters are a flat list because every step flattens its arguments: that
+        # takes 60 us for an nnx.State of 38 arrays, and 2 us for a list.
         graph, params = nnx.split(model)
         self._params, params_tree = jax.tree.flatten(params)
         self._jitted = jax.jit(
@@ -342,7 +393,7 @@ class Engine:
             raise ValueError(
                 f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
             )
-        # Slots that will be given away by the next step are as good as taken.
+        # The next step moves as many of the waiting requests into slots as are free.
         if len(self._waiting) >= self._max_waiting + len(self._free):
             raise QueueFull(f"{len(self._waiting)} requests wait already")
         generation = Generation(
@@ -450,7 +501,7 @@ class Engine:
         tokens.copy_to_host_async()
         for generation, _, length, _ in rows:
             generation.scheduled += length
-            # Nothing more to compute: the next step may have the slot.
+            # Its last token is on its way, so the next step may give the slot away.
             if generation.draws_scheduled == generation.request.max_new_tokens:
                 self._release(generation)
         host_seconds = time.perf_counter() - start
@@ -465,7 +516,8 @@ class Engine:
                 prompts.append(generation)
             else:
                 rows.append(Row(generation, generation.scheduled, 1, True))
-        # Every prompt holds a slot, and the budget has a token per slot: some are left.
+        # The budget has a token for every slot, and each prompt holds a slot that takes
+        # no part in decoding: if there are prompts, there are tokens left for them.
         left, prefills = self._budget - len(rows), 0
         for generation in prompts:
             length = min(generation.prompt_left, left)
@@ -502,7 +554,8 @@ class Engine:
         now = time.perf_counter()
         for row, drawn in zip(flight.rows, tokens[: len(flight.rows)], strict=True):
             generation = row.generation
-            # Stopped by the step before, or cancelled, while this one was under way.
+            # The request may have been cancelled, or stopped by the previous step's
+            # token, while this step was under way.
             if not row.draws or generation.finish_reason is not None:
                 continue
             generation.tokens.append(drawn)
@@ -527,8 +580,8 @@ class Engine:
     def _release(self, generation: Generation) -> None:
         """Frees the slot, if there is one.
 
-        A step on its way may still write it. No harm is done: the device takes the
-        steps in turn, and a new request does not read what it finds there.
+        A step that is still under way may write to it. That does no harm: the device
+        takes the steps in turn, and a new request does not read what it finds there.
         """
         if self._running.pop(generation.id, None) is not None:
             self._free.append(generation.slot)
@@ -571,7 +624,7 @@ def _sizes(
 
 
 def _pack(rows: list[Row], bucket: Bucket) -> Batch:
-    """Puts rows back to back, then padding: empty rows, and tokens of nobody."""
+    """Puts the rows back to back, followed by empty rows and unused tokens."""
     num_tokens, n, _ = bucket
     tokens = np.zeros(num_tokens, np.int32)
     offsets = np.zeros(n + 1, np.int32)

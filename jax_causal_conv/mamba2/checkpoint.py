@@ -5,7 +5,8 @@
 - The original `state-spaces/mamba2-*`: config.json with "ssm_cfg" and
   pytorch_model.bin, which needs torch to be read, or its tensors as safetensors.
 
-Nothing is downloaded. The two name all tensors alike, but for the embedding table.
+Nothing is downloaded. Both layouts have the same names of tensors, except for the
+embedding table.
 
 In float32 a loaded model computes what transformers computes when it reads a whole
 text, to rounding. Known differences elsewhere: with `time_step_limit`, transformers (as
@@ -34,7 +35,8 @@ from jax.typing import DTypeLike
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from .model import Mamba2Config, Mamba2LM
+from .config import Mamba2Config
+from .model import Mamba2LM
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -45,7 +47,8 @@ _EMBEDDING = "backbone.embeddings.weight"
 _ORIGINAL_EMBEDDING = "backbone.embedding.weight"
 _HEAD = "lm_head.weight"
 
-# Few numbers, on which the decay of every token depends: never rounded to 16 bits.
+# The decay of every token depends on these few numbers: they are never rounded to 16
+# bits.
 _FLOAT32 = {"A_log", "D", "dt_bias"}
 
 # How safetensors and torch call the dtypes that are accepted.
@@ -62,7 +65,7 @@ _Where = tuple[Any, ...]
 
 
 class _Tensor(NamedTuple):
-    """A tensor of a file, not read yet. `dtype` is None where it is not accepted."""
+    """A tensor in a file, which `read` reads. `dtype` is None if it is not accepted."""
 
     shape: tuple[int, ...]
     dtype: np.dtype | None
@@ -109,7 +112,7 @@ def load(
         config = dataclasses.replace(config, chunk_size=chunk_size)
     with contextlib.ExitStack() as files:
         tensors = _open(directory, files)
-        # transformers, too, accepts the table's original name.
+        # Like transformers, this accepts the original name of the embedding table.
         if _ORIGINAL_EMBEDDING in tensors and _EMBEDDING not in tensors:
             tensors[_EMBEDDING] = tensors.pop(_ORIGINAL_EMBEDDING)
         try:
@@ -151,7 +154,7 @@ def _build(
     param_dtype: DTypeLike | None,
     implementation: str | None,
 ) -> Mamba2LM:
-    """The model with these tensors, all of which it must need."""
+    """Makes the model with these tensors, none of which may be missing or left over."""
     dtype = jax.dtypes.canonicalize_dtype(jnp.float32 if dtype is None else dtype)
     param_dtype = jax.dtypes.canonicalize_dtype(param_dtype or dtype)
     empty = nnx.eval_shape(  # shapes alone: nothing is initialised
@@ -221,7 +224,7 @@ def _name(where: _Where) -> str:
 
 
 def _turned(where: _Where, array: Any) -> Any:
-    """From our axes to torch's or back: a view.
+    """Turns an array's axes from our order to torch's, or back; it returns a view.
 
     A Linear's weight is the transpose of a kernel; a Conv1d's `(C, 1, W)` has an axis
     of length 1 that the conv's kernel `(C, W)` has not.

@@ -21,11 +21,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from examples.mamba2 import checkpoint
-from examples.mamba2.engine import Engine, Event, Generation, Request, StepStats
-from examples.mamba2.model import Mamba2LM
-from examples.mamba2.sampling import GREEDY, SamplingParams
-from examples.mamba2.train import END, VOCAB, documents
+from examples.byte_text import END, VOCAB, documents, printable, stop_tokens
+from jax_causal_conv.mamba2 import (
+    GREEDY,
+    Engine,
+    Event,
+    Generation,
+    Mamba2LM,
+    Request,
+    SamplingParams,
+    StepStats,
+    load,
+)
 
 BATCH_PLOT = "batch.png"
 
@@ -68,8 +75,7 @@ def streamer(write: Callable[[str], object]) -> Callable[[Event], None]:
     def on_event(event: Event) -> None:
         data = b"" if event.token in (None, END) else bytes([event.token])
         text = decoder.decode(data, final=event.finish_reason is not None)
-        # No escape sequence may reach the terminal.
-        write("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+        write(printable(text))
 
     return on_event
 
@@ -241,18 +247,18 @@ def plot(path: Path, run: Run) -> None:
 # ---- The program -------------------------------------------------------------------
 
 
-def load(path: Path) -> Mamba2LM:
+def load_byte_model(path: Path) -> Mamba2LM:
     """Loads a model that reads and writes bytes.
 
     Raises:
         ValueError: there is none, or it is another kind of model.
         FileNotFoundError: a file of the checkpoint is missing.
     """
-    config = path / checkpoint.CONFIG
+    config = path / "config.json"
     if not config.is_file():
         raise ValueError(
             f"no checkpoint in {path}; train one, which takes about two minutes:\n"
-            f"  python -m examples.mamba2.train --out {path}"
+            f"  python -m examples.train --out {path}"
         )
     vocab = json.loads(config.read_text(encoding="utf-8")).get("vocab_size")
     if vocab != VOCAB:
@@ -260,18 +266,12 @@ def load(path: Path) -> Mamba2LM:
             f"the model in {path} has a vocabulary of {vocab} tokens, which needs its "
             f"tokenizer; this program knows bytes only, a vocabulary of {VOCAB}"
         )
-    return checkpoint.load(path, dtype="float32")
-
-
-def stop_tokens(eos: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    if eos is None:
-        return ()
-    return eos if isinstance(eos, tuple) else (eos,)
+    return load(path, dtype="float32")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.mamba2.serve", description=__doc__.split("\n\n")[0]
+        prog="python -m examples.serve", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument(
         "checkpoint",
@@ -307,7 +307,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     try:
-        model = load(options.checkpoint)
+        model = load_byte_model(options.checkpoint)
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,12 +1,13 @@
 """Drawing the next token of every row of a batch, inside the jitted step.
 
 What a row draws depends on its own logits, its seed and its position in the request
-alone, never on the other rows: one uniform number from the key `(seed, position)` picks
-from the cumulative distribution.
+alone, never on the other rows: a uniform number, drawn with the key `(seed, position)`,
+picks from the row's cumulative distribution.
 
-Top-k and top-p need no sort: the logit of the last token to keep is found bit by bit,
-in 32 passes over the vocabulary, each of which counts (or weighs) the tokens from some
-logit upwards. XLA sorts 16 rows of 50,000 logits on a CPU ten times more slowly.
+Top-k and top-p do without a sort, which takes XLA ten times as long for 16 rows of
+50,000 logits on a CPU. They find the logit of the last token to keep bit by bit, in 32
+passes over the vocabulary. Each pass counts (or weighs) the tokens whose logit is at
+least some value.
 """
 
 import functools
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are drawn; greedily, as it stands.
+    """How a request's tokens are drawn; by default, greedily.
 
     Attributes:
         temperature: divides the logits; 0 is greedy decoding.
@@ -101,7 +102,7 @@ def filtered(
     """
     draws = temperature > 0
     smallest = jnp.finfo(jnp.float32).tiny
-    # Relative to the largest logit, so that no temperature makes anything overflow.
+    # Logits are taken relative to the largest, so that no temperature overflows exp.
     logits = logits.astype(jnp.float32)
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits / jnp.maximum(temperature, smallest)[:, None])
@@ -125,9 +126,9 @@ def filtered(
 def _where_any(mask: jax.Array, then: Callable[[], jax.Array], otherwise: jax.Array):
     """`then()`, which equals `otherwise` in the rows outside the mask.
 
-    On a CPU it is not computed where no row needs it. On a GPU the host, which launches
-    one branch or the other, would have to wait for the mask, and with it for the step:
-    there, and elsewhere, it is always computed.
+    On a CPU `then` is not computed unless some row needs it. Elsewhere it always is: on
+    a GPU the host, which launches one branch or the other, would have to wait for the
+    mask, and with it for the whole step.
     """
     return jax.lax.platform_dependent(
         cpu=lambda: jax.lax.cond(jnp.any(mask), then, lambda: otherwise), default=then
@@ -140,12 +141,14 @@ def _reaching(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.A
     Args:
         logits: `(V,)` float32. Of equal ones the first comes first.
         weights: `(V,)`, >= 0. Those of equal logits are equal, or 0.
-        target: scalar > 0 of the weights' dtype. What cannot be reached keeps all.
+        target: scalar > 0 of the weights' dtype. If all weights together do not reach
+            it, all tokens are kept.
 
     Returns:
         `(V,)` bool.
     """
-    # Unsigned integers in the order of the floats, in which -0.0 equals 0.0.
+    # The logits as unsigned integers of the same order. -0.0, which equals 0.0 but has
+    # other bits, becomes 0.0 first.
     logits = jnp.where(logits == 0, 0.0, logits)
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     sign = jnp.uint32(1 << 31)
@@ -169,7 +172,8 @@ def _from_distribution(
     """The first token of `(V,)` weights at which a random share of them is reached."""
     key = jax.random.fold_in(jax.random.key(seed), position)
     total = jnp.cumsum(weights)
-    # A parallel sum need not rise monotonously to the last bit: weightless tokens are
-    # excluded by name, and the largest sum is looked for.
+    # A cumsum in parallel may fall by a rounding error from one token to the next. So
+    # the total is the largest sum rather than the last, and tokens without weight are
+    # excluded explicitly.
     share = jax.random.uniform(key) * jnp.max(total)
     return jnp.argmax((total > share) & (weights > 0)).astype(jnp.int32)

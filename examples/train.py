@@ -4,7 +4,7 @@ The text is what every Python carries for `help()`: the topics of `pydoc_data`, 
 400,000 bytes without repetitions. Each topic is a document. Documents are packed back
 to back into rows, and segment ids keep them apart. Some are held out; the model has to
 predict them much better than the frequencies of byte pairs do. What is saved is a
-checkpoint in transformers' layout, which `examples.mamba2.serve` serves.
+checkpoint in transformers' layout, for `examples.serve` and `examples.generate`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import jax
@@ -27,42 +26,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from examples.mamba2 import checkpoint
-from examples.mamba2.model import Mamba2Config, Mamba2LM
+from examples.byte_text import END, VOCAB, documents
+from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM, save
 
-VOCAB = 256  # a token is a byte
-END = 0  # stands before and after every document; no text has it
-HELD_OUT_EVERY = 8  # of the topics in alphabetical order
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
 LOSS_CURVE = "loss.png"
 
 
-# ---- Text --------------------------------------------------------------------------
-
-
-def documents() -> tuple[list[bytes], list[bytes]]:
-    """The topics for training, and those held out.
-
-    Topics repeat each other, so every paragraph is kept once, in a held-out topic if
-    there is one that has it: nothing that is held out occurs in the training text.
-    """
-    names = sorted(topics)
-    held_out = names[::HELD_OUT_EVERY]
-    seen = set()
-
-    def new_paragraphs(name: str) -> bytes:
-        kept = []
-        for paragraph in topics[name].split("\n\n"):
-            words = tuple(paragraph.split())
-            if words not in seen:
-                seen.add(words)
-                kept.append(paragraph)
-        return "\n\n".join(kept).encode()
-
-    evaluation = [new_paragraphs(name) for name in held_out]
-    training = [new_paragraphs(name) for name in names if name not in held_out]
-    return [text for text in training if text], [text for text in evaluation if text]
+# ---- Rows --------------------------------------------------------------------------
 
 
 class Rows(NamedTuple):
@@ -280,7 +252,7 @@ def plot(path: Path, curve: Curve, bigram: float, tokens_per_step: int) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.mamba2.train", description=__doc__.split("\n\n")[0]
+        prog="python -m examples.train", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=4, help="rows per step")
@@ -332,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     cpu_seconds = time.process_time() - cpu_started
 
-    checkpoint.save(options.out, trainer.trained())
+    save(options.out, trainer.trained())
     tokens_per_step = options.batch * options.length
     plot(options.out / LOSS_CURVE, curve, bigram, tokens_per_step)
 
