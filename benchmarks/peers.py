@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -201,23 +201,24 @@ def launch(work: Workload, path: Path | None = None) -> Prepared:
     """A Triton kernel that does nothing, called as ours are: no call takes less."""
     import triton  # noqa: PLC0415 (only where there is a GPU)
 
-    from jax_causal_conv.kernels import bridge  # noqa: PLC0415 (needs jax-triton)
+    from jax_causal_conv.kernels import bridge, record  # noqa: PLC0415 (jax-triton)
 
-    call = functools.partial(
-        bridge.call,
-        triton.jit(_nothing),
-        scalars=[],
-        outputs=[jax.ShapeDtypeStruct((1,), work.dtype)],
-        grid=1,
-        num_warps=1,
-        constants={},
-        compute_capability=(visible_compute_capability() or DEFAULT_COMPUTE_CAPABILITY),
-    )
-    step = jax.jit(lambda x: call(arrays=[x]))
-    return Prepared(functools.partial(step, work.x), nbytes=0)
+    kernel = triton.jit(_nothing)
+    capability = visible_compute_capability() or DEFAULT_COMPUTE_CAPABILITY
+
+    def step(x):
+        out = jax.ShapeDtypeStruct((1,), work.dtype)
+        nothing = record.Launch(kernel, _One(x), _One(out), 1, 1, constants=None)
+        return bridge.call(nothing, compute_capability=capability)
+
+    return Prepared(functools.partial(jax.jit(step), work.x), nbytes=0)
 
 
-def _nothing(x_ptr, out_ptr, FAST: "tl.constexpr"):  # noqa: F821 (for Triton)
+class _One(NamedTuple):
+    array: Any
+
+
+def _nothing(inputs, outputs, C: "tl.constexpr"):  # noqa: F821 (for Triton)
     pass
 
 

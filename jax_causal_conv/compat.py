@@ -3,6 +3,9 @@
 Names say what a version can do, so that its number is compared here alone.
 """
 
+import functools
+import importlib.metadata
+
 import jax
 
 __version__ = "0.1.0"
@@ -22,3 +25,24 @@ CPU_CONVERTS_IN_EVERY_LOOP = _JAX >= (0, 11)
 
 From jax 0.11 on it does, unless a barrier keeps the wide array.
 """
+
+
+@functools.cache
+def kernel_compilers() -> dict[str, str]:
+    """The versions of what compiles the kernels, which must be installed."""
+    return {name: importlib.metadata.version(name) for name in ("jax-triton", "triton")}
+
+
+@functools.cache
+def _jax_triton() -> tuple[int, ...]:
+    return tuple(int(n) for n in kernel_compilers()["jax-triton"].split(".")[:2])
+
+
+def jax_triton_passes_updated_twice() -> bool:
+    """Does a kernel get an array that it updates in place behind its outputs, too?"""
+    return _jax_triton() < (0, 4)
+
+
+def jax_triton_has_backend_options() -> bool:
+    """Do compiler options go to jax-triton in a record, and results as `out_type`?"""
+    return _jax_triton() >= (0, 4)

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from .. import checks
-from ..compat import __version__
+from ..compat import __version__, kernel_compilers
 from . import sharding
 from .record import Op
 
@@ -94,10 +94,10 @@ def _jitted(op: Op, implementation: str, spec: Any) -> Callable:
 
 def _launched(op: Op, spec: Any, call: Callable) -> Callable:
     """The op as a function of its operands, by kernels that `call` launches."""
-    from ..kernels.launch import run as run_launches
+    from ..kernels import record
 
     launches = op.launches()
-    return lambda operands: run_launches(launches(spec, operands), call)
+    return lambda operands: record.run(launches(spec, operands), call)
 
 
 # Params of the primitive: `op`, with its static `spec`; `tree`, the record of operands
@@ -229,7 +229,7 @@ def _lower_to_triton(ctx, *leaves, **params):
     capability = _compute_capability()
     call = functools.partial(bridge.call, compute_capability=capability)
     kernels = _launched(params["op"], params["spec"], call)
-    target = (__version__, capability, bridge.VERSIONS)
+    target = (__version__, capability, kernel_compilers())
     function = sharding.partitioned(
         _function(params, kernels, _looped), params, ctx, target
     )

@@ -25,7 +25,7 @@ if reason := gpu_compiler.missing_for_kernels():
     pytest.skip(reason, allow_module_level=True)
 
 from benchmarks import kernel_report
-from jax_causal_conv.lowered import lowered_kernels
+from jax_causal_conv.kernels.lowered import lowered_kernels
 
 # 65,536 registers a multiprocessor leave room for 12 warps of 168. No limit is
 # set: most kernels take 128 or fewer under Triton 3.9, and under a limit of 128 some
