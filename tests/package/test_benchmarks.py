@@ -11,16 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compare_sass, imports, peers, programs, ssd_peers, timing
+from benchmarks import (
+    compare_sass,
+    imports,
+    machine_code,
+    peers,
+    programs,
+    ssd_peers,
+    timing,
+    tune,
+)
 from benchmarks.cases import OURS, Case, Options, run_case
 from benchmarks.compare_sass import Code, Key
 from benchmarks.imports import Absent
+from benchmarks.model_shapes import MODELS
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.suites import calls_into
 from benchmarks.timing import Prepared
-from benchmarks.tune import Change, applied, changes
+from benchmarks.tune import Change, changes
 from benchmarks.workload import Workload, WrongResult
-from jax_causal_conv.kernels import tiles
 from tests.support import REPOSITORY, reference, ssd_reference
 
 MIXED = Workload("packed", (1, 7, 1, 12), 40, 3, "float32", slots=9)
@@ -208,19 +217,42 @@ def test_files_of_a_package_are_loaded_and_the_rest_of_it_is_stood_in(tmp_path):
     assert "half_package.rest" not in sys.modules
 
 
-def test_tiles_change_only_within():
-    before = tiles.choose(5376, 4, 3, 32, 2)
-    block_m = tiles.default_block_m(2048, 4)
-    with applied(Change(block_n=512, num_warps=2, block_m=128)):
-        from jax_causal_conv import build_metadata
+TUNED = {
+    "packed": Workload("packed", (1, 7, 1, 40), 40, 3, "float32", slots=9),
+    "update": Workload("update", (1,) * 4, 40, 3, "float32", slots=9),
+    "dense": Workload("dense", (40, 40), 40, 3, "float32"),
+    "gradient": Workload("gradient", (40, 40), 40, 3, "float32"),
+}
 
-        within = tiles.choose(5376, 4, 3, 32, 2)
-        assert (within.block_n, within.num_warps) == (512, 2)
-        assert within.group == before.group
-        assert build_metadata(np.array([0, 2048]), 2048).block_m == 128
-    assert tiles.choose(5376, 4, 3, 32, 2) == before
-    assert tiles.default_block_m(2048, 4) == block_m
-    assert changes("prefill")[0] == Change()
+
+@pytest.mark.parametrize("op", TUNED)
+def test_kernels_with_changed_tiles_compute_the_workload(op):
+    pytest.importorskip("triton")
+    interpreter = pytest.importorskip("jax_causal_conv.kernels.interpreter")
+    work, change = TUNED[op], Change(block_n=16, num_warps=2, block_m=8)
+    chosen = change.of(tune.default_tiles(work))
+    assert (chosen.block_n, chosen.block_m, chosen.num_warps) == (16, 8, 2)
+    launches = []
+
+    def call(launch):
+        launches.append(launch)
+        return interpreter.call(launch)
+
+    one = tune.prepared(work, chosen, call)
+    errors = work.errors(one.view(one.call()))
+    assert max(errors.values()) < 1e-4
+    assert {(launch.num_warps, launch.constants.BLOCK_N) for launch in launches} == {
+        (2, 16)
+    }
+
+
+def test_changed_tiles_are_compiled_without_a_gpu():
+    if reason := machine_code.missing_for_kernels():
+        pytest.skip(reason)
+    (model,) = [m for m in MODELS if m.name == "Mamba2-2.7B"]
+    assert changes("decode")[0] == Change()
+    found = tune.compile_change("decode", model, Change(block_n=256, num_warps=2))
+    assert "0 B spilled" in found
 
 
 def test_python_calls_into_a_folder_are_counted():
