@@ -133,7 +133,9 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
             if (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID):
                 slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
                 first_ptr = row_ptr + first.to(tl.int64) * C.X
-                window = load_window(first_ptr, slot_ptr, first, found.history, block, C)
+                window = load_window(
+                    first_ptr, slot_ptr, first, found.history, block, C
+                )
                 window = convolve_rows(
                     first_ptr, out, window, filter, None, rows, block, C
                 )
