@@ -21,7 +21,6 @@ from .device import (
     offset_bound,
     only_if,
     preactivation,
-    reach,
     segments_before,
     widen,
     within_reach,
@@ -136,11 +135,15 @@ def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
         The finished dx of token t-(W-1), and the new `Walk`.
     """
     W: tl.constexpr = C.W
-    window = walk.window + (x,)
-    rows = within_reach(window, segments, C)
+    rows = walk.window + (x,)
+    if segments is not None:
+        # Padding sees nothing, not even itself: it may hold anything.
+        real = segments.last >= 0
+        reach = tl.where(real, segments.visible, -1)
+        rows = within_reach(walk.window, reach, C) + (tl.where(real, x, 0.0),)
     dz = through_activation(dy, preactivation(rows, filter, C), C)
     if segments is not None:
-        dz = tl.where(reach(segments) >= 0, dz, 0.0)
+        dz = tl.where(real, dz, 0.0)
     counted = dz
     if inside is not None:
         dz = tl.where(inside, dz, 0.0)
@@ -151,15 +154,14 @@ def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
         sums = sums + (tl.fma(counted, rows[k], walk.sums.taps[k]),)
         # Selected behind the product: even a tap that is NaN reaches only what it may.
         if segments is not None:
-            seen = reach(segments) >= W - 1 - k
-            back = tl.where(seen, filter.taps[k] * dz, 0.0)
+            back = tl.where(reach >= W - 1 - k, filter.taps[k] * dz, 0.0)
             dx = dx + (walk.pending[k] + back if k < W - 1 else back,)
         elif k < W - 1:
             dx = dx + (tl.fma(filter.taps[k], dz, walk.pending[k]),)
         else:
             dx = dx + (filter.taps[k] * dz,)
     sums = Filter(sums, walk.sums.bias + counted)
-    return dx[0], Walk(window[1:], dx[1:], sums)
+    return dx[0], Walk((walk.window + (x,))[1:], dx[1:], sums)
 
 
 @triton.jit
@@ -292,7 +294,6 @@ def backward_chunk(
         step = i + (W - 1)
         if segments is not None:
             segments = next_token_in(segments, 0, step, chunk, C)
-            segments = count_from(segments, 1)
         dx, walk = masked_step(
             x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C
         )
@@ -306,6 +307,8 @@ def backward_chunk(
         x_ptr += X
         dy_ptr += dy.stride
         dx_ptrs += D
+        if segments is not None:
+            segments = count_from(segments, 1)
     return walk.sums
 
 

@@ -269,8 +269,8 @@ def segments_before(ptr, first, C: tl.constexpr):
 def next_token(segments, number, C: tl.constexpr):
     """The `Segments` one token later; that token has this number from `ptr` on."""
     segment = tl.load(segments.ptr + number)
-    visible = tl.minimum(segments.visible + 1, C.W - 1)
-    visible = tl.where(segment == segments.last, visible, 0)
+    same = segment == segments.last
+    visible = tl.where(same, tl.minimum(segments.visible + 1, C.W - 1), 0)
     return Segments(segments.ptr, segment, visible)
 
 
@@ -281,46 +281,38 @@ def count_from(segments, number):
 
 
 @triton.jit
-def reach(segments):
-    """How many tokens back the last token sees; -1 if it is padding and sees none."""
-    return tl.where(segments.last >= 0, segments.visible, -1)
-
-
-@triton.jit
-def within_reach(window, segments, C: tl.constexpr):
-    """The window with rows that its last token must not see replaced by zeros.
-
-    Args:
-        window: W rows.
-        segments: as of the last of them; None if it sees them all.
-    """
+def within_reach(window, reach, C: tl.constexpr):
+    """The W-1 rows before a token, those further back than `reach` tokens as zeros."""
     W: tl.constexpr = C.W
-    if segments is not None:
-        rows = ()
-        for k in tl.static_range(W):
-            seen = reach(segments) >= W - 1 - k
-            rows = rows + (tl.where(seen, window[k], 0.0),)
-        return rows
-    else:
-        return window
+    rows = ()
+    for k in tl.static_range(W - 1):
+        rows = rows + (tl.where(reach >= W - 1 - k, window[k], 0.0),)
+    return rows
 
 
 @triton.jit
-def preactivation(window, filter, C: tl.constexpr):
-    """`bias + Σ_k taps[k] · window[k]` in float32."""
+def preactivation(rows, filter, C: tl.constexpr):
+    """`bias + Σ_k taps[k] · rows[k]` in float32."""
     W: tl.constexpr = C.W
     z = filter.bias
     for k in tl.static_range(W):
-        z = tl.fma(window[k], filter.taps[k], z)
+        z = tl.fma(rows[k], filter.taps[k], z)
     return z
 
 
 @triton.jit
-def filter_row(window, filter, segments, C: tl.constexpr):
-    """One row of output in float32, of a window of W rows; zeros for padding."""
-    y = activate(preactivation(within_reach(window, segments, C), filter, C), C)
+def filter_row(window, x, filter, segments, C: tl.constexpr):
+    """One row of output in float32; zeros for padding.
+
+    Args:
+        window: the W-1 float32 rows before row x, oldest first.
+        segments: as of this row, or None.
+    """
     if segments is not None:
-        y = tl.where(reach(segments) >= 0, y, 0.0)
+        window = within_reach(window, segments.visible, C)
+    y = activate(preactivation(window + (x,), filter, C), C)
+    if segments is not None:
+        y = tl.where(segments.last >= 0, y, 0.0)
     return y
 
 
@@ -355,31 +347,33 @@ def convolve_rows(
             row_ptr += GROUP * X
             ahead = load_rows(row_ptr, X, i + 1 < groups, block, C)
             for g in tl.static_range(GROUP):
-                window = window + (widen(fresh[g], C),)
+                x = widen(fresh[g], C)
                 if segments is not None:
                     segments = next_token(segments, g, C)
-                y = filter_row(window, filter, segments, C)
+                y = filter_row(window, x, filter, segments, C)
                 y = y.to(out.ptr.dtype.element_ty)
                 tl.store(out_ptrs + g * out.stride, y, mask=mask)
-                window = window[1:]
+                window = (window + (x,))[1:]
             fresh = ahead
             out_ptrs += GROUP * out.stride
             if segments is not None:
                 segments = count_from(segments, GROUP)
     # One row ahead here, too: the first is asked for together with the window.
     rest = rows % GROUP if GROUP > 1 else rows
-    x = load_row(row_ptr, only_if(rest > 0, block), C)
+    fresh_row = load_row(row_ptr, only_if(rest > 0, block), C)
     for i in range(rest):
         row_ptr += X
-        ahead = load_row(row_ptr, only_if(i + 1 < rest, block), C)
-        window = window + (widen(x, C),)
+        ahead_row = load_row(row_ptr, only_if(i + 1 < rest, block), C)
+        x = widen(fresh_row, C)
         if segments is not None:
-            segments = count_from(next_token(segments, 0, C), 1)
-        y = filter_row(window, filter, segments, C)
+            segments = next_token(segments, 0, C)
+        y = filter_row(window, x, filter, segments, C)
         tl.store(out_ptrs, y.to(out.ptr.dtype.element_ty), mask=mask)
-        window = window[1:]
-        x = ahead
+        window = (window + (x,))[1:]
+        fresh_row = ahead_row
         out_ptrs += out.stride
+        if segments is not None:
+            segments = count_from(segments, 1)
     return window
 
 
