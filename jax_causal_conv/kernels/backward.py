@@ -193,6 +193,52 @@ def next_token_in(segments, number, step, chunk, C: tl.constexpr):
 
 
 @triton.jit
+def finish_chunk(
+    x_ptr,
+    dy,
+    dx_ptrs,
+    dslot,
+    segments,
+    walk,
+    filter,
+    done,
+    chunk,
+    block,
+    C: tl.constexpr,
+):
+    """The rest of `backward_chunk`, after `done` of the chunk's dx, one row at a time.
+
+    Args:
+        x_ptr: scalar pointer to the next row of x that comes in.
+        dy: `Rows`, the first one that of the same token.
+        dx_ptrs: to the next row of dx that goes out.
+    """
+    W: tl.constexpr = C.W
+    mask = block.cols < block.limit
+    dy_ptr = dy.ptr
+    for i in range(done, chunk.rows):
+        step = i + (W - 1)
+        if segments is not None:
+            segments = next_token_in(segments, 0, step, chunk, C)
+        dx, walk = masked_step(
+            x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C
+        )
+        if dslot is not None:
+            token = chunk.first + i
+            row = token - dslot.end + C.L
+            copied = (token >= dslot.start) & (token < dslot.end) & (row >= 0)
+            from_slot = load_plain(dslot.ptr + row * C.D, only_if(copied, block))
+            dx += from_slot.to(tl.float32)
+        tl.store(dx_ptrs, dx.to(dx_ptrs.dtype.element_ty), mask=mask)
+        x_ptr += C.X
+        dy_ptr += dy.stride
+        dx_ptrs += C.D
+        if segments is not None:
+            segments = count_from(segments, 1)
+    return walk.sums
+
+
+@triton.jit
 def backward_chunk(
     x_ptr,
     dy,
@@ -290,26 +336,11 @@ def backward_chunk(
         if segments is not None:
             segments = count_from(segments, GROUP)
 
-    for i in range(groups * GROUP, chunk.rows):
-        step = i + (W - 1)
-        if segments is not None:
-            segments = next_token_in(segments, 0, step, chunk, C)
-        dx, walk = masked_step(
-            x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C
-        )
-        if dslot is not None:
-            token = chunk.first + i
-            row = token - dslot.end + C.L
-            copied = (token >= dslot.start) & (token < dslot.end) & (row >= 0)
-            from_slot = load_plain(dslot.ptr + row * D, only_if(copied, block))
-            dx += from_slot.to(tl.float32)
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        x_ptr += X
-        dy_ptr += dy.stride
-        dx_ptrs += D
-        if segments is not None:
-            segments = count_from(segments, 1)
-    return walk.sums
+    dy = Rows(dy_ptr, dy.stride)
+    done = groups * GROUP
+    return finish_chunk(
+        x_ptr, dy, dx_ptrs, dslot, segments, walk, filter, done, chunk, block, C
+    )
 
 
 @triton.jit

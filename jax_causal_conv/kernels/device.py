@@ -317,9 +317,7 @@ def filter_row(window, x, filter, segments, C: tl.constexpr):
 
 
 @triton.jit
-def convolve_rows(
-    row_ptr, out, window, filter, segments, rows, block, C: tl.constexpr
-):
+def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.constexpr):
     """Filters `rows` consecutive rows, the window rolling in registers.
 
     Each element of x is loaded and converted once. Whole groups of GROUP rows first,
