@@ -74,7 +74,7 @@ def _write_sums(inputs, outputs, chunk, block, C: tl.constexpr):
         mask = real[:, None] & in_h[None, :]
         at = (begin + rows).to(tl.int64)[:, None] * C.H + heads[None, :]
         dt = tl.load(inputs.dt + at, mask=mask, other=0.0)
-        dt = step_size(dt, inputs.dt_bias, heads[None, :], in_h[None, :], C)
+        dt = step_size(dt, inputs.dt_bias, heads[None, :], C)
         if inputs.run_start is not None:
             start = tl.load(
                 inputs.run_start + (begin + rows).to(tl.int64), mask=real, other=-1
@@ -150,7 +150,7 @@ def _stretch_step(inputs, begin, offset, length, head, channels, C: tl.constexpr
     at = (begin + rows).to(tl.int64)
     real = rows < length
     dt = tl.load(inputs.dt + at * C.H + head, mask=real, other=0.0)
-    dt = step_size(dt, inputs.dt_bias, head, None, C)
+    dt = step_size(dt, inputs.dt_bias, head, C)
     if inputs.run_start is not None:
         real = real & (_runs(inputs, begin, offset, length, C) >= 0)
     dt = tl.where(real, dt, 0.0)

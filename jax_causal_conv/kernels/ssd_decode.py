@@ -52,7 +52,7 @@ def step(inputs, outputs, state, slot, token, head, channels, C: tl.constexpr):
     B = tl.load(inputs.B + group + size, mask=in_k, other=0.0).to(tl.float32)
     read = tl.load(inputs.C + group + size, mask=in_k, other=0.0).to(tl.float32)
     dt = tl.load(inputs.dt + token * C.H + head)
-    dt = step_size(dt, inputs.dt_bias, head, None, C)
+    dt = step_size(dt, inputs.dt_bias, head, C)
     A = tl.load(inputs.A + head).to(tl.float32)
     decay = tl.exp2(dt * A * 1.4426950408889634)
     state = state * decay + (x * dt)[:, None] * B[None, :]

@@ -54,11 +54,11 @@ def softplus(v):
 
 
 @triton.jit
-def step_size(dt, bias_ptr, heads, mask, C: tl.constexpr):
+def step_size(dt, bias_ptr, heads, C: tl.constexpr):
     """dt as it takes part: with its bias, softplus and limits, in float32."""
     dt = dt.to(tl.float32)
     if bias_ptr is not None:
-        dt += tl.load(bias_ptr + heads, mask=mask, other=0.0).to(tl.float32)
+        dt += tl.load(bias_ptr + heads, mask=heads < C.H, other=0.0).to(tl.float32)
     if C.SOFTPLUS:
         dt = softplus(dt)
     if C.LOW is not None:  # by selection: NaN stays
@@ -96,6 +96,18 @@ def _to_tf32(a):
 
 
 @triton.jit
+def _cut(values):
+    """The upper 8 bits of float32 values, as bfloat16, and what is left.
+
+    Cut off, not rounded: that takes a mask and a subtraction, where a GPU rounds a
+    value that it also needs as float32 in a slow instruction.
+    """
+    bits = values.to(tl.int32, bitcast=True)
+    upper = (bits & -65536).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), values - upper
+
+
+@triton.jit
 def dot_left(wide, narrow, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     """`acc + wide @ narrow` for a float32 `wide`.
 
@@ -108,11 +120,10 @@ def dot_left(wide, narrow, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     """
     if narrow.dtype == tl.bfloat16:
         rest = wide
-        for i in tl.static_range(PARTS):
-            term = rest.to(tl.bfloat16)
+        for _ in tl.static_range(PARTS - 1):
+            term, rest = _cut(rest)
             acc = _dot(term, narrow, acc, FAST)
-            if i + 1 < PARTS:
-                rest = rest - term.to(tl.float32)
+        acc = _dot(rest.to(tl.bfloat16), narrow, acc, FAST)
     elif narrow.dtype == tl.float16:
         # float16 has too short a range for the terms, but TF32 holds its values.
         exact = narrow.to(tl.float32)
@@ -133,11 +144,10 @@ def dot_right(narrow, wide, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     """`acc + narrow @ wide`: as `dot_left`, from the other side."""
     if narrow.dtype == tl.bfloat16:
         rest = wide
-        for i in tl.static_range(PARTS):
-            term = rest.to(tl.bfloat16)
+        for _ in tl.static_range(PARTS - 1):
+            term, rest = _cut(rest)
             acc = _dot(narrow, term, acc, FAST)
-            if i + 1 < PARTS:
-                rest = rest - term.to(tl.float32)
+        acc = _dot(narrow, rest.to(tl.bfloat16), acc, FAST)
     elif narrow.dtype == tl.float16:
         exact = narrow.to(tl.float32)
         term = _to_tf32(wide)
