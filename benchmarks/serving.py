@@ -1,4 +1,4 @@
-"""The end-to-end suite: a Mamba2 model with random weights in the example's engine.
+"""The end-to-end suite: a Mamba2 model with random weights in the engine.
 
 The conv's share of a step is read from a profile on a GPU: the durations of this
 package's kernels over those of all kernels, in the same steps. On a CPU, where XLA
@@ -8,6 +8,7 @@ that of the step: what the conv would cost by itself.
 """
 
 import functools
+import re
 import statistics
 from collections.abc import Callable
 
@@ -16,12 +17,11 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import timing
-from benchmarks.suites import Case, Options, Row, conv_kernels
+from benchmarks.cases import Case, Options, Row
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
-from examples.mamba2.engine import Engine, Request
-from examples.mamba2.model import Mamba2Config, Mamba2LM
 from jax_causal_conv import build_metadata, causal_conv1d_fn
+from jax_causal_conv.mamba2 import Engine, Mamba2Config, Mamba2LM, Request
 
 # The published sizes of state-spaces/mamba2-*, their vocabulary padded to 50,288.
 SHAPES = {
@@ -109,7 +109,7 @@ def _share_by_profile(engine: Engine, config: Mamba2Config, slots: int) -> float
         engine.step()
     _, kernels = timing.device_kernels(Prepared(engine.step, lambda _: None), 20)
     engine.run()
-    pattern = conv_kernels()
+    pattern = _conv_kernels()
     own = sum(sum(times) for name, times in kernels.items() if pattern.search(name))
     return own / sum(map(sum, kernels.values()))
 
@@ -144,3 +144,8 @@ def _share_alone(config: Mamba2Config, slots: int, dtype: str, step: float) -> f
 
     timing.median_seconds(call, 3)
     return timing.median_seconds(call, 50) * 1e6 / step
+
+
+def _conv_kernels() -> re.Pattern:
+    """How the kernels of this package are called in a profile."""
+    return re.compile(r"(packed|update|dense|rows)(_backward)?_kernel")

@@ -163,7 +163,7 @@ def time_change(work: Workload, change: Change, seconds: float) -> Outcome:
             result = one.call()
             one.wait(result)
             if one.view is not None:
-                work.error(one.view(result))
+                work.errors(one.view(result))
             times = timing.measure(
                 {"ours": one},
                 seconds=seconds,

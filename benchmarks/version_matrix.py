@@ -68,16 +68,16 @@ _TOOLS = ("absl-py", "flatbuffers", "hypothesis", "pytest", "pytest-xdist")
 # selection; everything runs in CI, on one set of versions.
 SUITES = {
     "semantics": (
-        "tests/test_metadata.py",
-        "tests/test_packed.py",
-        "tests/test_update.py",
-        "tests/test_functional.py",
+        "tests/conv/test_metadata.py",
+        "tests/conv/test_packed.py",
+        "tests/conv/test_update.py",
+        "tests/conv/test_functional.py",
         "-k",
         "metadata or random or skipped or mixed_batch or wrapped or neither_copied",
     ),
-    "doctor": ("tests/test_doctor.py",),
-    "compile gate": ("tests/test_compile_gate.py",),
-    "XLA gate": ("tests/test_xla_gpu_gate.py",),
+    "doctor": ("tests/package/test_doctor.py",),
+    "compile gate": ("tests/kernels/test_compile_gate.py",),
+    "XLA gate": ("tests/kernels/test_xla_gpu_gate.py",),
 }
 
 

@@ -1,1 +1,1 @@
-"""Programs that use the package."""
+"""Programs that use the package; in a clone, `python -m examples.NAME` runs them."""

@@ -1,20 +1,21 @@
 """Causal depthwise conv1d with conv states, for Mamba-style models in JAX."""
 
-from .checks import PAD_SLOT_ID
+from .chunks import ConvMetadata
+from .compat import __version__
 from .dense import causal_conv1d
-from .dispatch import target_compute_capability
 from .halo import halo_state
-from .metadata import ConvMetadata, build_metadata, validate_batch
+from .mamba2.ssd import ssd, ssd_packed
+from .metadata import build_metadata, validate_batch
+from .op.primitive import target_compute_capability
+from .operands import PAD_SLOT_ID
 from .packed import causal_conv1d_fn
-from .ssd import ssd, ssd_packed
 from .states import layer_slots, varlen_conv_states
 from .update import causal_conv1d_update
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PAD_SLOT_ID",
     "ConvMetadata",
+    "__version__",
     "build_metadata",
     "causal_conv1d",
     "causal_conv1d_fn",

@@ -13,9 +13,7 @@ import numpy as np
 from jax import lax
 
 from .columns import Columns
-
-PAD_SLOT_ID = -1
-"""The slot number that means "skip this sequence" unless the caller names another."""
+from .operands import PAD_SLOT_ID
 
 IMPLEMENTATIONS = (None, "xla", "triton", "interpret")
 
@@ -165,17 +163,42 @@ def host_integers(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def silu_wanted(activation: Any) -> bool:
-    """None/False: no activation; "silu"/"swish"/True: silu."""
-    if activation is None:
-        return False
-    if isinstance(activation, (bool, np.bool_)):
-        return bool(activation)
-    if isinstance(activation, str) and activation in ("silu", "swish"):
-        return True
+ACTIVATIONS = {None: None, False: None, "silu": "silu", "swish": "silu", True: "silu"}
+
+
+def activation_name(activation: Any) -> str | None:
+    """The canonical name of an activation, None for none."""
+    known = activation is None or isinstance(activation, (bool, np.bool_, str))
+    if known and activation in ACTIVATIONS:
+        return ACTIVATIONS[activation]
     raise ValueError(
         f'activation must be None, "silu", "swish", True or False, got {activation!r}'
     )
+
+
+def exact_products(precision: Any) -> bool:
+    """None or "highest": products of float32 operands; "default": the fastest ones."""
+    if precision in (None, "highest", lax.Precision.HIGHEST):
+        return True
+    if precision in ("default", lax.Precision.DEFAULT):
+        return False
+    raise ValueError(
+        f'precision must be None, "highest" or "default", got {precision!r}'
+    )
+
+
+def limits(name: str, value: Any) -> tuple[float, float]:
+    """A pair of static numbers, the least and the largest allowed."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair (least, largest), got {value!r}")
+    numbers = (int, float, np.integer, np.floating)
+    for number in value:
+        if isinstance(number, bool) or not isinstance(number, numbers):
+            raise TypeError(f"{name} must be a pair of static floats, got {value!r}")
+    low, high = map(float, value)
+    if not low <= high:  # nor is NaN a limit
+        raise ValueError(f"{name} must have least <= largest, got {value!r}")
+    return low, high
 
 
 def columns(

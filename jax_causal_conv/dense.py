@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from . import checks, gradients
+from . import checks
 from .columns import Output
+from .op import gradients
+from .op.ops import DENSE
+from .operands import ConvSpec, DenseOperands
 
 
 def causal_conv1d(
@@ -80,7 +83,7 @@ def causal_conv1d(
         state_len = state.shape[1]
     if segment_ids is not None:
         segment_ids = checks.segments("segment_ids", segment_ids, (batch, length))
-    silu = checks.silu_wanted(activation)
+    name = checks.activation_name(activation)
     wanted = checks.static_bool("return_final_state", return_final_state)
     checks.token_count("B * T", batch * length, 1)
 
@@ -90,16 +93,8 @@ def causal_conv1d(
             state = jnp.zeros((batch, state_len, dim), out.dtype)
         results = (*parts, state)
     else:
-        results = gradients.dense(
-            implementation,
-            inputs,
-            taps,
-            bias,
-            state,
-            segment_ids,
-            silu=silu,
-            state_len=state_len if wanted else None,
-            columns=columns,
-        )
+        spec = ConvSpec(name, columns, final_state_len=state_len if wanted else None)
+        operands = DenseOperands(inputs, taps, bias, state, segment_ids)
+        results = gradients.call(DENSE, implementation, spec, operands)
     whole = columns.output(results[: columns.num_parts])
     return (whole, results[-1]) if wanted else whole

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import causal_conv1d_fn, causal_conv1d_update, target_compute_capability
-from .dispatch import DEFAULT_COMPUTE_CAPABILITY, visible_compute_capability
-from .lowered import LoweredKernel, lowered_kernels
+from .kernels.lowered import LoweredKernel, lowered_kernels
+from .op.primitive import DEFAULT_COMPUTE_CAPABILITY, visible_compute_capability
 
 _PACKAGES = (
     "jax-causal-conv",

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from . import checks, gradients
-from .checks import PAD_SLOT_ID
+from . import checks
+from .chunks import ConvMetadata, num_programs
 from .columns import Output
-from .metadata import ConvMetadata, num_programs
+from .op import gradients
+from .op.ops import PACKED
+from .operands import PAD_SLOT_ID, ConvSpec, PackedOperands
 
 
 def causal_conv1d_fn(
@@ -138,8 +140,11 @@ def causal_conv1d_fn(
             0,
             state_len,
         )
-    silu = checks.silu_wanted(activation)
-    pad_slot_id = checks.pad_slot(pad_slot_id, num_slots)
+    spec = ConvSpec(
+        checks.activation_name(activation),
+        columns,
+        checks.pad_slot(pad_slot_id, num_slots),
+    )
     block_m = 1 if metadata is None else _checked(metadata, num_tokens, num_seqs, width)
     checks.token_count("T", num_tokens, block_m)
 
@@ -148,21 +153,18 @@ def causal_conv1d_fn(
         return columns.output(columns.parts(zeros)), states
     if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
         implementation = "xla"
-    *out, states = gradients.packed(
-        implementation,
+    operands = PackedOperands(
         inputs,
         taps,
         bias,
         states,
         offsets,
-        slots,
-        has_initial_state,
-        num_rejected_tokens,
-        metadata,
-        silu=silu,
-        pad_slot_id=pad_slot_id,
-        columns=columns,
+        slots=slots,
+        has_initial_state=has_initial_state,
+        num_rejected=num_rejected_tokens,
+        metadata=metadata,
     )
+    *out, states = gradients.call(PACKED, implementation, spec, operands)
     return columns.output(out), states
 
 

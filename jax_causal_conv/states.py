@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from . import checks, xla
-from .checks import PAD_SLOT_ID
+from . import checks
+from .batch import accumulator, sanitize_offsets, sequences
+from .operands import PAD_SLOT_ID
+from .slots import slots_after, wide_slots
 
 
 def varlen_conv_states(
@@ -84,8 +86,8 @@ def varlen_conv_states(
 
     if 0 in (num_tokens, dim, num_seqs, num_slots) or state_len == 0:
         return jnp.zeros((num_seqs, state_len, dim), dtype)
-    offsets = xla.sanitize_offsets(jnp.asarray(offsets), num_tokens)
-    seqs = xla.sequences(
+    offsets = sanitize_offsets(jnp.asarray(offsets), num_tokens)
+    seqs = sequences(
         offsets,
         cache_indices,
         has_initial_state,
@@ -96,9 +98,11 @@ def varlen_conv_states(
     length = seqs.length if ends is None else jnp.clip(ends, 0, seqs.length)
     if history_len == 0:
         states = None
-    wide_x = inputs.astype(xla.accumulator(inputs))
-    wide = None if states is None else xla.wide_slots(states, seqs, wide_x.dtype)
-    rows = xla.slots_after(inputs, wide_x, states, wide, seqs, length, state_len, dtype)
+    wide_x = inputs.astype(accumulator(inputs))
+    wide = None if states is None else wide_slots(states, seqs, wide_x.dtype)
+    rows = slots_after(
+        (inputs, wide_x), (states, wide), seqs, state_len, dtype, length=length
+    )
     return jnp.where(seqs.live[:, None, None], rows, 0)
 
 

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from . import checks, gradients
-from .checks import PAD_SLOT_ID
+from . import checks
 from .columns import Output
+from .op import gradients
+from .op.ops import UPDATE
+from .operands import PAD_SLOT_ID, ConvSpec, UpdateOperands
 
 
 def causal_conv1d_update(
@@ -94,8 +96,11 @@ def causal_conv1d_update(
         num_rejected_tokens = checks.index_array(
             "num_rejected_tokens", num_rejected_tokens, (batch,), "(B,)", 0, state_len
         )
-    silu = checks.silu_wanted(activation)
-    pad_slot_id = checks.pad_slot(pad_slot_id, num_slots)
+    spec = ConvSpec(
+        checks.activation_name(activation),
+        columns,
+        checks.pad_slot(pad_slot_id, num_slots),
+    )
     checks.token_count("B * Q", batch * query, 1)
 
     if 0 in (batch, query, dim, num_slots):
@@ -103,18 +108,15 @@ def causal_conv1d_update(
         return columns.output(columns.parts(zeros)), state
     if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
         implementation = "xla"
-    *out, state = gradients.update(
-        implementation,
+    operands = UpdateOperands(
         inputs.reshape(batch, query, shape[-1]),
         taps,
         bias,
         state,
-        cache_seqlens,
-        slots,
-        num_rejected_tokens,
-        silu=silu,
-        pad_slot_id=pad_slot_id,
-        columns=columns,
+        slots=slots,
+        cache_seqlens=cache_seqlens,
+        num_rejected=num_rejected_tokens,
     )
+    *out, state = gradients.call(UPDATE, implementation, spec, operands)
     out = [part.reshape(*shape[:-1], part.shape[-1]) for part in out]
     return columns.output(out), state

@@ -1,16 +1,14 @@
 """Every implementation runs the same tests: take the fixture `implementation`."""
 
-import importlib.util
 import os
 
 # The CUDA plugin is here for its compiler; without its libraries it would complain.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
-import jax
 import pytest
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-HAS_GPU = jax.default_backend() == "gpu"
+from tests.support.platforms import HAS_GPU, HAS_TRITON
+
 IMPLEMENTATIONS = ["xla", None, "interpret"] + (["triton"] if HAS_GPU else [])
 
 
@@ -21,34 +19,16 @@ def implementation(request):
     return request.param
 
 
-# Modules whose tests share something slow to prepare (a child process on eight devices,
-# compiled programs, a trained model): one worker of pytest-xdist runs all of a module.
-PREPARED = (
-    "columns",
-    "compilation_cache",
-    "export",
-    "halo",
-    "layers_scan",
-    "mamba2_engine",
-    "mamba2_parity",
-    "mamba2_train",
-    "sharding",
-    "xla_gpu_gate",
-)
-
-
-# Forward passes alone: on a CPU None lowers to the very function that "xla" is.
-FORWARD = ("isolation", "packed", "serving", "update")
-
-
 def pytest_collection_modifyitems(config, items):
+    """Without a GPU, None lowers to the very function that "xla" is.
+
+    So a test that is marked `forward_only` need not run a second time with "xla".
+    """
     kept, repeated = [], []
     for item in items:
-        module = item.module.__name__.rpartition("test_")[2]
-        if module in PREPARED:
-            item.add_marker(pytest.mark.xdist_group(module))
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        again = module in FORWARD and params.get("implementation") == "xla"
+        forward = item.get_closest_marker("forward_only") is not None
+        again = forward and params.get("implementation") == "xla"
         (repeated if again and not HAS_GPU else kept).append(item)
     config.hook.pytest_deselected(items=repeated)
     items[:] = kept

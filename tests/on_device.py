@@ -4,7 +4,8 @@ Donated buffers keep their address, others their contents; outputs and the gradi
 are written to the last element, in memory that held NaN; many repetitions give the same
 bits; offsets pass 2³¹ elements in real memory. `--short` makes a run that a memory
 checker can follow (`compute-sanitizer python -m tests.on_device --short`).
-The rest of the suite runs there as well: `pytest -k triton`, `python -m tests.fuzz`.
+The rest of the suite runs there as well: `pytest -k triton`, `python -m
+tests.support.fuzz`.
 """
 
 import argparse

@@ -1,185 +1,210 @@
 """The backward kernels. No JAX here."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from .activations import through_activation
 from .device import (
+    Filter,
+    Offsets,
+    Rows,
     channel_block,
+    columns,
+    load_filter,
+    load_plain,
     load_row,
     load_rows,
-    load_taps,
     load_window,
-    next_visible,
+    next_token,
     offset_bound,
+    only_if,
     preactivation,
-    seen,
-    sigmoid,
-    visible_before,
+    reach,
+    segments_before,
     widen,
+    within_reach,
     zero_rows,
     zero_uncovered,
 )
 
 
-@triton.jit
-def through_silu(dy, z, FAST: tl.constexpr):
-    """`dy · silu'(z) = dy · s · (1 + z · (1 - s))` with s the sigmoid of z."""
-    s = sigmoid(z, FAST)
-    scaled = dy * s
-    return tl.fma(scaled, z - z * s, scaled)
+class RowsBackwardInputs(NamedTuple):
+    """Arrays of `RowsBackwardOperands`; the last run of each row; its chunks.
+
+    Attributes:
+        live: int32.
+        state_start, state_end: `(B,)` int32, the tokens of the run whose last ones
+            the slot holds; None is all of the row.
+        row_len, chunks, block_m: tokens and chunks of a row, tokens of a chunk.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    history: Any
+    dy: tuple
+    dslots: Any
+    live: Any
+    segment_ids: Any
+    state_start: Any
+    state_end: Any
+    row_len: Any
+    chunks: Any
+    block_m: Any
+
+
+class PackedBackwardInputs(NamedTuple):
+    """Arrays of `PackedBackwardOperands` and its metadata; T, N; tokens of a chunk."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    history: Any
+    dy: tuple
+    dslots: Any
+    query_start_loc: Any
+    live: Any
+    chunk_seq: Any
+    chunk_offset: Any
+    num_tokens: Any
+    num_seqs: Any
+    block_m: Any
+
+
+class BackwardOutputs(NamedTuple):
+    """Gradients.
+
+    Attributes:
+        dx: like x, but of D channels.
+        dhistory: like history, float32.
+        partial: `(P, W+1, D)` float32, each chunk's sums for dweight and dbias.
+    """
+
+    dx: Any
+    dhistory: Any
+    partial: Any
+
+
+class Chunk(NamedTuple):
+    """Tokens `[first, first + rows)` of a sequence of `length`."""
+
+    first: Any
+    rows: Any
+    length: Any
+
+
+class SlotRows(NamedTuple):
+    """The rows of a slot (here of its cotangent) that are copies of tokens.
+
+    Tokens from `start` on have a row there, as far as there are rows; token `end - 1`
+    has the last one.
+
+    Attributes:
+        ptr: to row 0 of the slot.
+    """
+
+    ptr: Any
+    start: Any
+    end: Any
+
+
+class Walk(NamedTuple):
+    """Where the backward pass stands before token t.
+
+    Attributes:
+        window: the W-1 rows of x before t, oldest first.
+        pending: dx of tokens t-(W-1) … t-1, as far as tokens before t contribute.
+        sums: the `Filter` of sums over the chunk's own tokens, for dweight and dbias.
+    """
+
+    window: Any
+    pending: Any
+    sums: Any
 
 
 @triton.jit
-def backward_row(
-    x,
-    dy,
-    window,
-    pending,
-    taps,
-    bias,
-    dtaps,
-    dbias,
-    reach,
-    inside,
-    own,
-    W: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    MASKED: tl.constexpr,
-    FAST: tl.constexpr,
-):
+def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
     """Steps the backward pass by token t: row t of x and dy comes in, one dx goes out.
 
     Args:
-        window: the W-1 rows of x before t, oldest first.
-        pending: dx of tokens t-(W-1) … t-1, as far as tokens before t contribute.
-        dtaps, dbias: running sums over the chunk's own tokens.
-        reach: see `next_visible`.
-        inside, own: if MASKED, whether t lies in the sequence, and in the chunk.
+        segments: as of t, or None.
+        inside, mine: whether t lies in the sequence, and in the chunk; None if it does.
 
     Returns:
-        The finished dx of token t-(W-1), and the new window, pending, dtaps, dbias.
+        The finished dx of token t-(W-1), and the new `Walk`.
     """
-    window = window + (x,)
-    rows = seen(window, reach, W, HAS_SEGMENTS)
-    dz = dy
-    if SILU:
-        dz = through_silu(dy, preactivation(rows, taps, bias, W), FAST)
-    if HAS_SEGMENTS:
-        dz = tl.where(reach >= 0, dz, 0.0)
-    mine = dz
-    if MASKED:
+    W: tl.constexpr = C.W
+    window = walk.window + (x,)
+    rows = within_reach(window, segments, C)
+    dz = through_activation(dy, preactivation(rows, filter, C), C)
+    if segments is not None:
+        dz = tl.where(reach(segments) >= 0, dz, 0.0)
+    counted = dz
+    if inside is not None:
         dz = tl.where(inside, dz, 0.0)
-        mine = tl.where(own, dz, 0.0)
+        counted = tl.where(mine, dz, 0.0)
     sums = ()
     dx = ()
     for k in tl.static_range(W):
-        sums = sums + (tl.fma(mine, rows[k], dtaps[k]),)
+        sums = sums + (tl.fma(counted, rows[k], walk.sums.taps[k]),)
         # Selected behind the product: even a tap that is NaN reaches only what it may.
-        if HAS_SEGMENTS:
-            back = tl.where(reach >= W - 1 - k, taps[k] * dz, 0.0)
-            dx = dx + (pending[k] + back if k < W - 1 else back,)
+        if segments is not None:
+            seen = reach(segments) >= W - 1 - k
+            back = tl.where(seen, filter.taps[k] * dz, 0.0)
+            dx = dx + (walk.pending[k] + back if k < W - 1 else back,)
+        elif k < W - 1:
+            dx = dx + (tl.fma(filter.taps[k], dz, walk.pending[k]),)
         else:
-            dx = dx + (tl.fma(taps[k], dz, pending[k]) if k < W - 1 else taps[k] * dz,)
-    return dx[0], window[1:], dx[1:], sums, dbias + mine
+            dx = dx + (filter.taps[k] * dz,)
+    sums = Filter(sums, walk.sums.bias + counted)
+    return dx[0], Walk(window[1:], dx[1:], sums)
 
 
 @triton.jit
 def masked_step(
-    x_ptr,
-    dy_ptr,
-    segment_ptr,
-    step,
-    window,
-    pending,
-    taps,
-    bias,
-    dtaps,
-    dbias,
-    previous,
-    visible,
-    rows,
-    ahead,
-    first_col,
-    limit,
-    W: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAIRS: tl.constexpr,
-    FAST: tl.constexpr,
+    x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C: tl.constexpr
 ):
     """`backward_row` for a token that may lie behind the chunk or the sequence.
 
     Args:
-        x_ptr, dy_ptr, segment_ptr: scalar pointers to the token.
+        x_ptr, dy_ptr: scalar pointers to the token.
         step: its number, counted from the chunk's first token.
-        rows, ahead: tokens of the chunk; tokens from its first to the sequence's end.
     """
-    inside = step < ahead
-    limit = tl.where(inside, limit, 0)
-    x = widen(load_row(x_ptr, first_col, limit, BLOCK_N, PAIRS), PAIRS)
-    dy = widen(load_row(dy_ptr, first_col, limit, BLOCK_N, PAIRS), PAIRS)
-    reach = 0
-    if HAS_SEGMENTS:
-        # Behind the row's end stands another row's id, or nothing: stay on the last.
-        segment_ptr += tl.minimum(ahead - 1 - step, 0)
-        previous, visible, reach = next_visible(segment_ptr, previous, visible, W)
-    dx, window, pending, dtaps, dbias = backward_row(
-        x,
-        dy,
-        window,
-        pending,
-        taps,
-        bias,
-        dtaps,
-        dbias,
-        reach,
-        inside,
-        step < rows,
-        W,
-        SILU,
-        HAS_SEGMENTS,
-        True,
-        FAST,
-    )
-    return dx, window, pending, dtaps, dbias, previous, visible
+    inside = step < chunk.length - chunk.first
+    here = only_if(inside, block)
+    x = widen(load_row(x_ptr, here, C), C)
+    dy = widen(load_row(dy_ptr, here, C), C)
+    mine = step < chunk.rows
+    return backward_row(x, dy, walk, filter, segments, inside, mine, C)
+
+
+@triton.jit
+def next_token_in(segments, step, chunk, C: tl.constexpr):
+    """`next_token` for one that may lie behind the row's end.
+
+    There stands another row's id, or nothing: the row's last id is read again.
+    """
+    last = chunk.length - chunk.first - 1
+    return next_token(segments, tl.minimum(last - step, 0), C)
 
 
 @triton.jit
 def backward_chunk(
     x_ptr,
-    dy_ptr,
+    dy,
     dx_ptr,
     dhistory_ptr,
-    dslot_ptr,
-    segment_ptr,
+    dslot,
+    segments,
     window,
-    taps,
-    bias,
-    previous,
-    visible,
-    first,
-    rows,
-    length,
-    state_start,
-    state_end,
-    first_col,
-    limit,
-    dy_stride,
-    X: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    L: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    FAST: tl.constexpr,
+    filter,
+    chunk,
+    block,
+    C: tl.constexpr,
 ):
-    """Gradients of tokens `[first, first + rows)` of a sequence.
+    """Gradients of a chunk's tokens.
 
     Walks over them and the W-1 tokens behind, whose gradients reach back into the
     chunk, and computes their pre-activations again. The first W-1 rows that come out
@@ -187,161 +212,108 @@ def backward_chunk(
     to another program, which computes them itself.
 
     Args:
-        x_ptr, dy_ptr, dx_ptr: scalar pointers to row `first`.
+        x_ptr, dx_ptr: scalar pointers to the chunk's first row.
+        dy: `Rows`, the first one that of the chunk's first token.
         dhistory_ptr: to the first of the history's W-1 float32 rows.
-        dslot_ptr: to row 0 of the slot's cotangent; tokens from `state_start` on have
-            a row there, as far as there are rows, token `state_end - 1` the last one.
-        segment_ptr, previous, visible: see `next_visible`.
-        length: tokens of the sequence.
+        dslot: `SlotRows`, or None.
+        segments: `Segments` before the chunk's first token, or None.
+        window: tuple of the W-1 float32 rows before it, oldest first.
 
     Returns:
-        The sums over the chunk's tokens for dweight (a tuple of W rows) and dbias.
+        The `Filter` of the sums over the chunk's tokens, for dweight and dbias.
     """
-    previous = tl.cast(previous, tl.int32)  # loops carry tensors, not constants
-    visible = tl.cast(visible, tl.int32)
-    dbias = tl.full([BLOCK_N], 0, tl.float32)
+    W: tl.constexpr = C.W
+    X: tl.constexpr = C.X
+    D: tl.constexpr = C.D
+    GROUP: tl.constexpr = C.GROUP
+    cols = columns(block, C)
+    mask = cols < block.limit
+    zeros = tl.full([C.BLOCK_N], 0, tl.float32)
     pending = ()
     for _ in tl.static_range(W - 1):
-        pending = pending + (dbias,)
-    dtaps = pending + (dbias,)
-    cols = first_col + tl.arange(0, BLOCK_N)
+        pending = pending + (zeros,)
+    walk = Walk(window, pending, Filter(pending + (zeros,), zeros))
+    dy_ptr = dy.ptr
     dx_ptrs = dx_ptr + cols
-    ahead = length - first
 
     for s in tl.static_range(W - 1):
-        dx, window, pending, dtaps, dbias, previous, visible = masked_step(
+        if segments is not None:
+            segments = next_token_in(segments, s, chunk, C)
+        dx, walk = masked_step(
             x_ptr + s * X,
-            dy_ptr + s * dy_stride,
-            segment_ptr + s,
+            dy_ptr + s * dy.stride,
             s,
-            window,
-            pending,
-            taps,
-            bias,
-            dtaps,
-            dbias,
-            previous,
-            visible,
-            rows,
-            ahead,
-            first_col,
-            limit,
-            W,
-            SILU,
-            HAS_SEGMENTS,
-            BLOCK_N,
-            PAIRS,
-            FAST,
+            walk,
+            filter,
+            segments,
+            chunk,
+            block,
+            C,
         )
-        before = tl.where(first == 0, limit, 0)
+        before = tl.where(chunk.first == 0, block.limit, 0)
         tl.store(dhistory_ptr + s * D + cols, dx, mask=cols < before)
     x_ptr += (W - 1) * X
-    dy_ptr += (W - 1) * dy_stride
-    segment_ptr += W - 1
+    dy_ptr += (W - 1) * dy.stride
 
     # Whole groups of the chunk's own tokens, of none of which the slot holds a copy,
     # need no masks; the next group's loads are in flight meanwhile.
-    plain = rows
-    if HAS_SLOTS and first < state_end:
-        plain = tl.minimum(rows, tl.maximum(state_start, state_end - L) - first)
+    plain = chunk.rows
+    if dslot is not None:
+        if chunk.first < dslot.end:
+            copied = tl.maximum(dslot.start, dslot.end - C.L)
+            plain = tl.minimum(plain, copied - chunk.first)
     groups = tl.maximum(plain - (W - 1), 0) // GROUP
-    xs = load_rows(x_ptr, groups > 0, first_col, limit, X, BLOCK_N, GROUP, PAIRS)
-    dys = load_rows(
-        dy_ptr, groups > 0, first_col, limit, dy_stride, BLOCK_N, GROUP, PAIRS
-    )
+    xs = load_rows(x_ptr, X, groups > 0, block, C)
+    dys = load_rows(dy_ptr, dy.stride, groups > 0, block, C)
     for i in range(groups):
         x_ptr += GROUP * X
-        dy_ptr += GROUP * dy_stride
+        dy_ptr += GROUP * dy.stride
         more = i + 1 < groups
-        next_xs = load_rows(x_ptr, more, first_col, limit, X, BLOCK_N, GROUP, PAIRS)
-        next_dys = load_rows(
-            dy_ptr, more, first_col, limit, dy_stride, BLOCK_N, GROUP, PAIRS
-        )
+        next_xs = load_rows(x_ptr, X, more, block, C)
+        next_dys = load_rows(dy_ptr, dy.stride, more, block, C)
         dxs = ()
         for g in tl.static_range(GROUP):
-            reach = 0
-            if HAS_SEGMENTS:
-                previous, visible, reach = next_visible(
-                    segment_ptr + g, previous, visible, W
-                )
-            dx, window, pending, dtaps, dbias = backward_row(
-                widen(xs[g], PAIRS),
-                widen(dys[g], PAIRS),
-                window,
-                pending,
-                taps,
-                bias,
-                dtaps,
-                dbias,
-                reach,
-                True,
-                True,
-                W,
-                SILU,
-                HAS_SEGMENTS,
-                False,
-                FAST,
-            )
+            if segments is not None:
+                segments = next_token(segments, 0, C)
+            x, dy_row = widen(xs[g], C), widen(dys[g], C)
+            dx, walk = backward_row(x, dy_row, walk, filter, segments, None, None, C)
             dxs = dxs + (dx,)
         for g in tl.static_range(GROUP):
-            tl.store(
-                dx_ptrs + g * D, dxs[g].to(dx_ptr.dtype.element_ty), mask=cols < limit
-            )
+            tl.store(dx_ptrs + g * D, dxs[g].to(dx_ptr.dtype.element_ty), mask=mask)
         xs = next_xs
         dys = next_dys
         dx_ptrs += GROUP * D
-        segment_ptr += GROUP
 
-    for i in range(groups * GROUP, rows):
-        dx, window, pending, dtaps, dbias, previous, visible = masked_step(
-            x_ptr,
-            dy_ptr,
-            segment_ptr,
-            i + (W - 1),
-            window,
-            pending,
-            taps,
-            bias,
-            dtaps,
-            dbias,
-            previous,
-            visible,
-            rows,
-            ahead,
-            first_col,
-            limit,
-            W,
-            SILU,
-            HAS_SEGMENTS,
-            BLOCK_N,
-            PAIRS,
-            FAST,
+    for i in range(groups * GROUP, chunk.rows):
+        step = i + (W - 1)
+        if segments is not None:
+            segments = next_token_in(segments, step, chunk, C)
+        dx, walk = masked_step(
+            x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C
         )
-        if HAS_SLOTS:
-            token = first + i
-            row = token - state_end + L
-            copied = (token >= state_start) & (token < state_end) & (row >= 0)
-            slot_limit = tl.where(copied, limit, 0)
-            dx += load_row(
-                dslot_ptr + row * D, first_col, slot_limit, BLOCK_N, False
-            ).to(tl.float32)
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=cols < limit)
+        if dslot is not None:
+            token = chunk.first + i
+            row = token - dslot.end + C.L
+            copied = (token >= dslot.start) & (token < dslot.end) & (row >= 0)
+            from_slot = load_plain(dslot.ptr + row * D, only_if(copied, block), C)
+            dx += from_slot.to(tl.float32)
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         x_ptr += X
-        dy_ptr += dy_stride
+        dy_ptr += dy.stride
         dx_ptrs += D
-        segment_ptr += 1
-    return dtaps, dbias
+    return walk.sums
 
 
 @triton.jit
-def store_partial(
-    partial_ptr, program, dtaps, dbias, cols, mask, D: tl.constexpr, W: tl.constexpr
-):
-    """Writes a program's sums to its own W+1 rows of `(P, W+1, D)`."""
-    ptrs = partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols
+def store_sums(partial, sums, block, C: tl.constexpr):
+    """Writes a program's sums to its own W+1 rows of `partial`."""
+    W: tl.constexpr = C.W
+    cols = columns(block, C)
+    mask = cols < block.limit
+    ptrs = partial.ptr + cols
     for k in tl.static_range(W):
-        tl.store(ptrs + k * D, dtaps[k], mask=mask)
-    tl.store(ptrs + W * D, dbias, mask=mask)
+        tl.store(ptrs + k * C.D, sums.taps[k], mask=mask)
+    tl.store(ptrs + W * C.D, sums.bias, mask=mask)
 
 
 # One program takes one chunk of one row for BLOCK_N channels, on a grid like that of
@@ -350,252 +322,112 @@ def store_partial(
 # its tokens, which are added up afterwards in a fixed order: no atomics, the same bits
 # in every run.
 @triton.jit
-def rows_backward_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    history_ptr,
-    dy_ptr,
-    dy_1_ptr,
-    dy_2_ptr,
-    dy_3_ptr,
-    dslots_ptr,
-    live_ptr,
-    segment_ids_ptr,
-    state_start_ptr,
-    state_end_ptr,
-    row_len,
-    chunks,
-    block_m,
-    dx_ptr,
-    dhistory_ptr,
-    partial_ptr,
-    X: tl.constexpr,
-    OFFSET: tl.constexpr,
-    SPLIT: tl.constexpr,
-    COL_BLOCKS: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    L: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    block = tl.program_id(0) % COL_BLOCKS
-    first_col, limit, dy_ptr, dy_stride = channel_block(
-        block, (dy_ptr, dy_1_ptr, dy_2_ptr, dy_3_ptr), SPLIT, BLOCK_N
-    )
-    cols = first_col + tl.arange(0, BLOCK_N)
-    mask = cols < limit
-    x_ptr += OFFSET
-    program = tl.program_id(0) // COL_BLOCKS
-    row = program // chunks
-    first = program % chunks * block_m
-    rows = tl.minimum(block_m, row_len - first)
+def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
+    block, dy = channel_block(inputs.dy, C)
+    program = tl.program_id(0) // C.COL_BLOCKS
+    row = program // inputs.chunks
+    row_len = inputs.row_len
+    first = program % inputs.chunks * inputs.block_m
+    rows = tl.minimum(inputs.block_m, row_len - first)
     token = row.to(tl.int64) * row_len + first
-    dhistory_ptr += row.to(tl.int64) * ((W - 1) * D)
+    history_rows = row.to(tl.int64) * ((C.W - 1) * C.D)
+    x_ptr = inputs.x + C.OFFSET + token * C.X
+    dx_ptr = outputs.dx + token * C.D
+    dhistory_ptr = outputs.dhistory + history_rows
+    sums_of_program = program.to(tl.int64) * ((C.W + 1) * C.D)
+    partial = Rows(outputs.partial + sums_of_program, C.D)
 
     live = row >= 0
-    if HAS_LIVE:
-        live = tl.load(live_ptr + row) != 0
+    if inputs.live is not None:
+        live = tl.load(inputs.live + row) != 0
     if live:
-        state_start = 0
-        state_end = row_len
-        if HAS_SLOTS & HAS_SEGMENTS:
-            state_start = tl.load(state_start_ptr + row)
-            state_end = tl.load(state_end_ptr + row)
-        segment_ptr = segment_ids_ptr + token
-        taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
-        window = load_window(
-            x_ptr + token * X,
-            history_ptr + row.to(tl.int64) * ((W - 1) * D),
-            first,
-            W - 1,
-            first_col,
-            limit,
-            X,
-            D,
-            W,
-            BLOCK_N,
-            PAIRS,
-        )
-        previous, visible = visible_before(segment_ptr, first, W, HAS_SEGMENTS)
-        dtaps, dbias = backward_chunk(
-            x_ptr + token * X,
-            dy_ptr + token * dy_stride,
-            dx_ptr + token * D,
+        dslot = None
+        if inputs.dslots is not None:
+            start = 0
+            end = row_len
+            if inputs.state_start is not None:
+                start = tl.load(inputs.state_start + row)
+                end = tl.load(inputs.state_end + row)
+            dslot = SlotRows(inputs.dslots + row.to(tl.int64) * (C.L * C.D), start, end)
+        filter = load_filter(inputs.weight, inputs.bias, block, C)
+        history_ptr = inputs.history + history_rows
+        window = load_window(x_ptr, history_ptr, first, C.W - 1, block, C)
+        segments = None
+        if inputs.segment_ids is not None:
+            segments = segments_before(inputs.segment_ids + token, first, C)
+        sums = backward_chunk(
+            x_ptr,
+            Rows(dy.ptr + token * dy.stride, dy.stride),
+            dx_ptr,
             dhistory_ptr,
-            dslots_ptr + row.to(tl.int64) * (L * D),
-            segment_ptr,
+            dslot,
+            segments,
             window,
-            taps,
-            bias,
-            previous,
-            visible,
-            first,
-            rows,
-            row_len,
-            state_start,
-            state_end,
-            first_col,
-            limit,
-            dy_stride,
-            X,
-            D,
-            W,
-            L,
-            SILU,
-            HAS_SLOTS,
-            HAS_SEGMENTS,
-            BLOCK_N,
-            GROUP,
-            PAIRS,
-            FAST,
+            filter,
+            Chunk(first, rows, row_len),
+            block,
+            C,
         )
-        store_partial(partial_ptr, program, dtaps, dbias, cols, mask, D, W)
+        store_sums(partial, sums, block, C)
     else:
-        zero_rows(dx_ptr + token * D + cols, rows, mask, D, BLOCK_N)
+        zero_rows(Rows(dx_ptr, C.D), rows, block, C)
         if first == 0:
-            zero_rows(dhistory_ptr + cols, W - 1, mask, D, BLOCK_N)
-        zero_rows(
-            partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols,
-            W + 1,
-            mask,
-            D,
-            BLOCK_N,
-        )
+            zero_rows(Rows(dhistory_ptr, C.D), C.W - 1, block, C)
+        zero_rows(partial, C.W + 1, block, C)
 
 
 # The same on the grid of the packed forward: program -> (sequence, chunk) through the
 # metadata, programs behind the last chunk zero the uncovered rows of dx. Values are
 # trusted as little as there. dhistory of sequences without a chunk is not written.
 @triton.jit
-def packed_backward_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    history_ptr,
-    dy_ptr,
-    dy_1_ptr,
-    dy_2_ptr,
-    dy_3_ptr,
-    dslots_ptr,
-    query_start_loc_ptr,
-    live_ptr,
-    chunk_seq_ptr,
-    chunk_offset_ptr,
-    num_tokens,
-    num_seqs,
-    block_m,
-    dx_ptr,
-    dhistory_ptr,
-    partial_ptr,
-    X: tl.constexpr,
-    OFFSET: tl.constexpr,
-    SPLIT: tl.constexpr,
-    COL_BLOCKS: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    L: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SCAN: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    block = tl.program_id(0) % COL_BLOCKS
-    first_col, limit, dy_ptr, dy_stride = channel_block(
-        block, (dy_ptr, dy_1_ptr, dy_2_ptr, dy_3_ptr), SPLIT, BLOCK_N
-    )
-    cols = first_col + tl.arange(0, BLOCK_N)
-    mask = cols < limit
-    x_ptr += OFFSET
-    program = tl.program_id(0) // COL_BLOCKS
-    partial_ptrs = partial_ptr + program.to(tl.int64) * ((W + 1) * D) + cols
-    zero_rows(partial_ptrs, W + 1, mask, D, BLOCK_N)
+def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
+    block, dy = channel_block(inputs.dy, C)
+    program = tl.program_id(0) // C.COL_BLOCKS
+    num_seqs = inputs.num_seqs
+    block_m = inputs.block_m
+    offsets = Offsets(inputs.query_start_loc, inputs.num_tokens, num_seqs)
+    sums_of_program = program.to(tl.int64) * ((C.W + 1) * C.D)
+    partial = Rows(outputs.partial + sums_of_program, C.D)
+    zero_rows(partial, C.W + 1, block, C)
 
-    seq = tl.load(chunk_seq_ptr + program)
-    chunk = tl.load(chunk_offset_ptr + program)
+    seq = tl.load(inputs.chunk_seq + program)
+    chunk = tl.load(inputs.chunk_offset + program)
     if seq < 0:
         if (seq == -1) & (chunk >= 0):
-            zero_uncovered(
-                dx_ptr,
-                query_start_loc_ptr,
-                num_tokens,
-                num_seqs,
-                chunk,
-                block_m,
-                cols,
-                mask,
-                D,
-                BLOCK_N,
-                SCAN,
-            )
+            zero_uncovered(Rows(outputs.dx, C.D), offsets, chunk, block_m, block, C)
     elif (seq < num_seqs) & (chunk >= 0):
-        start = offset_bound(query_start_loc_ptr, seq, num_tokens, num_seqs, SCAN)
-        end = tl.load(query_start_loc_ptr + seq + 1)
-        length = tl.maximum(tl.minimum(end, num_tokens), start) - start
+        start = offset_bound(offsets, seq, C)
+        end = tl.load(inputs.query_start_loc + seq + 1)
+        length = tl.maximum(tl.minimum(end, inputs.num_tokens), start) - start
         if (length > 0) & (chunk <= (length - 1) // block_m):
             first = chunk * block_m
             rows = tl.minimum(block_m, length - first)
             token = start.to(tl.int64) + first
-            if tl.load(live_ptr + seq) != 0:
-                taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
-                window = load_window(
-                    x_ptr + token * X,
-                    history_ptr + seq.to(tl.int64) * ((W - 1) * D),
-                    first,
-                    W - 1,
-                    first_col,
-                    limit,
-                    X,
-                    D,
-                    W,
-                    BLOCK_N,
-                    PAIRS,
-                )
-                dtaps, dbias = backward_chunk(
-                    x_ptr + token * X,
-                    dy_ptr + token * dy_stride,
-                    dx_ptr + token * D,
-                    dhistory_ptr + seq.to(tl.int64) * ((W - 1) * D),
-                    dslots_ptr + seq.to(tl.int64) * (L * D),
-                    chunk_seq_ptr,
+            dx_ptr = outputs.dx + token * C.D
+            if tl.load(inputs.live + seq) != 0:
+                filter = load_filter(inputs.weight, inputs.bias, block, C)
+                x_ptr = inputs.x + C.OFFSET + token * C.X
+                history_rows = seq.to(tl.int64) * ((C.W - 1) * C.D)
+                history_ptr = inputs.history + history_rows
+                window = load_window(x_ptr, history_ptr, first, C.W - 1, block, C)
+                dslot = None
+                if inputs.dslots is not None:
+                    dslot_ptr = inputs.dslots + seq.to(tl.int64) * (C.L * C.D)
+                    dslot = SlotRows(dslot_ptr, 0, length)
+                sums = backward_chunk(
+                    x_ptr,
+                    Rows(dy.ptr + token * dy.stride, dy.stride),
+                    dx_ptr,
+                    outputs.dhistory + history_rows,
+                    dslot,
+                    None,
                     window,
-                    taps,
-                    bias,
-                    0,
-                    0,
-                    first,
-                    rows,
-                    length,
-                    0,
-                    length,
-                    first_col,
-                    limit,
-                    dy_stride,
-                    X,
-                    D,
-                    W,
-                    L,
-                    SILU,
-                    HAS_SLOTS,
-                    False,
-                    BLOCK_N,
-                    GROUP,
-                    PAIRS,
-                    FAST,
+                    filter,
+                    Chunk(first, rows, length),
+                    block,
+                    C,
                 )
                 tl.debug_barrier()  # behind the zeros above
-                store_partial(partial_ptr, program, dtaps, dbias, cols, mask, D, W)
+                store_sums(partial, sums, block, C)
             else:
-                zero_rows(dx_ptr + token * D + cols, rows, mask, D, BLOCK_N)
+                zero_rows(Rows(dx_ptr, C.D), rows, block, C)

@@ -1,45 +1,150 @@
-"""Device functions shared by the kernels. No JAX here.
+"""Device functions shared by the conv's kernels, and what they hand to each other.
 
-Conventions: `cols` are the channels `[BLOCK_N]` of a program and `mask` those below
-`limit`: D, or where the part of the output that the program writes ends. Rows of the
-input are X apart, rows of a part `stride`, all others D; pointers to parts and to the
-input are where column 0 would be. Row pointers are 64-bit bases plus `cols`, so a
-product of sizes never overflows.
-`FAST` chooses CUDA spellings that Triton's interpreter does not know; each has a
-plain twin beside it.
+Conventions: rows of the input are C.X apart, rows of a part of the output as far as its
+`Rows` say, all others C.D. Pointers to the input and to parts are where column 0 would
+be. Row pointers are 64-bit bases plus columns, so a product of sizes never overflows.
+A record of constants that is called C is static; its fields have capital letters.
+No JAX here.
 """
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from .activations import activate
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What is static about a launch of a conv's kernel, C to the kernels.
+
+    Attributes:
+        W: taps of the filter.
+        D: channels.
+        X: elements of a row of x.
+        OFFSET: the first of them that is a channel.
+        SPLIT: channels of each part of the output.
+        COL_BLOCKS: blocks of channels, none of which spans two parts.
+        BLOCK_N: channels of a block.
+        GROUP: rows of an unrolled step of the loop over tokens.
+        WARPS: warps a program.
+        PAIRS: channels are bfloat16, and parts and rows begin and end at even ones, so
+            that two of them are one word.
+        ACTIVATION: its canonical name, or None.
+        L: rows of a slot.
+        L_BLOCK, SLOT_N: rows and channels of a slot that are moved at once.
+        WINDOW_IS_SLOT: whether the last W-1 rows that a program met are, to the bit,
+            what the slot becomes.
+        PAD_SLOT_ID: the slot number that means "skip".
+        SCAN: offsets that a program looks at together.
+        Q: tokens of each row of a decode step.
+        FAST: whether to use CUDA spellings, which Triton's interpreter does not know;
+            each has a plain twin beside it.
+    """
+
+    W: int
+    D: int
+    X: int
+    OFFSET: int
+    SPLIT: tuple[int, ...]
+    COL_BLOCKS: int
+    BLOCK_N: int
+    GROUP: int
+    WARPS: int
+    PAIRS: bool
+    ACTIVATION: str | None
+    L: int = 0
+    L_BLOCK: int = 0
+    SLOT_N: int = 0
+    WINDOW_IS_SLOT: bool = False
+    PAD_SLOT_ID: int = 0
+    SCAN: int = 0
+    Q: int = 0
+    FAST: bool = True
+
+
+class Block(NamedTuple):
+    """The channels of one program.
+
+    Attributes:
+        first: the first of C.BLOCK_N channels.
+        limit: those from here on are not the program's: D, or where a part ends.
+    """
+
+    first: Any
+    limit: Any
+
+
+class Rows(NamedTuple):
+    """Rows in memory.
+
+    Attributes:
+        ptr: to where channel 0 of the first one is, or would be.
+        stride: elements from one to the next.
+    """
+
+    ptr: Any
+    stride: Any
+
+
+class Filter(NamedTuple):
+    """A filter, or the sums for its gradient.
+
+    Attributes:
+        taps: W float32 rows, oldest first.
+        bias: a float32 row.
+    """
+
+    taps: Any
+    bias: Any
+
+
+class Segments(NamedTuple):
+    """Where a walk over the tokens of a row stands among its documents.
+
+    Attributes:
+        ptr: to the segment id of the next token.
+        last: the segment id of the last token.
+        visible: how many tokens before the last one are of its run, at most W-1.
+    """
+
+    ptr: Any
+    last: Any
+    visible: Any
+
+
+class Offsets(NamedTuple):
+    """Where the sequences of a packed batch begin.
+
+    Attributes:
+        ptr: to `(num_seqs + 1,)` int32 of any values.
+        num_tokens: T, to which they are clipped.
+        num_seqs: N.
+    """
+
+    ptr: Any
+    num_tokens: Any
+    num_seqs: Any
+
 
 @triton.jit
-def _max(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _clip(offset, num_tokens):
-    return tl.minimum(tl.maximum(offset, 0), num_tokens)
-
-
-@triton.jit
-def channel_block(block, parts, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The channels of one block, and the part they lie in.
+def channel_block(parts, C: tl.constexpr):
+    """The channels of this program, and the part they lie in.
 
     Blocks are counted part by part, so that none spans two of them. Only scalars
     depend on the part, so the code is one for all; of a single part none is left.
 
     Args:
-        block: number of the block.
-        parts: tuple of pointers to the parts `(rows, SPLIT[i])` of an array.
-        SPLIT: the channels of each part.
+        parts: a tuple of pointers to the parts `(rows, C.SPLIT[i])` of an array.
 
     Returns:
-        The first channel; the limit of the part's channels; a pointer to where channel
-        0 would be in the part's first row; and its stride.
+        The `Block`, and the `Rows` of its part.
     """
-    first = block * BLOCK_N
+    SPLIT: tl.constexpr = C.SPLIT
+    block = tl.program_id(0) % C.COL_BLOCKS
+    first = block * C.BLOCK_N
     limit = tl.cast(SPLIT[0], tl.int32)
     ptr = parts[0]
     stride = tl.cast(SPLIT[0], tl.int32)
@@ -47,105 +152,82 @@ def channel_block(block, parts, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
     blocks = 0
     for i in tl.static_range(1, len(SPLIT)):
         channels += SPLIT[i - 1]
-        blocks += (SPLIT[i - 1] + BLOCK_N - 1) // BLOCK_N
+        blocks += (SPLIT[i - 1] + C.BLOCK_N - 1) // C.BLOCK_N
         here = block >= blocks
-        first = tl.where(here, channels + (block - blocks) * BLOCK_N, first)
+        first = tl.where(here, channels + (block - blocks) * C.BLOCK_N, first)
         limit = tl.where(here, channels + SPLIT[i], limit)
         ptr = tl.where(here, parts[i] - channels, ptr)
         stride = tl.where(here, SPLIT[i], stride)
-    return first, limit, ptr, stride.to(tl.int64)
+    return Block(first, limit), Rows(ptr, stride.to(tl.int64))
 
 
 @triton.jit
-def offset_bound(query_start_loc_ptr, last, num_tokens, num_seqs, SCAN: tl.constexpr):
-    """`max(clip(query_start_loc[0..last], 0, T))`: cummax at one entry.
-
-    Well-formed offsets need no maximum, but any vector of integers has a meaning,
-    and a scan of a few cached lines, SCAN at a time, is cheaper than a second kernel.
-    Four offsets are one access; the array's last ones, which fill no four, are others.
-    """
-    lanes = tl.arange(0, SCAN)
-    best = tl.full([SCAN], 0, tl.int32)
-    full = (last + 1) // SCAN * SCAN
-    for base in range(0, full, SCAN):
-        best = tl.maximum(best, tl.load(query_start_loc_ptr + base + lanes))
-    whole = (num_seqs + 1) // 4 * 4
-    i = full + lanes
-    wanted = i < tl.minimum(whole, (last // 4 + 1) * 4)
-    q = tl.load(query_start_loc_ptr + i, mask=wanted, other=0)
-    best = tl.maximum(best, tl.where(i <= last, q, 0))
-    four = whole + tl.arange(0, 4)
-    rest = tl.load(query_start_loc_ptr + four, mask=four <= last, other=0)
-    best = tl.maximum(tl.reduce(best, 0, _max), tl.reduce(rest, 0, _max))
-    return _clip(best, num_tokens)
+def columns(block, C: tl.constexpr):
+    """The channels of a block, `[BLOCK_N]`; those below `block.limit` are its own."""
+    return block.first + tl.arange(0, C.BLOCK_N)
 
 
 @triton.jit
-def sigmoid(y, FAST: tl.constexpr):
-    """`1 / (1 + exp(-y))`, in four instructions when FAST.
-
-    exp2 is one instruction where exp adds range checks, and an approximate reciprocal
-    one where a division is eight. The relative error stays below 4e-6 down to y = -87;
-    below that the result, under 2e-38, may be 0.
-    """
-    e = tl.exp2(y * -1.4426950408889634)
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;",
-            "=f,f",
-            [1.0 + e],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return 1.0 / (1.0 + e)
+def only_if(condition, block):
+    """The block, or one that has no channels."""
+    return Block(block.first, tl.where(condition, block.limit, 0))
 
 
 @triton.jit
-def load_row(
-    row_ptr,
-    first_col,
-    limit,
-    BLOCK_N: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    """BLOCK_N channels of a row, for `widen`; zeros from `limit` on.
+def load_plain(row_ptr, block, C: tl.constexpr):
+    """The channels of a row; zeros for those that are not the block's."""
+    cols = columns(block, C)
+    return tl.load(row_ptr + cols, mask=cols < block.limit, other=0.0)
 
-    PAIRS: channels are bfloat16, and parts and rows begin and end at even ones. They
-    are loaded, and kept until they are needed, as 32-bit words of two.
+
+@triton.jit
+def load_row(row_ptr, block, C: tl.constexpr):
+    """`load_plain` of x or the like, for `widen`.
+
+    Pairs are loaded, and kept until they are needed, as 32-bit words.
     """
-    if PAIRS:
-        words = first_col // 2 + tl.arange(0, BLOCK_N // 2)
+    if C.PAIRS:
+        words = block.first // 2 + tl.arange(0, C.BLOCK_N // 2)
         word_ptr = row_ptr.to(tl.pointer_type(tl.int32))
-        return tl.load(word_ptr + words, mask=words < limit // 2, other=0)
+        return tl.load(word_ptr + words, mask=words < block.limit // 2, other=0)
     else:
-        cols = first_col + tl.arange(0, BLOCK_N)
-        return tl.load(row_ptr + cols, mask=cols < limit, other=0.0)
+        return load_plain(row_ptr, block, C)
 
 
 @triton.jit
-def widen(row, PAIRS: tl.constexpr):
+def widen(row, C: tl.constexpr):
     """What `load_row` has loaded, as float32: of a pair, each is one instruction."""
-    if PAIRS:
+    if C.PAIRS:
         low = (row << 16).to(tl.float32, bitcast=True)
         high = (row & -65536).to(tl.float32, bitcast=True)
-        return tl.join(low, high).reshape(2 * row.shape[0])
+        return tl.join(low, high).reshape(C.BLOCK_N)
     else:
         return row.to(tl.float32)
 
 
 @triton.jit
-def load_taps(
-    weight_ptr, bias_ptr, cols, mask, W: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    """float32 filter taps, oldest first, as a tuple of W rows, and the bias row.
+def load_rows(row_ptr, stride, wanted, block, C: tl.constexpr):
+    """`load_row` of GROUP rows, as a tuple; no load is issued unless `wanted`."""
+    GROUP: tl.constexpr = C.GROUP  # Triton's static_range asks for a name
+    block = only_if(wanted, block)
+    rows = ()
+    for g in tl.static_range(GROUP):
+        rows = rows + (load_row(row_ptr + g * stride, block, C),)
+    return rows
+
+
+@triton.jit
+def load_filter(weight_ptr, bias_ptr, block, C: tl.constexpr):
+    """The `Filter` of a block's channels; a bias that is None is zero.
 
     A channel's taps lie side by side. Where they fill words of 8 bytes they are read
     as such: strided 2-byte reads would keep a short row busier than its own data.
     """
+    W: tl.constexpr = C.W
     BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
     INT: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    cols = columns(block, C)
+    mask = cols < block.limit
     taps = ()
     if (W * BITS) % 64 == 0:
         PER_WORD: tl.constexpr = 64 // BITS
@@ -162,113 +244,86 @@ def load_taps(
             w = tl.load(weight_ptr + cols.to(tl.int64) * W + k, mask=mask, other=0.0)
             taps = taps + (w.to(tl.float32),)
     bias = tl.full(cols.shape, 0, tl.float32)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return taps, bias
+    return Filter(taps, bias)
 
 
 @triton.jit
-def next_visible(segment_ptr, previous, visible, W: tl.constexpr):
-    """Steps the bookkeeping of segments to the token at `segment_ptr`.
+def segments_before(ptr, first, C: tl.constexpr):
+    """The `Segments` before token `first` of a row.
 
     Args:
-        segment_ptr: pointer to the token's segment id.
-        previous: the id of the token before it.
-        visible: how many tokens before that one are of its run, at most W-1.
-
-    Returns:
-        The token's id; its `visible`; and `reach`, which is `visible` but -1 for
-        padding: the token sees itself and others up to `reach` tokens back.
-    """
-    segment = tl.load(segment_ptr)
-    visible = tl.where(segment == previous, tl.minimum(visible + 1, W - 1), 0)
-    return segment, visible, tl.where(segment >= 0, visible, -1)
-
-
-@triton.jit
-def visible_before(segment_ptr, first, W: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
-    """`previous` and `visible` for `next_visible` at token `first` of a row.
-
-    Args:
-        segment_ptr: pointer to the id of token `first`.
+        ptr: to the id of token `first`.
         first: 0, where the run of token 0 sees all the history; or at least W-1.
     """
-    previous = 0
-    visible = W - 1
-    if HAS_SEGMENTS:
-        back = tl.where(first > 0, 1, 0)
-        previous = tl.load(segment_ptr - back)
-        same = first > 0
-        visible = tl.where(same, 0, W - 1)
-        for j in tl.static_range(2, W):
-            same = same & (tl.load(segment_ptr - j * back) == previous)
-            visible += tl.where(same, 1, 0)
-    return previous, visible
+    W: tl.constexpr = C.W
+    back = tl.where(first > 0, 1, 0)
+    last = tl.load(ptr - back)
+    same = first > 0
+    visible = tl.where(same, 0, W - 1)
+    for j in tl.static_range(2, W):
+        same = same & (tl.load(ptr - j * back) == last)
+        visible += tl.where(same, 1, 0)
+    return Segments(ptr, last, visible)
 
 
 @triton.jit
-def seen(window, reach, W: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
-    """The window with rows out of a token's reach replaced by zeros."""
-    if HAS_SEGMENTS:
+def next_token(segments, offset, C: tl.constexpr):
+    """The `Segments` one token later, whose id is `offset` from where it should be."""
+    segment = tl.load(segments.ptr + offset)
+    visible = tl.minimum(segments.visible + 1, C.W - 1)
+    visible = tl.where(segment == segments.last, visible, 0)
+    return Segments(segments.ptr + 1, segment, visible)
+
+
+@triton.jit
+def reach(segments):
+    """How many tokens back the last token sees; -1 if it is padding and sees none."""
+    return tl.where(segments.last >= 0, segments.visible, -1)
+
+
+@triton.jit
+def within_reach(window, segments, C: tl.constexpr):
+    """The window with rows that its last token must not see replaced by zeros.
+
+    Args:
+        window: W rows.
+        segments: as of the last of them; None if it sees them all.
+    """
+    W: tl.constexpr = C.W
+    if segments is not None:
         rows = ()
         for k in tl.static_range(W):
-            rows = rows + (tl.where(reach >= W - 1 - k, window[k], 0.0),)
+            seen = reach(segments) >= W - 1 - k
+            rows = rows + (tl.where(seen, window[k], 0.0),)
         return rows
     else:
         return window
 
 
 @triton.jit
-def preactivation(window, taps, bias, W: tl.constexpr):
+def preactivation(window, filter, C: tl.constexpr):
     """`bias + Σ_k taps[k] · window[k]` in float32."""
-    z = bias
+    W: tl.constexpr = C.W
+    z = filter.bias
     for k in tl.static_range(W):
-        z = tl.fma(window[k], taps[k], z)
+        z = tl.fma(window[k], filter.taps[k], z)
     return z
 
 
 @triton.jit
-def filter_row(
-    window,
-    taps,
-    bias,
-    reach,
-    W: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """One row of output in float32; zeros for padding."""
-    y = preactivation(seen(window, reach, W, HAS_SEGMENTS), taps, bias, W)
-    if SILU:
-        y = y * sigmoid(y, FAST)
-    if HAS_SEGMENTS:
-        y = tl.where(reach >= 0, y, 0.0)
+def filter_row(window, filter, segments, C: tl.constexpr):
+    """One row of output in float32, of a window of W rows; zeros for padding."""
+    y = activate(preactivation(within_reach(window, segments, C), filter, C), C)
+    if segments is not None:
+        y = tl.where(reach(segments) >= 0, y, 0.0)
     return y
 
 
 @triton.jit
 def convolve_rows(
-    row_ptr,
-    out_ptr,
-    segment_ptr,
-    window,
-    taps,
-    bias,
-    previous,
-    visible,
-    rows,
-    first_col,
-    limit,
-    out_stride,
-    X: tl.constexpr,
-    W: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    FAST: tl.constexpr,
+    row_ptr, out, window, filter, segments, rows, block, C: tl.constexpr
 ):
     """Filters `rows` consecutive rows, the window rolling in registers.
 
@@ -277,205 +332,118 @@ def convolve_rows(
     the window needs no register moves.
 
     Args:
-        row_ptr, out_ptr: scalar pointers to the first row.
-        segment_ptr: pointer to its segment id, followed only if HAS_SEGMENTS.
+        row_ptr: scalar pointer to the first row of x.
+        out: `Rows` of the output, the first one first.
         window: tuple of the W-1 float32 rows before it, oldest first.
-        previous, visible: see `next_visible`.
-        first_col: the first of the BLOCK_N channels.
+        segments: `Segments` before the first row, or None.
 
     Returns:
         The window behind the last row.
     """
-    cols = first_col + tl.arange(0, BLOCK_N)
-    mask = cols < limit
-    out_ptrs = out_ptr + cols
+    X: tl.constexpr = C.X
+    GROUP: tl.constexpr = C.GROUP
+    cols = columns(block, C)
+    mask = cols < block.limit
+    out_ptrs = out.ptr + cols
     if GROUP > 1:
         groups = rows // GROUP
-        fresh = load_rows(
-            row_ptr, groups > 0, first_col, limit, X, BLOCK_N, GROUP, PAIRS
-        )
+        fresh = load_rows(row_ptr, X, groups > 0, block, C)
         for i in range(groups):
             row_ptr += GROUP * X
-            ahead = load_rows(
-                row_ptr, i + 1 < groups, first_col, limit, X, BLOCK_N, GROUP, PAIRS
-            )
+            ahead = load_rows(row_ptr, X, i + 1 < groups, block, C)
             for g in tl.static_range(GROUP):
-                window = window + (widen(fresh[g], PAIRS),)
-                reach = 0
-                if HAS_SEGMENTS:
-                    previous, visible, reach = next_visible(
-                        segment_ptr + g, previous, visible, W
-                    )
-                y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
-                y = y.to(out_ptr.dtype.element_ty)
-                tl.store(out_ptrs + g * out_stride, y, mask=mask)
+                window = window + (widen(fresh[g], C),)
+                if segments is not None:
+                    segments = next_token(segments, 0, C)
+                y = filter_row(window, filter, segments, C)
+                y = y.to(out.ptr.dtype.element_ty)
+                tl.store(out_ptrs + g * out.stride, y, mask=mask)
                 window = window[1:]
             fresh = ahead
-            out_ptrs += GROUP * out_stride
-            if HAS_SEGMENTS:
-                segment_ptr += GROUP
+            out_ptrs += GROUP * out.stride
     # One row ahead here, too: the first is asked for together with the window.
     rest = rows % GROUP if GROUP > 1 else rows
-    x = load_row(row_ptr, first_col, tl.where(rest > 0, limit, 0), BLOCK_N, PAIRS)
+    x = load_row(row_ptr, only_if(rest > 0, block), C)
     for i in range(rest):
         row_ptr += X
-        more = tl.where(i + 1 < rest, limit, 0)
-        ahead = load_row(row_ptr, first_col, more, BLOCK_N, PAIRS)
-        window = window + (widen(x, PAIRS),)
-        reach = 0
-        if HAS_SEGMENTS:
-            previous, visible, reach = next_visible(segment_ptr, previous, visible, W)
-        y = filter_row(window, taps, bias, reach, W, SILU, HAS_SEGMENTS, FAST)
-        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+        ahead = load_row(row_ptr, only_if(i + 1 < rest, block), C)
+        window = window + (widen(x, C),)
+        if segments is not None:
+            segments = next_token(segments, 0, C)
+        y = filter_row(window, filter, segments, C)
+        tl.store(out_ptrs, y.to(out.ptr.dtype.element_ty), mask=mask)
         window = window[1:]
         x = ahead
-        out_ptrs += out_stride
-        if HAS_SEGMENTS:
-            segment_ptr += 1
+        out_ptrs += out.stride
     return window
 
 
 @triton.jit
-def store_window(
-    slot_ptrs, window, mask, D: tl.constexpr, W: tl.constexpr, WARPS: tl.constexpr
-):
+def zero_rows(out, rows, block, C: tl.constexpr):
+    """Writes zeros to the first `rows` of `out`."""
+    cols = columns(block, C)
+    out_ptrs = out.ptr + cols
+    zeros = tl.full(cols.shape, 0, out.ptr.dtype.element_ty)
+    for _ in range(rows):
+        tl.store(out_ptrs, zeros, mask=cols < block.limit)
+        out_ptrs += out.stride
+
+
+@triton.jit
+def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
+    """The W-1 float32 rows before row `first` of a sequence, as a tuple.
+
+    Args:
+        x_ptr: scalar pointer to row `first`.
+        slot_ptr: scalar pointer to row 0 of the slot; None if there is no history.
+        first: 0, or at least W-1, so that all rows come from the slot or all from x.
+        history: number of valid rows at the front of the slot; the newest last.
+    """
+    W: tl.constexpr = C.W
+    window = ()
+    from_x = only_if(first > 0, block)
+    for k in tl.static_range(W - 1):
+        back = W - 1 - k
+        row = history - back
+        # No channel passes where a row must not be seen.
+        from_slot = only_if((first == 0) & (row >= 0), block)
+        if slot_ptr is None:
+            raw = load_row(x_ptr - back * C.X, from_x, C)
+            window = window + (widen(raw, C),)
+        elif slot_ptr.dtype == x_ptr.dtype:
+            ptr = tl.where(first > 0, x_ptr - back * C.X, slot_ptr + row * C.D)
+            limit = tl.where(first > 0, block.limit, from_slot.limit)
+            raw = load_row(ptr, Block(block.first, limit), C)
+            window = window + (widen(raw, C),)
+        else:
+            x = load_row(x_ptr - back * C.X, from_x, C)
+            old = load_plain(slot_ptr + row * C.D, from_slot, C).to(tl.float32)
+            window = window + (tl.where(first > 0, widen(x, C), old),)
+    return window
+
+
+@triton.jit
+def store_window(slot_ptr, window, block, C: tl.constexpr):
     """Makes the slot the W-1 rows of `window`, all of which had the slot's dtype.
 
     One warp's reads of the slot are before its writes; of more, behind a barrier.
 
     bfloat16 goes back by its bits: rounding could change the payload of a NaN.
     """
-    if WARPS > 1:
+    W: tl.constexpr = C.W
+    cols = columns(block, C)
+    if C.WARPS > 1:
         tl.debug_barrier()
     for k in tl.static_range(W - 1):
         row = window[k]
-        if slot_ptrs.dtype.element_ty == tl.bfloat16:
+        if slot_ptr.dtype.element_ty == tl.bfloat16:
             bits = row.to(tl.int32, bitcast=True) >> 16
             row = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        tl.store(slot_ptrs + k * D, row, mask=mask)
+        tl.store(slot_ptr + cols + k * C.D, row, mask=cols < block.limit)
 
 
 @triton.jit
-def load_rows(
-    row_ptr,
-    wanted,
-    first_col,
-    limit,
-    stride,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    """GROUP consecutive rows as a tuple; no load is issued unless `wanted`."""
-    limit = tl.where(wanted, limit, 0)
-    rows = ()
-    for g in tl.static_range(GROUP):
-        row = load_row(row_ptr + g * stride, first_col, limit, BLOCK_N, PAIRS)
-        rows = rows + (row,)
-    return rows
-
-
-@triton.jit
-def zero_rows(out_ptrs, rows, mask, stride, BLOCK_N: tl.constexpr):
-    """Writes zeros to `rows` consecutive rows."""
-    zeros = tl.full([BLOCK_N], 0, out_ptrs.dtype.element_ty)
-    for _ in range(rows):
-        tl.store(out_ptrs, zeros, mask=mask)
-        out_ptrs += stride
-
-
-@triton.jit
-def zero_uncovered(
-    out_ptr,
-    query_start_loc_ptr,
-    num_tokens,
-    num_seqs,
-    chunk,
-    block_m,
-    cols,
-    mask,
-    stride,
-    BLOCK_N: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """Writes zeros to block `chunk` of the tokens that no sequence covers.
-
-    They are numbered head first (before the first sequence), then tail.
-    """
-    head = _clip(tl.load(query_start_loc_ptr), num_tokens)
-    # The scan can only find a later end than the last offset and the first: most
-    # programs behind the last chunk have nothing to do, and see it here.
-    end = _clip(tl.load(query_start_loc_ptr + num_seqs), num_tokens)
-    end = tl.maximum(end, head)
-    if chunk <= (head + (num_tokens - end) - 1) // block_m:
-        tail = offset_bound(query_start_loc_ptr, num_seqs, num_tokens, num_seqs, SCAN)
-        uncovered = head + (num_tokens - tail)
-        if chunk <= (uncovered - 1) // block_m:
-            first = chunk * block_m
-            last = tl.minimum(first + block_m, uncovered)
-            zeros = tl.full([BLOCK_N], 0, out_ptr.dtype.element_ty)
-            for i in range(first, last):
-                token = tl.where(i < head, i, tail + (i - head))
-                tl.store(out_ptr + token.to(tl.int64) * stride + cols, zeros, mask=mask)
-
-
-@triton.jit
-def load_window(
-    x_ptr,
-    slot_ptr,
-    first,
-    history,
-    first_col,
-    limit,
-    X: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    """The W-1 float32 rows before row `first` of a sequence, as a tuple.
-
-    Args:
-        x_ptr: scalar pointer to row `first`.
-        slot_ptr: scalar pointer to row 0 of the slot.
-        first: 0, or at least W-1, so that all rows come from the slot or all from x.
-        history: number of valid rows at the front of the slot; the newest last.
-    """
-    window = ()
-    for k in tl.static_range(W - 1):
-        back = W - 1 - k
-        row = history - back
-        # No channel passes where a row must not be seen.
-        old_limit = tl.where((first == 0) & (row >= 0), limit, 0)
-        if slot_ptr.dtype == x_ptr.dtype:
-            ptr = tl.where(first > 0, x_ptr - back * X, slot_ptr + row * D)
-            seen_limit = tl.where(first > 0, limit, old_limit)
-            raw = load_row(ptr, first_col, seen_limit, BLOCK_N, PAIRS)
-            window = window + (widen(raw, PAIRS),)
-        else:
-            x_limit = tl.where(first > 0, limit, 0)
-            x = load_row(x_ptr - back * X, first_col, x_limit, BLOCK_N, PAIRS)
-            old = load_row(slot_ptr + row * D, first_col, old_limit, BLOCK_N, False)
-            old = old.to(tl.float32)
-            window = window + (tl.where(first > 0, widen(x, PAIRS), old),)
-    return window
-
-
-@triton.jit
-def roll_slot(
-    x_ptr,
-    slot_ptr,
-    length,
-    history,
-    first_col,
-    limit,
-    X: tl.constexpr,
-    D: tl.constexpr,
-    L: tl.constexpr,
-    L_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLOT_N: tl.constexpr,
-):
+def roll_slot(x_ptr, slot_ptr, length, history, block, C: tl.constexpr):
     """Makes the slot the last L rows of `concat(history, x[0:length])`, in place.
 
     Rows move left by `length - rejected`, or *right* where more rows were rejected
@@ -489,20 +457,81 @@ def roll_slot(
         slot_ptr: scalar pointer to the slot's first row.
         history: number of valid rows at the front of the slot.
     """
-    row = tl.arange(0, L_BLOCK)[:, None]
-    token = (length - L) + row  # of the sequence; negative: history
-    for n in range(0, BLOCK_N, SLOT_N):
-        cols = (first_col + n + tl.arange(0, SLOT_N))[None, :]
-        mask = (row < L) & (cols < limit)
+    row = tl.arange(0, C.L_BLOCK)[:, None]
+    token = (length - C.L) + row  # of the sequence; negative: history
+    for n in range(0, C.BLOCK_N, C.SLOT_N):
+        cols = (block.first + n + tl.arange(0, C.SLOT_N))[None, :]
+        mask = (row < C.L) & (cols < block.limit)
         new = tl.load(
-            x_ptr + token.to(tl.int64) * X + cols, mask=mask & (token >= 0), other=0.0
+            x_ptr + token.to(tl.int64) * C.X + cols, mask=mask & (token >= 0), other=0.0
         )
         source = history + token
         old = tl.load(
-            slot_ptr + source * D + cols,
+            slot_ptr + source * C.D + cols,
             mask=mask & (token < 0) & (source >= 0),
             other=0.0,
         )
         rows = tl.where(token >= 0, new.to(slot_ptr.dtype.element_ty), old)
         tl.debug_barrier()
-        tl.store(slot_ptr + row * D + cols, rows, mask=mask)
+        tl.store(slot_ptr + row * C.D + cols, rows, mask=mask)
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _clip(offset, num_tokens):
+    return tl.minimum(tl.maximum(offset, 0), num_tokens)
+
+
+@triton.jit
+def offset_bound(offsets, last, C: tl.constexpr):
+    """`max(clip(offsets[0..last], 0, T))`: cummax at one entry.
+
+    Well-formed offsets need no maximum, but any vector of integers has a meaning,
+    and a scan of a few cached lines, SCAN at a time, is cheaper than a second kernel.
+    Four offsets are one access; the array's last ones, which fill no four, are others.
+    """
+    SCAN: tl.constexpr = C.SCAN
+    lanes = tl.arange(0, SCAN)
+    best = tl.full([SCAN], 0, tl.int32)
+    full = (last + 1) // SCAN * SCAN
+    for base in range(0, full, SCAN):
+        best = tl.maximum(best, tl.load(offsets.ptr + base + lanes))
+    whole = (offsets.num_seqs + 1) // 4 * 4
+    i = full + lanes
+    wanted = i < tl.minimum(whole, (last // 4 + 1) * 4)
+    q = tl.load(offsets.ptr + i, mask=wanted, other=0)
+    best = tl.maximum(best, tl.where(i <= last, q, 0))
+    four = whole + tl.arange(0, 4)
+    rest = tl.load(offsets.ptr + four, mask=four <= last, other=0)
+    best = tl.maximum(tl.reduce(best, 0, _max), tl.reduce(rest, 0, _max))
+    return _clip(best, offsets.num_tokens)
+
+
+@triton.jit
+def zero_uncovered(out, offsets, chunk, block_m, block, C: tl.constexpr):
+    """Writes zeros to chunk `chunk` of the tokens that no sequence covers.
+
+    They are numbered head first (before the first sequence), then tail.
+    """
+    num_tokens = offsets.num_tokens
+    head = _clip(tl.load(offsets.ptr), num_tokens)
+    # The scan can only find a later end than the last offset and the first: most
+    # programs behind the last chunk have nothing to do, and see it here.
+    end = _clip(tl.load(offsets.ptr + offsets.num_seqs), num_tokens)
+    end = tl.maximum(end, head)
+    if chunk <= (head + (num_tokens - end) - 1) // block_m:
+        tail = offset_bound(offsets, offsets.num_seqs, C)
+        uncovered = head + (num_tokens - tail)
+        if chunk <= (uncovered - 1) // block_m:
+            first = chunk * block_m
+            last = tl.minimum(first + block_m, uncovered)
+            cols = columns(block, C)
+            zeros = tl.full(cols.shape, 0, out.ptr.dtype.element_ty)
+            for i in range(first, last):
+                token = tl.where(i < head, i, tail + (i - head))
+                row_ptr = out.ptr + token.to(tl.int64) * out.stride
+                tl.store(row_ptr + cols, zeros, mask=cols < block.limit)

@@ -5,12 +5,13 @@ compiles or interprets. Here both live side by side: a copy of the kernel is
 interpreted, its callees with it, and the kernel itself stays compilable.
 """
 
+import dataclasses
 import functools
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -25,6 +26,9 @@ from triton.runtime.interpreter import (
     TensorHandle,
     interpreter_builder,
 )
+
+from .entry import entry, leaves, replaced
+from .record import Launch
 
 _stock_patch_tensor = triton_interpreter._patch_lang_tensor
 
@@ -121,53 +125,47 @@ def _interpreted(kernel: JITFunction) -> Any:
     return rewritten
 
 
-def run(
-    kernel: Any, args: Sequence[np.ndarray | int], grid: int, **constants: Any
-) -> None:
-    """Runs `kernel(*args, **constants)` for `grid` programs, in place.
+def run(launch: Launch, inputs: NamedTuple, outputs: NamedTuple) -> None:
+    """Runs a launch now, on NumPy buffers.
 
     Args:
-        args: NumPy arrays (passed as pointers) and ints, in the kernel's order;
-            parameters behind them that are no constants are None.
+        launch: says what runs; its own inputs and outputs are not looked at.
+        inputs, outputs: records like those of the launch, with NumPy arrays, which the
+            programs write to.
     """
+    kernel = entry(launch.kernel, inputs, outputs, spare=False)
     fn = _interpreted(kernel)
-    given = {*kernel.arg_names[: len(args)], *constants, "FAST"}
-    absent = {name: None for name in kernel.arg_names if name not in given}
-    operands = [_Pointer(a) if isinstance(a, np.ndarray) else a for a in args]
+    constants = dataclasses.replace(launch.constants, FAST=False)
+    operands = [
+        _Pointer(leaf) if isinstance(leaf, np.ndarray) else leaf
+        for leaf in (*leaves(inputs), *leaves(outputs))
+    ]
     with _LOCK, _mended(), np.errstate(all="ignore"):
-        executor = _InPlaceExecutor(fn, kernel.arg_names, (grid,))
-        executor(*operands, **absent, **constants, FAST=False)
+        executor = _InPlaceExecutor(fn, kernel.arg_names, (launch.grid,))
+        executor(*operands, C=constants)
 
 
-def call(
-    kernel: Any,
-    arrays: Sequence[jax.Array],
-    scalars: Sequence[int],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    *,
-    grid: int,
-    num_warps: int,
-    constants: Mapping[str, Any],
-    in_place: int | None = None,
-) -> tuple[jax.Array, ...]:
-    """`bridge.call` through the interpreter and a host callback.
+def call(launch: Launch) -> tuple[jax.Array, ...]:
+    """Runs a launch through the interpreter and a host callback.
 
     Outputs are filled with NaN first, so that a row which no program writes shows.
     """
-    del num_warps
-    _interpreted(kernel)  # parsed now: Python 3.11 may fail to in a device's thread
-    results = list(outputs)
-    if in_place is not None:
-        updated = arrays[in_place]
+    # Parsed now: Python 3.11 may fail to in a device's thread.
+    _interpreted(entry(launch.kernel, launch.inputs, launch.outputs, spare=False))
+    arrays = [a for a in leaves(launch.inputs) if not isinstance(a, int)]
+    results = list(leaves(launch.outputs))
+    if launch.in_place is not None:
+        updated = getattr(launch.inputs, launch.in_place)
         results.append(jax.ShapeDtypeStruct(updated.shape, updated.dtype))
 
     def host(*operands):
-        buffers = [np.ascontiguousarray(a) for a in operands]
-        fresh = [np.full(out.shape, np.nan, out.dtype) for out in outputs]
-        if in_place is not None:
-            buffers[in_place] = buffers[in_place].copy()
-            fresh.append(buffers[in_place])
-        run(kernel, [*buffers, *scalars, *fresh], grid, **constants)
+        inputs = replaced(launch.inputs, map(np.ascontiguousarray, operands))
+        fresh = [np.full(out.shape, np.nan, out.dtype) for out in results]
+        outputs = replaced(launch.outputs, fresh)
+        if launch.in_place is not None:
+            fresh[-1][...] = getattr(inputs, launch.in_place)
+            inputs = inputs._replace(**{launch.in_place: fresh[-1]})
+        run(launch, inputs, outputs)
         return tuple(fresh)
 
     return jax.pure_callback(host, tuple(results), *arrays, vmap_method="sequential")

@@ -1,12 +1,16 @@
 """The packed forward kernel. No JAX here."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .device import (
+    Offsets,
+    Rows,
     channel_block,
     convolve_rows,
-    load_taps,
+    load_filter,
     load_window,
     offset_bound,
     roll_slot,
@@ -16,39 +20,64 @@ from .device import (
 )
 
 
-@triton.jit
-def sequence(
-    seq,
-    query_start_loc_ptr,
-    slot_ptr,
-    has_initial_state_ptr,
-    num_rejected_ptr,
-    num_tokens,
-    num_seqs,
-    L: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_INITIAL_STATE: tl.constexpr,
-    HAS_REJECTED: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """First token, end, slot and valid rows of history of sequence `seq`.
+class PackedInputs(NamedTuple):
+    """Arrays of `PackedOperands` and its metadata; T, N, S; tokens of a chunk."""
 
-    All these loads overlap.
+    x: Any
+    weight: Any
+    bias: Any
+    states: Any
+    query_start_loc: Any
+    slots: Any
+    has_initial_state: Any
+    num_rejected: Any
+    chunk_seq: Any
+    chunk_offset: Any
+    num_tokens: Any
+    num_seqs: Any
+    num_slots: Any
+    block_m: Any
+
+
+class PackedOutputs(NamedTuple):
+    """The parts of the output."""
+
+    out: tuple
+
+
+class Sequence(NamedTuple):
+    """What is known of a sequence.
+
+    Attributes:
+        start, end: its tokens.
+        slot: any integer.
+        history: how many rows at the front of the slot are valid.
     """
-    end = tl.load(query_start_loc_ptr + seq + 1)
+
+    start: Any
+    end: Any
+    slot: Any
+    history: Any
+
+
+@triton.jit
+def sequence(seq, inputs, offsets, C: tl.constexpr):
+    """The `Sequence` of number `seq`. All the loads overlap."""
+    end = tl.load(offsets.ptr + seq + 1)
     slot = seq
-    if HAS_SLOTS:
-        slot = tl.load(slot_ptr + seq)
+    if inputs.slots is not None:
+        slot = tl.load(inputs.slots + seq)
     history = seq * 0  # a tensor, as below
-    if HAS_INITIAL_STATE:
-        seen = tl.load(has_initial_state_ptr + seq)
-        history = tl.where(seen, L, 0)
-        if HAS_REJECTED:
-            rejected = tl.load(num_rejected_ptr + seq)
-            rejected = tl.minimum(tl.maximum(rejected, 0), L)
+    if inputs.has_initial_state is not None:
+        has_history = tl.load(inputs.has_initial_state + seq)
+        history = tl.where(has_history, C.L, 0)
+        if inputs.num_rejected is not None:
+            rejected = tl.load(inputs.num_rejected + seq)
+            rejected = tl.minimum(tl.maximum(rejected, 0), C.L)
             history = tl.maximum(history - rejected, 0)
-    start = offset_bound(query_start_loc_ptr, seq, num_tokens, num_seqs, SCAN)
-    return start, tl.maximum(tl.minimum(end, num_tokens), start), slot, history
+    start = offset_bound(offsets, seq, C)
+    end = tl.maximum(tl.minimum(end, offsets.num_tokens), start)
+    return Sequence(start, end, slot, history)
 
 
 # One program filters one chunk (at most block_m tokens) of one sequence for BLOCK_N
@@ -71,171 +100,46 @@ def sequence(
 # Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
 # [0, S), a program number out of range is compared before it is multiplied.
 @triton.jit
-def packed_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    state_ptr,
-    query_start_loc_ptr,
-    slot_ptr,
-    has_initial_state_ptr,
-    num_rejected_ptr,
-    chunk_seq_ptr,
-    chunk_offset_ptr,
-    num_tokens,
-    num_seqs,
-    num_slots,
-    block_m,
-    out_ptr,
-    out_1_ptr,  # None where there are fewer parts: see channel_block
-    out_2_ptr,
-    out_3_ptr,
-    spare_ptr,  # some launchers hand an in-place buffer over twice
-    X: tl.constexpr,
-    OFFSET: tl.constexpr,
-    SPLIT: tl.constexpr,
-    COL_BLOCKS: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    L: tl.constexpr,
-    PAD_SLOT_ID: tl.constexpr,
-    SILU: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
-    HAS_INITIAL_STATE: tl.constexpr,
-    HAS_REJECTED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAIRS: tl.constexpr,
-    L_BLOCK: tl.constexpr,
-    SLOT_N: tl.constexpr,
-    WINDOW_IS_SLOT: tl.constexpr,
-    WARPS: tl.constexpr,
-    SCAN: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    program = tl.program_id(0) // COL_BLOCKS
-    block = tl.program_id(0) % COL_BLOCKS
-    first_col, limit, out_ptr, out_stride = channel_block(
-        block, (out_ptr, out_1_ptr, out_2_ptr, out_3_ptr), SPLIT, BLOCK_N
-    )
-    cols = first_col + tl.arange(0, BLOCK_N)
-    mask = cols < limit
-    x_ptr += OFFSET
+def packed_kernel(inputs, outputs, C: tl.constexpr):
+    program = tl.program_id(0) // C.COL_BLOCKS
+    block, out = channel_block(outputs.out, C)
+    num_seqs = inputs.num_seqs
+    block_m = inputs.block_m
+    offsets = Offsets(inputs.query_start_loc, inputs.num_tokens, num_seqs)
 
     # Needed last, asked for first.
-    taps, bias = load_taps(weight_ptr, bias_ptr, cols, mask, W, HAS_BIAS)
-    seq = tl.load(chunk_seq_ptr + program)
-    chunk = tl.load(chunk_offset_ptr + program)
+    filter = load_filter(inputs.weight, inputs.bias, block, C)
+    seq = tl.load(inputs.chunk_seq + program)
+    chunk = tl.load(inputs.chunk_offset + program)
     # Where decodes come first, program i serves sequence i: what is known of that one
     # is asked for at once, not after one more wait for memory.
-    start, end, slot, history = program, program, program, program
+    found = Sequence(program, program, program, program)
     if program < num_seqs:
-        start, end, slot, history = sequence(
-            program,
-            query_start_loc_ptr,
-            slot_ptr,
-            has_initial_state_ptr,
-            num_rejected_ptr,
-            num_tokens,
-            num_seqs,
-            L,
-            HAS_SLOTS,
-            HAS_INITIAL_STATE,
-            HAS_REJECTED,
-            SCAN,
-        )
+        found = sequence(program, inputs, offsets, C)
     if seq < 0:
         if (seq == -1) & (chunk >= 0):
-            zero_uncovered(
-                out_ptr,
-                query_start_loc_ptr,
-                num_tokens,
-                num_seqs,
-                chunk,
-                block_m,
-                cols,
-                mask,
-                out_stride,
-                BLOCK_N,
-                SCAN,
-            )
+            zero_uncovered(out, offsets, chunk, block_m, block, C)
     elif (seq < num_seqs) & (chunk >= 0):
         if seq != program:
-            start, end, slot, history = sequence(
-                seq,
-                query_start_loc_ptr,
-                slot_ptr,
-                has_initial_state_ptr,
-                num_rejected_ptr,
-                num_tokens,
-                num_seqs,
-                L,
-                HAS_SLOTS,
-                HAS_INITIAL_STATE,
-                HAS_REJECTED,
-                SCAN,
-            )
-        length = end - start
+            found = sequence(seq, inputs, offsets, C)
+        length = found.end - found.start
         if (length > 0) & (chunk <= (length - 1) // block_m):
             first = chunk * block_m
             rows = tl.minimum(block_m, length - first)
-            row_ptr = x_ptr + start.to(tl.int64) * X
-            out_ptr += (start + first).to(tl.int64) * out_stride
-            if (slot >= 0) & (slot < num_slots) & (slot != PAD_SLOT_ID):
-                slot_base = state_ptr + slot.to(tl.int64) * (L * D)
-                first_ptr = row_ptr + first.to(tl.int64) * X
-                window = load_window(
-                    first_ptr,
-                    slot_base,
-                    first,
-                    history,
-                    first_col,
-                    limit,
-                    X,
-                    D,
-                    W,
-                    BLOCK_N,
-                    PAIRS,
-                )
+            row_ptr = inputs.x + C.OFFSET + found.start.to(tl.int64) * C.X
+            token = (found.start + first).to(tl.int64)
+            out = Rows(out.ptr + token * out.stride, out.stride)
+            slot = found.slot
+            if (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID):
+                slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
+                first_ptr = row_ptr + first.to(tl.int64) * C.X
+                window = load_window(first_ptr, slot_ptr, first, found.history, block, C)
                 window = convolve_rows(
-                    first_ptr,
-                    out_ptr,
-                    chunk_seq_ptr,
-                    window,
-                    taps,
-                    bias,
-                    0,
-                    0,
-                    rows,
-                    first_col,
-                    limit,
-                    out_stride,
-                    X,
-                    W,
-                    SILU,
-                    False,
-                    BLOCK_N,
-                    GROUP,
-                    PAIRS,
-                    FAST,
+                    first_ptr, out, window, filter, None, rows, block, C
                 )
-                if WINDOW_IS_SLOT and (chunk == 0) & (length <= block_m):
-                    store_window(slot_base + cols, window, mask, D, W, WARPS)
+                if C.WINDOW_IS_SLOT and (chunk == 0) & (length <= block_m):
+                    store_window(slot_ptr, window, block, C)
                 elif chunk == 0:
-                    roll_slot(
-                        row_ptr,
-                        slot_base,
-                        length,
-                        history,
-                        first_col,
-                        limit,
-                        X,
-                        D,
-                        L,
-                        L_BLOCK,
-                        BLOCK_N,
-                        SLOT_N,
-                    )
+                    roll_slot(row_ptr, slot_ptr, length, found.history, block, C)
             else:
-                zero_rows(out_ptr + cols, rows, mask, out_stride, BLOCK_N)
+                zero_rows(out, rows, block, C)

@@ -1,4 +1,7 @@
-"""Block sizes and warps: one dataclass, one heuristic per kernel. No JAX here."""
+"""Block sizes and warps: one function per kernel, and all that it takes into account.
+
+No JAX here, and no Triton.
+"""
 
 import dataclasses
 
@@ -16,6 +19,7 @@ class Tiles:
 
     Attributes:
         block_n: channels per program, a power of two.
+        block_m: tokens per program, if it does not take all there are.
         num_warps: warps per program.
         group: rows per unrolled step of the token loop.
         l_block: L rounded up to a power of two.
@@ -23,62 +27,124 @@ class Tiles:
     """
 
     block_n: int
+    block_m: int
     num_warps: int
     group: int
     l_block: int
     slot_n: int
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """What the choice of tiles knows of a conv's filters.
+
+    Attributes:
+        dim: channels of the widest part of the output.
+        width: W, the taps.
+        itemsize: bytes of an element of x.
+        alignment: a number of elements that divides the position of every row and
+            part.
+    """
+
+    dim: int
+    width: int
+    itemsize: int
+    alignment: int
 
 
-def choose(
-    dim: int,
-    width: int,
-    state_len: int,
-    rows: int,
-    itemsize: int,
-    alignment: int | None = None,
-    num_warps: int = 1,
+def packed(filters: Filters, state_len: int, num_tokens: int, num_seqs: int) -> Tiles:
+    """Tiles of the packed forward kernel, where the caller does not say block_m."""
+    block_m = packed_block_m(filters, num_tokens, num_seqs)
+    return packed_chunks(filters, state_len, num_tokens, num_seqs, block_m)
+
+
+def packed_chunks(
+    filters: Filters, state_len: int, num_tokens: int, num_seqs: int, block_m: int
 ) -> Tiles:
-    """Tiles for D channels of `itemsize` bytes, W taps and L rows of state.
+    """Tiles of the packed forward kernel for chunks of block_m tokens."""
+    if few_rows(num_tokens, num_seqs):
+        return _forward(filters, state_len, block_m, rows=1, num_warps=2)
+    return _forward(filters, state_len, block_m, rows=block_m)
 
-    `rows` is the tokens per program; `alignment` a number of elements that divides the
-    position of every row and part, None for that of D; `num_warps` the warps that
-    share a program's channels, if these are enough.
+
+def update(filters: Filters, state_len: int, num_tokens: int) -> Tiles:
+    """Tiles of the decode kernel for rows of num_tokens tokens."""
+    return _forward(filters, state_len, num_tokens, rows=num_tokens)
+
+
+def dense(filters: Filters, batch: int, length: int) -> Tiles:
+    """Tiles of the dense forward kernel for B rows of T tokens."""
+    block_m = packed_block_m(filters, batch * length, batch)
+    return _forward(filters, filters.width - 1, block_m, rows=block_m)
+
+
+def packed_backward(filters: Filters, block_m: int) -> Tiles:
+    """Tiles of the packed backward kernel for chunks of block_m tokens."""
+    return _backward(filters, block_m, rows=block_m)
+
+
+def rows_backward(
+    filters: Filters, dim: int, batch: int, length: int, plain: bool
+) -> Tiles:
+    """Tiles of the backward kernel of rows.
+
+    Args:
+        dim: D, the channels of all parts.
+        batch, length: B rows of T tokens.
+        plain: there are no segments, no slots, and channels in pairs: so there are
+            registers to spare, and long rows go by larger groups, for more loads in
+            flight.
+    """
+    tile = _backward(filters, 0, rows=length)
+    if plain and filters.width == 4 and length >= 128:  # as was measured
+        tile = dataclasses.replace(tile, group=2 * filters.width)
+    block_m = max(_rows_block_m(batch * length, dim, tile.block_n), filters.width - 1)
+    return dataclasses.replace(tile, block_m=block_m)
+
+
+def packed_block_m(filters: Filters, num_tokens: int, num_seqs: int) -> int:
+    """Tokens per chunk: the default, but as many as the history has rows.
+
+    So a chunk finds all of its history in the slot, or all of it in x.
+    """
+    return max(default_block_m(num_tokens, num_seqs), filters.width - 1)
+
+
+def _forward(
+    filters: Filters, state_len: int, block_m: int, rows: int, num_warps: int = 1
+) -> Tiles:
+    """Tiles of a forward kernel, for loops over `rows` tokens.
+
+    `num_warps` share a program's channels, if these are enough.
     """
     # As many channels a thread as one access moves; fewer where rows are not aligned
     # and every channel is an access of its own, with registers for its address.
-    per_thread = _ACCESS // itemsize
-    if (dim if alignment is None else alignment) % per_thread:
+    per_thread = _ACCESS // filters.itemsize
+    if filters.alignment % per_thread:
         per_thread = 4
-    tile = _tiles(dim, width, state_len, rows, per_thread)
+    tile = _tiles(filters, state_len, block_m, rows, per_thread)
     if tile.block_n >= 4 * num_warps * _WARP:
         tile = dataclasses.replace(tile, num_warps=num_warps)
     return tile
 
 
-def choose_backward(
-    dim: int, width: int, rows: int, spare_registers: bool = False
-) -> Tiles:
-    """Tiles of the backward kernels.
+def _backward(filters: Filters, block_m: int, rows: int) -> Tiles:
+    """Tiles of a backward kernel.
 
-    They keep two windows and the sums for dweight in registers beside the taps. With
-    `spare_registers`, long rows go by larger groups, for more loads in flight.
+    It keeps two windows and the sums for dweight in registers beside the taps.
     """
-    tile = _tiles(dim, width, 1, rows, 4)
-    if spare_registers and width == 4 and rows >= 128:  # as was measured
-        tile = dataclasses.replace(tile, group=2 * width)
-    return tile
+    return _tiles(filters, 1, block_m, rows, per_thread=4)
 
 
-def _tiles(dim: int, width: int, state_len: int, rows: int, per_thread: int) -> Tiles:
+def _tiles(
+    filters: Filters, state_len: int, block_m: int, rows: int, per_thread: int
+) -> Tiles:
+    width = filters.width
     while per_thread > 1 and per_thread * width > _TAPS_PER_THREAD:
         per_thread //= 2
     # The channels of one warp: the last block leaves few threads idle, and one warp
     # waits at no barrier.
-    block_n = min(per_thread * _WARP, _power_of_two(dim))
+    block_n = min(per_thread * _WARP, _power_of_two(filters.dim))
     # A multiple of W lets the window rotate through the registers without moves; a
     # very wide filter would unroll into too much code and takes one row at a time.
     group = width * max(1, 4 // width) if width <= 8 else 1
@@ -86,7 +152,11 @@ def _tiles(dim: int, width: int, state_len: int, rows: int, per_thread: int) -> 
         group = 1
     l_block = _power_of_two(state_len)
     slot_n = max(1, min(block_n, _SLOT_TILE // l_block))
-    return Tiles(block_n, 1, group, l_block, slot_n)
+    return Tiles(block_n, block_m, 1, group, l_block, slot_n)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def default_block_m(num_tokens: int, num_seqs: int) -> int:
@@ -105,15 +175,15 @@ def default_block_m(num_tokens: int, num_seqs: int) -> int:
     return 16 if num_tokens <= 1024 else 32
 
 
-def backward_block_m(num_rows: int, dim: int, block_n: int) -> int:
-    """Tokens per chunk of the dense backward for `num_rows` tokens of all rows.
+def _rows_block_m(num_tokens: int, dim: int, block_n: int) -> int:
+    """Tokens per chunk of the backward of rows that have `num_tokens` tokens in all.
 
     Each chunk ends with W+1 rows of sums that are read again: as long as enough
     programs are left to fill a GPU (about 20 for each of 132 multiprocessors), the
     longer the better.
     """
     blocks = -(-dim // block_n)
-    block_m = num_rows * blocks // 2640
+    block_m = num_tokens * blocks // 2640
     return min(max(1 << max(block_m.bit_length() - 1, 0), 32), 256)
 
 

@@ -1,0 +1,43 @@
+"""Text as bytes, which needs no tokenizer: what the Mamba2 programs share."""
+
+from pydoc_data.topics import topics
+
+VOCAB = 256  # a token is a byte
+END = 0  # stands before and after every document; no text has it
+HELD_OUT_EVERY = 8  # of the topics in alphabetical order
+
+
+def documents() -> tuple[list[bytes], list[bytes]]:
+    """The topics for training, and those held out.
+
+    Topics repeat each other, so every paragraph is kept once, in a held-out topic if
+    there is one that has it: nothing that is held out occurs in the training text.
+    """
+    names = sorted(topics)
+    held_out = names[::HELD_OUT_EVERY]
+    seen = set()
+
+    def new_paragraphs(name: str) -> bytes:
+        kept = []
+        for paragraph in topics[name].split("\n\n"):
+            words = tuple(paragraph.split())
+            if words not in seen:
+                seen.add(words)
+                kept.append(paragraph)
+        return "\n\n".join(kept).encode()
+
+    evaluation = [new_paragraphs(name) for name in held_out]
+    training = [new_paragraphs(name) for name in names if name not in held_out]
+    return [text for text in training if text], [text for text in evaluation if text]
+
+
+def stop_tokens(eos: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """A config's end-of-text token, or tokens, as `Request` wants them."""
+    if eos is None:
+        return ()
+    return eos if isinstance(eos, tuple) else (eos,)
+
+
+def printable(text: str) -> str:
+    """The text without control characters: no escape sequence reaches a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

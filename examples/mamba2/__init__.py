@@ -1,1 +1,0 @@
-"""Mamba2 language models: load, train and serve."""

@@ -1,0 +1,180 @@
+"""What the index arguments of a batch mean: its sequences, tokens and runs.
+
+Every implementation, of every op, reads a batch by these definitions: offsets and slot
+numbers are clamped here, and who is live is decided here.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Sequences(NamedTuple):
+    """What a batch's index arguments mean, after clamping; all `(N,)`.
+
+    Attributes:
+        start: first token of the sequence.
+        length: its number of tokens.
+        slot: its slot, clamped into `[0, S)`; only meaningful where `live`.
+        history: how many rows at the front of the slot are valid history, the newest
+            last: L minus the rejected ones, 0 without initial state.
+        live: False for skipped sequences.
+    """
+
+    start: jax.Array
+    length: jax.Array
+    slot: jax.Array
+    history: jax.Array
+    live: jax.Array
+
+
+class Tokens(NamedTuple):
+    """Where each token stands; all `(T,)`.
+
+    Attributes:
+        owner: its sequence, clamped into `[0, N)`.
+        position: its index in the sequence.
+        live: False where nobody covers it or its sequence is skipped.
+    """
+
+    owner: jax.Array
+    position: jax.Array
+    live: jax.Array
+
+
+def sanitize_offsets(query_start_loc, num_tokens: int):
+    """`cummax(clip(q, 0, T))`: the one meaning of any vector of offsets."""
+    return lax.cummax(jnp.clip(query_start_loc, 0, num_tokens))
+
+
+def sequences(
+    offsets, slots, has_initial_state, num_rejected, shape, pad_slot_id: int
+) -> Sequences:
+    """Resolves sanitised offsets and optional index arrays for slots of `shape`."""
+    num_slots, state_len = shape[:2]
+    start, length = offsets[:-1], offsets[1:] - offsets[:-1]
+    if slots is None:
+        slots = jnp.arange(start.shape[0], dtype=jnp.int32)
+    slots = jnp.asarray(slots)
+    named = (slots >= 0) & (slots < num_slots) & (slots != pad_slot_id)
+    live = named & (length > 0)
+    history = jnp.full_like(start, state_len)
+    if num_rejected is not None:
+        history = history - jnp.clip(num_rejected, 0, state_len)
+    has_initial_state = False if has_initial_state is None else has_initial_state
+    history = jnp.where(has_initial_state, history, 0)
+    slot = jnp.clip(slots, 0, max(num_slots - 1, 0))
+    return Sequences(start, length, slot, history, live)
+
+
+def first_after(ends, query):
+    """The first index whose entry of sorted `ends` exceeds `query`; N if none does.
+
+    An unrolled binary search: a loop would be a chain of kernels on a GPU, and jax's
+    own search fails in a `shard_map` over some of a mesh's axes. The number of steps
+    depends on N; where that is symbolic (`jax.export`), every end is counted instead.
+    """
+    count = ends.shape[0]
+    if jax.export.is_symbolic_dim(count):
+        return jnp.sum(ends <= query[:, None], axis=1, dtype=jnp.int32)
+    found = jnp.zeros_like(query)
+    for bit in reversed(range(count.bit_length())):
+        further = found + (1 << bit)
+        entry = take_rows(ends, further - 1)
+        found = jnp.where((further <= count) & (entry <= query), further, found)
+    return found
+
+
+def tokens_of(seqs: Sequences, num_tokens: int) -> Tokens:
+    """The tokens of packed sequences."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    end = seqs.start + seqs.length
+    # The first sequence that ends behind the token; N for an uncovered tail.
+    owner = first_after(end, token)
+    covered = (owner < end.shape[0]) & (token >= seqs.start[0])
+    live = covered & take_rows(seqs.live, owner)
+    return Tokens(
+        jnp.minimum(owner, end.shape[0] - 1), token - take_rows(seqs.start, owner), live
+    )
+
+
+def accumulator(x) -> jnp.dtype:
+    """The dtype of products and sums: float64 iff x is."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def take_rows(table, *index):
+    """Rows of `table` at (clamped) indices: one gather."""
+    return table.at[index].get(mode="clip")
+
+
+def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
+    """For `row_by_row`: each row's slot in a cache of its own (0, or -1 to skip).
+
+    None where rows and slots do not correspond.
+    """
+    if slots is not None or batch != num_slots:
+        return None
+    return jnp.where(jnp.arange(batch, dtype=jnp.int32) == pad_slot_id, -1, 0)
+
+
+def row_by_row(function):
+    """`function` of a batch as a vmap over batches of one.
+
+    Gathers then stay inside a row by construction, and a batch sharded over devices
+    stays where it is.
+    """
+
+    def of_row(*row):
+        out = function(*jax.tree.map(lambda a: a[None], row))
+        return jax.tree.map(lambda a: a[0], out)
+
+    return jax.vmap(of_row)
+
+
+class Runs(NamedTuple):
+    """Runs of equal segment ids in the rows of a dense batch; all `(B, T)`.
+
+    Attributes:
+        start: position in the row at which the token's run starts.
+        real: False for padding.
+    """
+
+    start: jax.Array
+    real: jax.Array
+
+
+def runs_of(segment_ids, batch: int, length: int) -> Runs:
+    """The contiguous runs of equal ids; without ids each row is one run."""
+    if segment_ids is None:
+        shape = (batch, length)
+        return Runs(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool))
+    position = jnp.arange(length, dtype=jnp.int32)
+    before = take_rows(segment_ids.T, jnp.maximum(position - 1, 0)).T
+    change = jnp.where(segment_ids != before, position, 0)
+    return Runs(lax.cummax(change, axis=1), segment_ids >= 0)
+
+
+def tokens_of_runs(runs: Runs) -> Tokens:
+    """Tokens, all `(B, T)`, whose history is entry 0 of their row's, or 1: zeros."""
+    owner = jnp.where(runs.start == 0, 0, 1)
+    position = jnp.arange(runs.start.shape[1], dtype=jnp.int32) - runs.start
+    return Tokens(owner, position, runs.real)
+
+
+def last_runs(runs: Runs, state_len: int) -> Sequences:
+    """The last run of real tokens of each row, as a sequence of the row's tokens.
+
+    An empty one at position 0, with all its history, where a row is only padding.
+    """
+    batch, length = runs.start.shape
+    position = jnp.arange(length, dtype=jnp.int32)
+    end = jnp.max(jnp.where(runs.real, position + 1, 0), axis=1)
+    last = jnp.maximum(end - 1, 0)[:, None]
+    start = jnp.take_along_axis(runs.start, last, axis=1, mode="clip")[:, 0]
+    start = jnp.where(end > 0, start, 0)
+    history = jnp.where(start == 0, state_len, 0)
+    slot, live = jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool)
+    return Sequences(start, end - start, slot, history, live)

@@ -1,0 +1,48 @@
+"""Every question about versions: what differs between those that are supported.
+
+Names say what a version can do, so that its number is compared here alone.
+"""
+
+import functools
+import importlib.metadata
+
+import jax
+
+__version__ = "0.1.0"
+"""That of this package."""
+
+_JAX = jax.__version_info__
+
+CPU_LOOPS_UPDATE_IN_PLACE = _JAX >= (0, 11)
+"""Does XLA:CPU update a cache in a loop in place, after reads of it before the loop?
+
+Before jax 0.11 it copies the cache then (and a bfloat16 one in any loop, at every
+trip), so what is needed of the cache must be read by the loop itself.
+"""
+
+CPU_CONVERTS_IN_EVERY_LOOP = _JAX >= (0, 11)
+"""Does XLA:CPU convert a narrow array again in each loop that reads it wide?
+
+From jax 0.11 on it does, unless a barrier keeps the wide array.
+"""
+
+
+@functools.cache
+def kernel_compilers() -> dict[str, str]:
+    """The versions of what compiles the kernels, which must be installed."""
+    return {name: importlib.metadata.version(name) for name in ("jax-triton", "triton")}
+
+
+@functools.cache
+def _jax_triton() -> tuple[int, ...]:
+    return tuple(int(n) for n in kernel_compilers()["jax-triton"].split(".")[:2])
+
+
+def jax_triton_passes_updated_twice() -> bool:
+    """Does a kernel get an array that it updates in place behind its outputs, too?"""
+    return _jax_triton() < (0, 4)
+
+
+def jax_triton_has_backend_options() -> bool:
+    """Do compiler options go to jax-triton in a record, and results as `out_type`?"""
+    return _jax_triton() >= (0, 4)

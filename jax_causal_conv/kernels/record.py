@@ -1,0 +1,53 @@
+"""A kernel launch as data, and what runs a series of them."""
+
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+_Results = TypeVar("_Results")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """All there is to know to run a kernel once.
+
+    Attributes:
+        kernel: a Triton function `(inputs, outputs, C)`.
+        inputs: a named tuple of arrays, then ints; what the caller did not give is
+            None, and several arrays of one kind are a tuple.
+        outputs: a named tuple of the shapes and dtypes of fresh outputs, likewise.
+        grid: number of programs.
+        num_warps: warps a program.
+        constants: what is static, a frozen dataclass; see `Constants`.
+        in_place: the field of `inputs` that the kernel updates in place, if any.
+        num_stages: of Triton's software pipelining.
+    """
+
+    kernel: Any
+    inputs: NamedTuple
+    outputs: NamedTuple
+    grid: int
+    num_warps: int
+    constants: Any
+    in_place: str | None = None
+    num_stages: int = 1
+
+
+Call = Callable[[Launch], Sequence[jax.Array]]
+"""Runs a launch; returns its outputs, in order, then the updated input if any."""
+
+Launches = Generator[Launch, Sequence[jax.Array], _Results]
+"""Yields launches, is sent what `Call` returns of each, and returns an op's results."""
+
+
+def run(launches: Launches[_Results], call: Call) -> _Results:
+    """Runs all launches of an op through `call`; returns the op's results."""
+    outputs = None
+    while True:
+        try:
+            launch = launches.send(outputs)
+        except StopIteration as end:
+            return end.value
+        outputs = call(launch)

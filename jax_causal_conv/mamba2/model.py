@@ -1,0 +1,274 @@
+"""The Mamba2 language model, for training and for packed serving."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+
+from ..metadata import ConvMetadata, build_metadata
+from ..operands import PAD_SLOT_ID
+from .config import Mamba2Config
+from .mixer import Mamba2Cache, Mamba2Mixer
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32, rounded once to `dtype`."""
+
+    def __init__(
+        self, features: int, *, epsilon: float, dtype: DTypeLike, param_dtype: DTypeLike
+    ):
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones(features, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `(..., features)`, whatever its dtype."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = jnp.mean(x * x, axis=-1, keepdims=True)
+        return (x * jax.lax.rsqrt(mean + self.epsilon) * self.scale[...]).astype(
+            self.dtype
+        )
+
+
+class Block(nnx.Module):
+    """One layer: the residual stream plus the mixer of its norm."""
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = RMSNorm(
+            config.d_model,
+            epsilon=config.norm_eps,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+        self.mixer = Mamba2Mixer(
+            config.d_model,
+            d_state=config.d_state,
+            d_conv=config.d_conv,
+            expand=config.expand,
+            headdim=config.headdim,
+            n_groups=config.n_groups,
+            chunk_size=config.chunk_size,
+            use_bias=config.use_bias,
+            use_conv_bias=config.use_conv_bias,
+            dt_limit=config.dt_limit,
+            dt_min=config.dt_min,
+            dt_max=config.dt_max,
+            dt_init_floor=config.dt_init_floor,
+            norm_before_gate=config.norm_before_gate,
+            norm_eps=config.norm_eps,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            implementation=implementation,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, hidden: jax.Array, segment_ids: ArrayLike | None = None
+    ) -> jax.Array:
+        """Rows `(B, T, d_model)`, for training."""
+        return hidden + self.mixer(self.norm(hidden), segment_ids=segment_ids)
+
+    def packed(
+        self,
+        hidden: jax.Array,
+        cache: Mamba2Cache,
+        query_start_loc: ArrayLike,
+        **batch: Any,
+    ) -> tuple[jax.Array, Mamba2Cache]:
+        """Packed tokens `(T, d_model)`, for serving."""
+        mixed, cache = self.mixer.packed(
+            self.norm(hidden), cache, query_start_loc, **batch
+        )
+        return hidden + mixed, cache
+
+
+class Mamba2LM(nnx.Module):
+    """Embedding, Mamba2 blocks, final norm, head.
+
+    The layout of the published Mamba2 models (Dao and Gu, "Transformers are SSMs",
+    2024) and of transformers' `Mamba2ForCausalLM`; `checkpoint` loads either. The
+    model holds parameters only: caches are arguments and results, so that a server
+    may donate them.
+
+    Parameters: `embed.embedding` (vocab_size, d_model); per layer `layers[i].norm` and
+    `layers[i].mixer`; `norm`; `lm_head.kernel` (d_model, vocab_size), unless the
+    embedding table is the head as well.
+
+    Args:
+        config: sizes and options.
+        dtype: of the computation; None is `param_dtype`. Norms, step sizes and the
+            scan compute in float32 in any case, logits come out in float32.
+        param_dtype: of the parameters.
+        implementation: of the conv, as for `causal_conv1d_fn`.
+        rngs: the stream `params` is used.
+
+    Example:
+        >>> config = Mamba2Config(vocab_size=256, d_model=64, n_layers=2, headdim=16)
+        >>> model = Mamba2LM(config, rngs=nnx.Rngs(0))
+        >>> logits = model(jnp.zeros((2, 32), jnp.int32))  # (2, 32, 256)
+        >>> cache = model.init_cache(num_slots=4)
+        >>> last_logits, cache = model.packed(  # (2, 256)
+        ...     jnp.zeros(8, jnp.int32), cache, jnp.array([0, 5, 6]))
+    """
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype or param_dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.d_model,
+            embedding_init=nnx.initializers.normal(0.02),
+            rngs=rngs,
+            **dtypes,
+        )
+        self.layers = nnx.List(
+            Block(config, implementation=implementation, rngs=rngs, **dtypes)
+            for _ in range(config.n_layers)
+        )
+        self.norm = RMSNorm(config.d_model, epsilon=config.norm_eps, **dtypes)
+        self.lm_head: nnx.Linear | None
+        if config.tie_embeddings:
+            self.lm_head = nnx.data(None)
+        else:
+            self.lm_head = nnx.Linear(
+                config.d_model,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=nnx.initializers.normal(0.02),
+                rngs=rngs,
+                **dtypes,
+            )
+
+    def __call__(
+        self, tokens: ArrayLike, *, segment_ids: ArrayLike | None = None
+    ) -> jax.Array:
+        """Logits of whole rows, for training and evaluation.
+
+        Args:
+            tokens: `(B, T)` integers; ids outside the vocabulary are clipped into it.
+            segment_ids: `(B, T)` integers or None, as for `causal_conv1d`: documents
+                packed into one row do not see each other; a negative id is padding.
+
+        Returns:
+            `(B, T, vocab_size)` float32 logits of each next token. Those at padding
+            are finite and without meaning.
+        """
+        hidden = self._embed(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, segment_ids)
+        return self._logits(hidden)
+
+    def packed(
+        self,
+        tokens: ArrayLike,
+        cache: tuple[Mamba2Cache, ...],
+        query_start_loc: ArrayLike,
+        *,
+        cache_indices: ArrayLike | None = None,
+        has_initial_state: ArrayLike | None = None,
+        metadata: ConvMetadata | None = None,
+        max_prefills: int | None = None,
+        pad_slot_id: int = PAD_SLOT_ID,
+    ) -> tuple[jax.Array, tuple[Mamba2Cache, ...]]:
+        """One step of serving: prefills, chunks of them and decodes, packed.
+
+        Args:
+            tokens: `(T,)` integers, T >= 1; ids outside the vocabulary are clipped
+                into it.
+            cache: of `init_cache`, one entry per layer; donate it to `jax.jit`.
+            query_start_loc: `(N+1,)`, as for `causal_conv1d_fn`.
+            cache_indices: `(N,)` or None, as there.
+            has_initial_state: `(N,)` bool or None, as there.
+            metadata: of `build_metadata`, shared by all layers; None builds it here,
+                once.
+            max_prefills: static, as for `ssd_packed`: how many live sequences may
+                have more than one token. None is min(N, T // 2).
+            pad_slot_id: static, the slot number that means "skip".
+
+        Returns:
+            `(N, vocab_size)` float32 logits after each sequence's last token, finite
+            and without meaning for empty and skipped sequences; and the new cache.
+        """
+        hidden = self._embed(tokens)
+        num_tokens = hidden.shape[0]
+        if metadata is None:
+            metadata = build_metadata(query_start_loc, num_tokens)
+        new_cache = []
+        for layer, old in zip(self.layers, cache, strict=True):
+            hidden, new = layer.packed(
+                hidden,
+                old,
+                query_start_loc,
+                cache_indices=cache_indices,
+                has_initial_state=has_initial_state,
+                metadata=metadata,
+                max_prefills=max_prefills,
+                pad_slot_id=pad_slot_id,
+            )
+            new_cache.append(new)
+        # The meaning of any offsets is cummax(clip(q, 0, T)); T >= 1, so that `last`
+        # is a token even where a sequence is empty.
+        ends = jax.lax.cummax(jnp.clip(jnp.asarray(query_start_loc), 0, num_tokens))
+        last = jnp.maximum(ends[1:] - 1, 0)
+        return self._logits(hidden[last]), tuple(new_cache)
+
+    def init_cache(
+        self, num_slots: int, *, dtype: DTypeLike | None = None
+    ) -> tuple[Mamba2Cache, ...]:
+        """The caches of all layers, zero.
+
+        Args:
+            num_slots: S, how many requests fit.
+            dtype: of the conv states; None is the computation's. SSM states are
+                float32.
+
+        Returns:
+            One `Mamba2Cache` per layer.
+        """
+        return tuple(
+            layer.mixer.init_cache(num_slots, dtype=dtype) for layer in self.layers
+        )
+
+    def _embed(self, tokens: ArrayLike) -> jax.Array:
+        """The first value of the residual stream.
+
+        Token ids are clipped: by default an id outside the table would give NaN.
+        """
+        table = self.embed.embedding[...]
+        hidden = jnp.take(table, jnp.asarray(tokens), axis=0, mode="clip")
+        hidden = hidden.astype(self.dtype)
+        if self.config.residual_in_fp32:
+            hidden = hidden.astype(jnp.promote_types(self.dtype, jnp.float32))
+        return hidden
+
+    def _logits(self, hidden: jax.Array) -> jax.Array:
+        """Final norm and head, which multiplies in `dtype` and sums in float32."""
+        if self.lm_head is None:
+            head = self.embed.embedding[...].T
+        else:
+            head = self.lm_head.kernel[...]
+        return jnp.matmul(
+            self.norm(hidden),
+            head.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )

@@ -1,0 +1,293 @@
+"""`ssd` and `ssd_packed`: the state-space-duality op of Mamba2.
+
+The letters of shapes are those of the conv's ops, and: H heads of P channels, G groups
+of H // G heads, K state size, c tokens in a chunk.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from .. import checks
+from ..batch import accumulator
+from ..op import gradients
+from ..op.ops import SSD, SSD_PACKED
+from ..operands import PAD_SLOT_ID, SSDOperands, SSDPackedOperands, SSDSpec
+
+
+def ssd(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None = None,
+    *,
+    initial_state: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    chunk_size: int = 64,
+    return_final_state: bool = False,
+    dt_bias: ArrayLike | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """State-space duality over B rows of T tokens, for training and plain prefill.
+
+    Each head h of a row, with `n` a token's place and `g = h // (H // G)`, computes
+
+        dt[n] = clip(softplus(dt[n] + dt_bias), *dt_limit)    # as far as asked for
+        state = exp(dt[n] * A) * state + dt[n] * outer(x[n], B[n, g])
+        y[n]  = state @ C[n, g] + D * x[n]
+
+    by chunks of tokens (Dao and Gu 2024, arXiv 2405.21060, section 6): matrix products
+    inside a chunk, and the state passed from one to the next. Products and sums are
+    float32 whatever the dtypes (float64 if x is), also on GPUs with TF32, and rounded
+    once. Memory is O(B·T·H·(P + chunk_size)), and one state per chunk: no state per
+    token, and no score is kept for the backward pass.
+
+    With `segment_ids` several documents are packed into a row: the state starts from
+    zero with each *contiguous run* of equal ids. A negative id is padding: zero output,
+    zero gradient, and it changes no state. The initial state belongs to the run at
+    position 0, and to nobody if that is padding. NaN and inf in padding reach nothing;
+    in a run they make the outputs of their head NaN from their token to the run's end,
+    which let no gradient through, and reach no other run. (Without `segment_ids` they
+    may reach tokens before theirs as well, in its chunk.)
+
+    Differentiable in all float arguments: reverse mode, first order, by XLA whatever
+    the implementation of the forward pass; `implementation="xla"` in any mode and
+    order.
+
+    Sharded rows and heads stay local under jit, on auto and explicit mesh axes: groups
+    must be sharded like the heads, or be a single one.
+
+    Args:
+        x: `(B, T, H, P)`; float32, bfloat16, float16 or float64. Dtypes may be mixed.
+        dt: `(B, T, H)` step sizes, positive once bias and softplus have been applied.
+        A: `(H,)`, negative.
+        B: `(B, T, G, K)`, where G divides H: what heads of a group write with.
+        C: `(B, T, G, K)`: what they read with.
+        D: `(H,)`, `(H, P)` or None: how much of x passes by the state.
+        initial_state: `(B, H, P, K)`. None is zeros.
+        segment_ids: `(B, T)` integers. None is one document a row.
+        chunk_size: static int c >= 1, the tokens of a chunk. It changes the work and
+            memory, not the meaning: work per token is O(H·(c·P + P·K)).
+        return_final_state: also return the state after each row's last token that is
+            not padding.
+        dt_bias: `(H,)`, added to dt; None adds nothing.
+        dt_softplus: static bool, whether softplus is applied to dt after the bias.
+        dt_limit: static floats, the least and the largest step size, after softplus.
+            The default limits nothing.
+        precision: None or "highest" is exact: float32 products and sums. "default" lets
+            kernels round float32 operands of matrix products (decays, states) to x's
+            dtype, as mamba_ssm and vLLM always do, and XLA use the fastest products
+            that the device has; sums stay float32.
+        implementation: as for `causal_conv1d_fn`.
+
+    Returns:
+        `y` `(B, T, H, P)` in x's dtype. With `return_final_state` a pair of it and the
+        state `(B, H, P, K)`, in the dtype of `initial_state`, else float32 (float64 if
+        x is). A row of nothing but padding returns its initial state, or zeros.
+
+    Raises:
+        TypeError: a dtype or the type of a static argument is wrong.
+        ValueError: a shape, size or option is wrong.
+
+    Example:
+        >>> y = ssd(x, dt, -jnp.exp(A_log), B, C, D, dt_bias=bias, dt_softplus=True)
+    """
+    inputs = checks.float_array("x", x, (None,) * 4, "(B, T, H, P)")
+    rows, length, heads, dim = inputs.shape
+    implementation = checks.implementation_for(implementation, inputs)
+    parameters = _parameters(inputs, dt, A, B, C, D, "B, T")
+    bias = _heads_or_none("dt_bias", dt_bias, heads)
+    shape = (rows, heads, dim, parameters.B.shape[3])
+    state, ids = None, None
+    if initial_state is not None:
+        state = checks.float_array(
+            "initial_state", initial_state, shape, "(B, H, P, K)"
+        )
+    if segment_ids is not None:
+        ids = checks.segments("segment_ids", segment_ids, (rows, length))
+    chunk_size = checks.static_int("chunk_size", chunk_size, minimum=1)
+    wanted = checks.static_bool("return_final_state", return_final_state)
+    spec = SSDSpec(
+        min(chunk_size, max(length, 1)),
+        dt_softplus=checks.static_bool("dt_softplus", dt_softplus),
+        dt_limit=checks.limits("dt_limit", dt_limit),
+        exact=checks.exact_products(precision),
+        final_state=wanted,
+    )
+    checks.token_count("B * T", rows * length, 1)
+    if 0 in inputs.shape:
+        y = jnp.zeros_like(inputs)
+        if state is None:
+            state = jnp.zeros(shape, accumulator(inputs))
+        return (y, state) if wanted else y
+    operands = SSDOperands(inputs, *parameters, bias, state, ids)
+    y, *final = gradients.call(SSD, implementation, spec, operands)
+    return (y, final[0]) if wanted else y
+
+
+def ssd_packed(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None,
+    ssm_states: ArrayLike,
+    query_start_loc: ArrayLike,
+    *,
+    cache_indices: ArrayLike | None = None,
+    has_initial_state: ArrayLike | None = None,
+    max_prefills: int | None = None,
+    chunk_size: int = 64,
+    pad_slot_id: int = PAD_SLOT_ID,
+    dt_bias: ArrayLike | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """State-space duality of a packed batch, with its states updated.
+
+    Computes what `ssd` does, for sequences packed and cached as in `causal_conv1d_fn`:
+    sequence i owns tokens `[q[i], q[i+1])`, starts from the state in its slot, and
+    leaves there the state after its last token. Sequences of one token take one step
+    of the recurrence, longer ones go by chunks that begin at their first token; both
+    may be mixed at will, and one compilation serves every batch of the same sizes.
+
+    Skipped sequences, offsets and slots are those of `causal_conv1d_fn`: any integers
+    are safe; tokens of skipped sequences and uncovered tokens come back as exact zeros;
+    NaN or inf there, in unused slots, or in slots without initial state reach nothing.
+    Within one sequence a NaN may also reach the tokens before it in its chunk.
+
+    The states are functional, and updated in place where the caller donates them to
+    jit or carries them through scan. Numerics are those of `ssd`; a state is rounded
+    once, to its own dtype, at the end of a call. Memory beyond the arguments is
+    O(T·H·(P + chunk_size)) and, in float32, a few states for each sequence and one for
+    each of the `T // chunk_size + max_prefills` chunks.
+
+    Differentiable as `ssd` is. Sharded heads stay local under jit, as in `ssd`; sharded
+    tokens or slots are right but may be gathered, as in `causal_conv1d_fn`.
+
+    Args:
+        x: `(T, H, P)`; float32, bfloat16, float16 or float64. Dtypes may be mixed.
+        dt: `(T, H)` step sizes, positive once bias and softplus have been applied.
+        A: `(H,)`, negative.
+        B: `(T, G, K)`, where G divides H.
+        C: `(T, G, K)`.
+        D: `(H,)`, `(H, P)` or None.
+        ssm_states: `(S, H, P, K)` cache.
+        query_start_loc: `(N+1,)` integers.
+        cache_indices: `(N,)` integers, the slot of each sequence. None is `arange(N)`.
+        has_initial_state: `(N,)` bool: does the slot hold a state, or does the sequence
+            start from zero? None is all False.
+        max_prefills: static int: how many live sequences may have more than one token.
+            Surplus ones, in order, are skipped. 0 compiles a decode step, without any
+            work for chunks. None is `min(N, T // 2)`: no batch has more.
+        chunk_size: static int c >= 1, the tokens of a chunk.
+        pad_slot_id: static int, the slot number that means "skip".
+        dt_bias: `(H,)` or None, and
+        dt_softplus: static bool, and
+        dt_limit: static floats, and
+        precision: of products, and
+        implementation: all as for `ssd`.
+
+    Returns:
+        `y` `(T, H, P)` in x's dtype, and the new states, like `ssm_states`. Slots that
+        no live sequence names are bit-for-bit unchanged. Sizes of 0 give naturally
+        shaped results.
+
+    Raises:
+        TypeError: a dtype or the type of a static argument is wrong.
+        ValueError: a shape, size or option is wrong.
+
+    Example:
+        >>> step = jax.jit(ssd_packed, donate_argnames="ssm_states",
+        ...                static_argnames="max_prefills")
+        >>> y, states = step(x, dt, A, B, C, D, states, query_start_loc,
+        ...                  cache_indices=slots, has_initial_state=seen,
+        ...                  max_prefills=4)
+    """
+    inputs = checks.float_array("x", x, (None,) * 3, "(T, H, P)")
+    num_tokens, heads, dim = inputs.shape
+    implementation = checks.implementation_for(implementation, inputs)
+    parameters = _parameters(inputs, dt, A, B, C, D, "T")
+    bias = _heads_or_none("dt_bias", dt_bias, heads)
+    shape = (None, heads, dim, parameters.B.shape[2])
+    states = checks.float_array("ssm_states", ssm_states, shape, "(S, H, P, K)")
+    offsets = checks.index_array(
+        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
+    )
+    checks.at_least_one_offset(offsets)
+    num_seqs, num_slots = offsets.shape[0] - 1, states.shape[0]
+    slots = checks.slots_array(
+        "cache_indices", cache_indices, states, "ssm_states", num_seqs, "N"
+    )
+    if has_initial_state is not None:
+        has_initial_state = checks.bool_array(
+            "has_initial_state", has_initial_state, (num_seqs,), "(N,)"
+        )
+    most = min(num_seqs, num_tokens // 2)  # more prefills do not fit
+    if max_prefills is not None:
+        most = min(most, checks.static_int("max_prefills", max_prefills, minimum=0))
+    chunk_size = checks.static_int("chunk_size", chunk_size, minimum=1)
+    spec = SSDSpec(
+        min(chunk_size, max(num_tokens, 1)),
+        dt_softplus=checks.static_bool("dt_softplus", dt_softplus),
+        dt_limit=checks.limits("dt_limit", dt_limit),
+        exact=checks.exact_products(precision),
+        max_prefills=most,
+        pad_slot_id=checks.pad_slot(pad_slot_id, num_slots),
+    )
+    checks.token_count("T", num_tokens, 1)
+    if 0 in inputs.shape or 0 in (num_seqs, num_slots):
+        return jnp.zeros_like(inputs), states
+    operands = SSDPackedOperands(
+        inputs, *parameters, bias, states, offsets, slots, has_initial_state
+    )
+    y, states = gradients.call(SSD_PACKED, implementation, spec, operands)
+    return y, states
+
+
+class _Parameters(NamedTuple):
+    """Checked dt, A, B, C and D, in the order of the operands."""
+
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+
+
+def _parameters(x, dt, A, B, C, D, rows: str) -> _Parameters:
+    """Checks them for x `(*rows, H, P)`, `rows` naming its leading axes."""
+    lead, (heads, dim) = x.shape[:-2], x.shape[-2:]
+    dt = checks.float_array("dt", dt, (*lead, heads), f"({rows}, H)")
+    A = checks.float_array("A", A, (heads,), "(H,)")
+    B = checks.float_array("B", B, (*lead, None, None), f"({rows}, G, K)")
+    groups = B.shape[-2]
+    if groups == 0 or heads % groups:
+        raise ValueError(
+            f"B must have shape ({rows}, G, K) where G divides H = {heads}, "
+            f"got {B.shape}"
+        )
+    C = checks.float_array("C", C, B.shape, f"({rows}, G, K)")
+    if D is not None:
+        D = checks.float_array("D", D, None, "(H,) or (H, P)")
+        if D.shape not in ((heads,), (heads, dim)):
+            raise ValueError(
+                f"D must have shape (H,) = ({heads},) or (H, P) = ({heads}, {dim}), "
+                f"got {D.shape}"
+            )
+    return _Parameters(dt, A, B, C, D)
+
+
+def _heads_or_none(name: str, value: ArrayLike | None, heads: int) -> jax.Array | None:
+    return None if value is None else checks.float_array(name, value, (heads,), "(H,)")

@@ -1,0 +1,319 @@
+"""Reverse-mode rules of the ops, for every implementation but "xla".
+
+XLA's own differentiation of `xla/forward.py` is right too, in any mode and order; the
+rules here are faster, and the only ones that Triton kernels can have. They keep the
+inputs and the gathered history (W-1 rows a sequence), never the cache, so that a
+donated cache can be updated in place.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..batch import (
+    Sequences,
+    last_runs,
+    own_slots,
+    row_by_row,
+    runs_of,
+    sanitize_offsets,
+    sequences,
+)
+from ..operands import (
+    PAD_SLOT_ID,
+    ConvSpec,
+    DenseOperands,
+    PackedBackwardOperands,
+    PackedOperands,
+    RowsBackwardOperands,
+    UpdateOperands,
+)
+from ..slots import history_before, ring_before, wide_slots
+from . import primitive, sharding
+from .ops import (
+    DENSE,
+    PACKED,
+    PACKED_BACKWARD,
+    ROWS_BACKWARD,
+    SSD,
+    SSD_PACKED,
+    UPDATE,
+)
+from .record import Op
+
+
+def call(
+    op: Op, implementation: str | None, spec: Any, operands: Any
+) -> tuple[jax.Array, ...]:
+    """A public op on checked operands, differentiable, on any mesh.
+
+    Returns:
+        The output, or its parts (see `Columns`), then the states if there are any.
+    """
+    operands = jax.tree.map(jnp.asarray, operands)
+    if implementation == "xla":
+        function: Callable = functools.partial(primitive.run, op, "xla", spec)
+    else:
+        function = functools.partial(_RULES[op], implementation, spec)
+    return sharding.on_mesh(function, op, spec, operands)
+
+
+def _filter_gradients(implementation, spec, op: Op, operands):
+    """Cotangents of x, weight and bias as a dict, and that of the history."""
+    x, weight, bias, *_ = operands
+    spec = ConvSpec(spec.activation, spec.columns)  # all that the backward ops read
+    dx, dweight, dbias, dhistory = primitive.run(op, implementation, spec, operands)
+    gradients = {
+        "x": spec.columns.widen(dx, x.shape[-1]),
+        "weight": dweight.astype(weight.dtype),
+        "bias": None if bias is None else dbias.astype(bias.dtype),
+    }
+    return gradients, dhistory
+
+
+def _cotangents(operands, **gradients):
+    """Those of a record of operands: None is no cotangent."""
+    return type(operands)(*[None] * len(operands))._replace(**gradients)
+
+
+def _keep_before_update(history, states):
+    """Orders the gather of `history` before an in-place update of `states`."""
+    return jax.lax.optimization_barrier((history, states))
+
+
+def _state_cotangent(dstates, dslots, dhistory, seqs: Sequences, source):
+    """The cotangent of a cache, from that of the updated cache.
+
+    Args:
+        dstates: `(S, L, D)` cotangent of the updated cache.
+        dslots: `(N, L, D)` cotangent of each live sequence's old slot through the rows
+            that survived in it.
+        dhistory: `(N, W-1, D)` the same through the convolution.
+        seqs: the sequences.
+        source: `(N, W-1)` the row of the slot that each history row was; out of
+            bounds where it was none.
+    """
+    row = jnp.arange(dslots.shape[0])[:, None]
+    dtype = jnp.promote_types(dslots.dtype, dhistory.dtype)
+    dslots = dslots.astype(dtype).at[row, source].add(dhistory, mode="drop")
+    slot = jnp.where(seqs.live, seqs.slot, dstates.shape[0])
+    rows = dslots.astype(dstates.dtype)
+    return dstates.at[slot].set(rows, mode="drop", unique_indices=True)
+
+
+def _slots_of(dstates, seqs: Sequences):
+    """The cotangent of each live sequence's slot, zeros for the others."""
+    rows = dstates.at[seqs.slot].get(mode="clip")
+    return jnp.where(seqs.live[:, None, None], rows, 0)
+
+
+def _through_roll(dslots, seqs: Sequences):
+    """Cotangent of old slot rows through `slots_after`, where row m went to row l."""
+    state_len = dslots.shape[1]
+    old = jnp.arange(state_len)
+    row = old - seqs.history[:, None] + state_len - seqs.length[:, None]
+    moved = jnp.take_along_axis(dslots, jnp.maximum(row, 0)[..., None], axis=1)
+    kept = (row >= 0) & (old < seqs.history[:, None])
+    return jnp.where(kept[..., None], moved, 0)
+
+
+def _history_rows(seqs: Sequences, count: int, state_len: int):
+    """The slot row of each history row; out of bounds where there is none."""
+    row = seqs.history[:, None] - count + jnp.arange(count)
+    return jnp.where(row >= 0, row, state_len)
+
+
+def _packed_forward(implementation, spec, operands: PackedOperands):
+    states = operands.states
+    seqs = sequences(
+        sanitize_offsets(operands.query_start_loc, operands.x.shape[0]),
+        operands.slots,
+        operands.has_initial_state,
+        operands.num_rejected,
+        states.shape,
+        spec.pad_slot_id,
+    )
+    wide = wide_slots(states, seqs, states.dtype)  # as stored
+    history = history_before(states, wide, seqs, operands.weight.shape[1] - 1)
+    history, states = _keep_before_update(history, states)
+    operands = operands._replace(states=states)
+    results = primitive.run(PACKED, implementation, spec, operands)
+    return results, (operands._replace(states=None), history, seqs)
+
+
+def _packed_backward(implementation, spec, residuals, cotangents):
+    operands, history, seqs = residuals
+    *dy, dstates = cotangents
+    dslots = _slots_of(dstates, seqs)
+    gradients, dhistory = _filter_gradients(
+        implementation,
+        spec,
+        PACKED_BACKWARD,
+        PackedBackwardOperands(
+            operands.x,
+            operands.weight,
+            operands.bias,
+            history=history,
+            dy=tuple(dy),
+            dslots=dslots,
+            query_start_loc=operands.query_start_loc,
+            live=seqs.live,
+            metadata=operands.metadata,
+        ),
+    )
+    dstates = _state_cotangent(
+        dstates,
+        _through_roll(dslots, seqs),
+        dhistory,
+        seqs,
+        _history_rows(seqs, history.shape[1], dslots.shape[1]),
+    )
+    return (_cotangents(operands, states=dstates, **gradients),)
+
+
+def _update_history(count: int, query: int, pad_slot_id: int, rows: UpdateOperands):
+    """The sequences of an update, their ring positions, and history as stored.
+
+    Of `rows`, x and the filter are not looked at.
+    """
+    offsets = jnp.arange(rows.slots.shape[0] + 1, dtype=jnp.int32) * query
+    states, cursor = rows.states, rows.cache_seqlens
+    seqs = sequences(
+        offsets, rows.slots, True, rows.num_rejected, states.shape, pad_slot_id
+    )
+    wide = wide_slots(states, seqs, states.dtype)
+    if cursor is None:
+        return seqs, cursor, history_before(states, wide, seqs, count)
+    cursor = jnp.mod(cursor, states.shape[1])
+    return seqs, cursor, ring_before(states, wide, seqs, cursor, count)
+
+
+def _update_forward(implementation, spec, operands: UpdateOperands):
+    (batch, query, _), states = operands.x.shape, operands.states
+    own = own_slots(operands.slots, batch, states.shape[0], spec.pad_slot_id)
+    gather = functools.partial(_update_history, operands.weight.shape[1] - 1, query)
+    rows = operands._replace(x=None, weight=None, bias=None)
+    if own is not None:
+        of_row = row_by_row(functools.partial(gather, PAD_SLOT_ID))
+        seqs, cursor, history = of_row(rows._replace(slots=own))
+    else:
+        if rows.slots is None:
+            rows = rows._replace(slots=jnp.arange(batch, dtype=jnp.int32))
+        seqs, cursor, history = gather(spec.pad_slot_id, rows)
+    history, states = _keep_before_update(history, states)
+    operands = operands._replace(states=states)
+    results = primitive.run(UPDATE, implementation, spec, operands)
+    return results, (operands._replace(states=None), history, seqs, cursor)
+
+
+def _update_backward(implementation, spec, residuals, cotangents):
+    operands, history, seqs, cursor = residuals
+    *dy, dstates = cotangents
+    (batch, query, _), state_len = operands.x.shape, dstates.shape[1]
+    count = history.shape[1]
+    own = operands.slots is None and batch == dstates.shape[0]
+    by_row = row_by_row if own else lambda function: function
+    dslots = by_row(_slots_of)(dstates, seqs)
+    if cursor is None:
+        into_tokens, through = dslots, _through_roll(dslots, seqs)
+        source = _history_rows(seqs, count, state_len)
+    else:
+        # Rows in the order of the tokens that were written to them, newest last.
+        row = jnp.arange(state_len)
+        order = jnp.mod(cursor[:, None] + query - state_len + row, state_len)
+        into_tokens = jnp.take_along_axis(dslots, order[..., None], axis=1)
+        written = jnp.mod(row - cursor[:, None], state_len) < query
+        through = jnp.where(written[..., None], 0, dslots)
+        source = jnp.mod(cursor[:, None] - count + jnp.arange(count), state_len)
+    gradients, dhistory = _filter_gradients(
+        implementation,
+        spec,
+        ROWS_BACKWARD,
+        RowsBackwardOperands(
+            operands.x,
+            operands.weight,
+            operands.bias,
+            history=history,
+            dy=tuple(dy),
+            dslots=into_tokens,
+            live=seqs.live,
+        ),
+    )
+    dstates = by_row(_state_cotangent)(dstates, through, dhistory, seqs, source)
+    return (_cotangents(operands, states=dstates, **gradients),)
+
+
+def _dense_forward(implementation, spec, operands: DenseOperands):
+    return primitive.run(DENSE, implementation, spec, operands), operands
+
+
+def _dense_backward(implementation, spec, operands: DenseOperands, cotangents):
+    x, weight, bias, states, segment_ids = operands
+    parts = spec.columns.num_parts
+    dy, dfinal = cotangents[:parts], (*cotangents[parts:], None)[0]
+    if dfinal is not None and dfinal.shape[1] == 0:  # W = 1
+        dfinal = None
+    (batch, length, _), (dim, width) = x.shape, weight.shape
+    count = width - 1
+    if states is None:
+        history = jnp.zeros((batch, count, dim), x.dtype)
+    else:
+        history = states[:, states.shape[1] - count :]
+    gradients, dhistory = _filter_gradients(
+        implementation,
+        spec,
+        ROWS_BACKWARD,
+        RowsBackwardOperands(
+            x,
+            weight,
+            bias,
+            history=history,
+            dy=tuple(dy),
+            dslots=dfinal,
+            segment_ids=segment_ids,
+        ),
+    )
+    dstates = None
+    if states is not None:
+        unread = states.shape[1] - count
+        dstates = jnp.pad(dhistory, ((0, 0), (unread, 0), (0, 0)))
+        if dfinal is not None:
+            last = last_runs(runs_of(segment_ids, batch, length), states.shape[1])
+            dstates = dstates + _through_roll(dfinal.astype(dhistory.dtype), last)
+        dstates = dstates.astype(states.dtype)
+    return (_cotangents(operands, states=dstates, **gradients),)
+
+
+def _through_xla(op: Op) -> tuple[Callable, Callable]:
+    """The rule of an op that has no backward of its own: that of XLA, computed anew."""
+
+    def forward(implementation, spec, operands):
+        return primitive.run(op, implementation, spec, operands), operands
+
+    def backward(implementation, spec, operands, cotangents):
+        del implementation
+        _, pull_back = jax.vjp(functools.partial(op.xla, spec), operands)
+        return pull_back(tuple(cotangents))
+
+    return forward, backward
+
+
+def _rule(op: Op, forward: Callable, backward: Callable) -> Callable:
+    """The op as a function of implementation, spec and operands, with its rule."""
+    function = jax.custom_vjp(
+        functools.partial(primitive.run, op), nondiff_argnums=(0, 1)
+    )
+    function.defvjp(forward, backward)
+    return function
+
+
+_RULES = {
+    PACKED: _rule(PACKED, _packed_forward, _packed_backward),
+    UPDATE: _rule(UPDATE, _update_forward, _update_backward),
+    DENSE: _rule(DENSE, _dense_forward, _dense_backward),
+    SSD: _rule(SSD, *_through_xla(SSD)),
+    SSD_PACKED: _rule(SSD_PACKED, *_through_xla(SSD_PACKED)),
+}

@@ -1,0 +1,237 @@
+"""What the ops are called with: a record of what is static, one of arrays.
+
+Both travel whole from the public op to the implementation. A spec is known while jax
+traces. The other records are pytrees: one field per operand, None where the caller
+gave none; what stands for an operand may be an array, its shape, its sharding, its
+cotangent, or the names of its dimensions.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from .columns import ALL, Columns
+
+PAD_SLOT_ID = -1
+"""The slot number that means "skip this sequence" unless the caller names another."""
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """What is static about one call of a conv op.
+
+    Attributes:
+        activation: the canonical name of the activation, None for none.
+        columns: which columns of x are read, and the parts of the output.
+        pad_slot_id: the slot number that means "skip this sequence".
+        final_state_len: L of the dense op's final state; None if none is wanted.
+    """
+
+    activation: str | None = None
+    columns: Columns = ALL
+    pad_slot_id: int = PAD_SLOT_ID
+    final_state_len: int | None = None
+
+
+class PackedOperands(NamedTuple):
+    """Arrays of `causal_conv1d_fn`, in the letters of its docstring.
+
+    Attributes:
+        x: `(T, D)`, or wider: see `Columns`.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        states: `(S, L, D)`.
+        query_start_loc: `(N+1,)` int32, any values.
+        slots: `(N,)` int32, the slot of each sequence; None is `arange(N)`.
+        has_initial_state: `(N,)` bool; None is all False.
+        num_rejected: `(N,)` int32; None is 0.
+        metadata: a `ConvMetadata`; None leaves it to the kernels' launch.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    states: Any
+    query_start_loc: Any
+    slots: Any = None
+    has_initial_state: Any = None
+    num_rejected: Any = None
+    metadata: Any = None
+
+
+class UpdateOperands(NamedTuple):
+    """Arrays of `causal_conv1d_update`.
+
+    Attributes:
+        x: `(B, Q, D)`, or wider.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        states: `(S, L, D)`.
+        slots: `(B,)` int32; None is `arange(B)`.
+        cache_seqlens: `(B,)` int32, positions in circular buffers; None: none are.
+        num_rejected: `(B,)` int32; None is 0.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    states: Any
+    slots: Any = None
+    cache_seqlens: Any = None
+    num_rejected: Any = None
+
+
+class DenseOperands(NamedTuple):
+    """Arrays of `causal_conv1d`.
+
+    Attributes:
+        x: `(B, T, D)`, or wider.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        states: `(B, L, D)`, the state before each row; None is zeros.
+        segment_ids: `(B, T)` int32; None is one document a row.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    states: Any = None
+    segment_ids: Any = None
+
+
+class PackedBackwardOperands(NamedTuple):
+    """Arrays of the gradient of a packed batch.
+
+    Attributes:
+        x: `(T, D)`, or wider.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        history: `(N, W-1, D)`, the rows before each sequence's first token.
+        dy: a tuple with the cotangent of each part of the output.
+        dslots: `(N, L, D)`, the cotangent of what each sequence left in its slot.
+        query_start_loc: `(N+1,)` int32.
+        live: `(N,)` bool, the sequences that were not skipped.
+        metadata: that of the forward.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    history: Any
+    dy: Any
+    dslots: Any
+    query_start_loc: Any
+    live: Any
+    metadata: Any = None
+
+
+class RowsBackwardOperands(NamedTuple):
+    """Arrays of the gradient of B rows of equal length.
+
+    Attributes:
+        x: `(B, T, D)`, or wider.
+        weight: `(D, W)`.
+        bias: `(D,)`.
+        history: `(B, W-1, D)`, the rows before each row's first token.
+        dy: a tuple with the cotangent of each part of the output.
+        dslots: `(B, L, D)`, the cotangent of what the last run of real tokens of each
+            row left in its slot; None is zeros.
+        live: `(B,)` bool, the rows that were not skipped; None is all.
+        segment_ids: `(B, T)` int32; None is one document a row.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    history: Any
+    dy: Any
+    dslots: Any = None
+    live: Any = None
+    segment_ids: Any = None
+
+
+@dataclass(frozen=True)
+class SSDSpec:
+    """What is static about one call of an SSD op.
+
+    Attributes:
+        chunk_size: c, the tokens of a chunk, at most all of them.
+        dt_softplus: whether step sizes are softplus of what is given.
+        dt_limit: the least and the largest step size.
+        exact: whether products have float32 operands, or those of x's dtype may do.
+        max_prefills: how many live sequences of more than one token the packed op
+            serves.
+        pad_slot_id: the slot number that means "skip", in the packed op.
+        final_state: whether the dense op returns one.
+    """
+
+    chunk_size: int
+    dt_softplus: bool = False
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    exact: bool = True
+    max_prefills: int = 0
+    pad_slot_id: int = PAD_SLOT_ID
+    final_state: bool = False
+
+    columns: ClassVar[Columns] = ALL
+
+    @property
+    def limits_dt(self) -> bool:
+        """Whether `dt_limit` limits anything: by default it is never looked at."""
+        return self.dt_limit != (0.0, math.inf)
+
+
+class SSDOperands(NamedTuple):
+    """Arrays of `ssd`.
+
+    Attributes:
+        x: `(B, T, H, P)`.
+        dt: `(B, T, H)`.
+        A: `(H,)`.
+        B: `(B, T, G, K)`.
+        C: `(B, T, G, K)`.
+        D: `(H,)` or `(H, P)`.
+        dt_bias: `(H,)`, added to dt.
+        states: `(B, H, P, K)`, the state before each row; None is zeros.
+        segment_ids: `(B, T)` int32; None is one document a row.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any = None
+    dt_bias: Any = None
+    states: Any = None
+    segment_ids: Any = None
+
+
+class SSDPackedOperands(NamedTuple):
+    """Arrays of `ssd_packed`.
+
+    Attributes:
+        x: `(T, H, P)`.
+        dt: `(T, H)`.
+        A: `(H,)`.
+        B: `(T, G, K)`.
+        C: `(T, G, K)`.
+        D: `(H,)` or `(H, P)`.
+        dt_bias: `(H,)`, added to dt.
+        states: `(S, H, P, K)`.
+        query_start_loc: `(N+1,)` int32, any values.
+        slots: `(N,)` int32, the slot of each sequence; None is `arange(N)`.
+        has_initial_state: `(N,)` bool; None is all False.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    dt_bias: Any
+    states: Any
+    query_start_loc: Any
+    slots: Any = None
+    has_initial_state: Any = None

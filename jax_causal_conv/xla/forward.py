@@ -1,0 +1,309 @@
+"""The forward ops in XLA.
+
+Everything is a gather of rows: token p of a sequence needs rows p-1 … p-(W-1) of
+x, or, before the sequence's first token, rows of its history. A select picks one of
+the two, so that what a token must not see is never multiplied with anything. The
+loop over taps is static and XLA fuses it into one pass over the output.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..batch import (
+    Sequences,
+    Tokens,
+    accumulator,
+    own_slots,
+    row_by_row,
+    runs_of,
+    sanitize_offsets,
+    sequences,
+    take_rows,
+    tokens_of,
+    tokens_of_runs,
+)
+from ..columns import Columns
+from ..compat import CPU_LOOPS_UPDATE_IN_PLACE
+from ..operands import (
+    PAD_SLOT_ID,
+    ConvSpec,
+    DenseOperands,
+    PackedOperands,
+    UpdateOperands,
+)
+from ..slots import (
+    differentiate_as,
+    final_states_of,
+    history_before,
+    read_before,
+    ring_before,
+    slots_after,
+    store_rows,
+    token_rows,
+    wide_slots,
+)
+from .activations import ACTIVATIONS
+
+
+def taps_of(x, history, tokens: Tokens, width: int):
+    """Yields what each filter tap meets, newest first: W arrays `(T, D)`.
+
+    x and history are of the accumulator's dtype; tokens that are not live meet zeros.
+    """
+    token = jnp.arange(x.shape[0], dtype=jnp.int32)
+    for d in range(width):
+        tap = take_rows(x, jnp.maximum(token - d, 0))
+        if d:
+            row = width - 1 + tokens.position - d
+            old = take_rows(history, tokens.owner, jnp.maximum(row, 0))
+            tap = jnp.where((tokens.position >= d)[:, None], tap, old)
+        yield jnp.where(tokens.live[:, None], tap, 0)
+
+
+def _convolve(x, weight, bias, history, tokens: Tokens, activation: str | None):
+    """`act(bias + Σ w·u)` for each row of x `(T, D)`; zeros where not live.
+
+    x, history and the result are of the accumulator's dtype.
+    """
+    width = weight.shape[1]
+    # Each tap a vector, made before the loop over tokens: inside of it XLA:CPU would
+    # gather and convert W numbers that lie side by side for each output again.
+    filter_taps = lax.optimization_barrier(
+        [weight[:, k].astype(x.dtype) for k in range(width)]
+    )
+    acc = jnp.zeros(x.shape, x.dtype) if bias is None else bias.astype(x.dtype)
+    for d, tap in enumerate(taps_of(x, history, tokens, width)):
+        acc = acc + tap * filter_taps[width - 1 - d]
+    return jnp.where(tokens.live[:, None], ACTIVATIONS[activation](acc), 0)
+
+
+def _convolve_parts(spec: ConvSpec, x, filters, history, tokens: Tokens, dtype):
+    """The parts of the output, rounded to `dtype`, each by a loop of its own.
+
+    Cutting one result apart is slower: XLA:CPU then loses its vectorised loop, or
+    copies. `filters` are weight and bias.
+    """
+    columns, (weight, bias) = spec.columns, filters
+    each = zip(
+        columns.parts(x),
+        columns.parts(weight.T),
+        [None] * columns.num_parts if bias is None else columns.parts(bias),
+        columns.parts(history),
+        strict=True,
+    )
+    return tuple(
+        _convolve(x, w.T, b, h, tokens, spec.activation).astype(dtype)
+        for x, w, b, h in each
+    )
+
+
+class _Inputs(NamedTuple):
+    """What the new rows of slots come from.
+
+    Attributes:
+        states: `(S, L, D)` cache.
+        x: rows of tokens as the op was given them, with all their columns.
+        wide_x: `(T, D)`, the op's own columns in the accumulator's dtype.
+        wide: `(N, L, D)`, each sequence's slot in the accumulator's dtype.
+    """
+
+    states: Any
+    x: Any
+    wide_x: Any
+    wide: Any
+
+
+def _advance(inputs: _Inputs, seqs: Sequences, columns: Columns, outputs_of):
+    """Convolves, and makes each live sequence's slot its last inputs.
+
+    `outputs_of(states, wide, seqs)` are the parts of the output, given a cache, its
+    sequences' slots in the accumulator's dtype, and which slot is whose.
+
+    Returns:
+        The parts of the output, then the states.
+    """
+    num_seqs, num_slots = seqs.slot.shape[0], inputs.states.shape[0]
+    # A row of its own (`row_by_row`) is one of many: no loop for each.
+    looped = not num_seqs == num_slots == 1
+    if not CPU_LOOPS_UPDATE_IN_PLACE:
+        looped = looped and inputs.states.dtype != jnp.bfloat16
+    keeps = looped and not CPU_LOOPS_UPDATE_IN_PLACE
+    scatter = functools.partial(_scatter_slots, seqs, columns, keeps)
+    if not keeps:
+        parts = outputs_of(inputs.states, inputs.wide, seqs)
+        states, parts = read_before(inputs.states, parts)
+        inputs = inputs._replace(states=states)
+    twin, _ = scatter(*inputs)
+    if not looped:
+        return *parts, twin
+    # On a CPU a loop that rolls one slot a trip spares an array of all new rows. On a
+    # GPU it would be a chain of tiny kernels.
+    rolled, kept = lax.platform_dependent(
+        *lax.stop_gradient(inputs),
+        cpu=functools.partial(_roll_slots, seqs, columns, keeps),
+        default=scatter,
+    )
+    if keeps:
+        own = seqs._replace(slot=jnp.arange(num_seqs, dtype=jnp.int32))
+        parts = outputs_of(kept, inputs.wide, own)
+    return *parts, differentiate_as(rolled, twin)
+
+
+def _scatter_slots(seqs: Sequences, columns: Columns, keeps: bool, *inputs):
+    """The states with all live slots rolled at once; if `keeps`, the old slots too."""
+    states, x, wide_x, wide = inputs
+    state_len, dim = states.shape[1:]
+    rows = slots_after(
+        (columns.of(x, dim), wide_x), (states, wide), seqs, state_len, states.dtype
+    )
+    kept = take_rows(states, seqs.slot) if keeps else None
+    states, (rows, kept) = read_before(states, (rows, kept))
+    return store_rows(states, seqs, jnp.arange(state_len, dtype=jnp.int32), rows), kept
+
+
+def _roll_slots(seqs: Sequences, columns: Columns, keeps: bool, states, x, *_):
+    """`_scatter_slots` by a loop over the sequences."""
+    num_seqs, (_, state_len, dim) = seqs.slot.shape[0], states.shape
+    row = jnp.arange(state_len, dtype=jnp.int32)
+    kept = states[:1].repeat(num_seqs, axis=0) if keeps else None
+
+    def step(i, carry):
+        states, kept = carry
+        own = Sequences(*(lax.dynamic_slice_in_dim(a, i, 1) for a in seqs))
+        # A slice would gather all of a cache whose slots are sharded.
+        old = take_rows(states, own.slot)
+        if keeps:
+            kept = lax.dynamic_update_slice_in_dim(kept, old, i, 0)
+            old = lax.dynamic_slice_in_dim(kept, i, 1)
+        # Cut out of x before the loop, our columns of it would be a copy.
+        behind = own.start + own.length - state_len
+        last = columns.of(take_rows(x, jnp.maximum(behind + row, 0)), dim)
+        here = own._replace(start=state_len - own.length, slot=jnp.zeros_like(own.slot))
+        new = slots_after((last, last), (old, old), here, state_len, states.dtype)
+        new = jnp.where(own.live[:, None, None], new, old)
+        return lax.dynamic_update_slice_in_dim(states, new, own.slot[0], 0), kept
+
+    # A number that XLA does not know: it would unroll a loop of one trip, and copy.
+    trips = lax.optimization_barrier(jnp.int32(num_seqs))
+    return lax.fori_loop(0, trips, step, (states, kept))
+
+
+def packed(spec: ConvSpec, operands: PackedOperands) -> tuple[jax.Array, ...]:
+    """`causal_conv1d_fn` on checked arguments; its metadata is not needed here."""
+    x, weight, bias, states, *_ = operands
+    num_tokens, (dim, width), state_len = x.shape[0], weight.shape, states.shape[1]
+    seqs = sequences(
+        sanitize_offsets(operands.query_start_loc, num_tokens),
+        operands.slots,
+        operands.has_initial_state,
+        operands.num_rejected,
+        states.shape,
+        spec.pad_slot_id,
+    )
+    wide_x = spec.columns.of(x, dim).astype(accumulator(x))
+    tokens = tokens_of(seqs, num_tokens)
+
+    def outputs(history):
+        return _convolve_parts(spec, wide_x, (weight, bias), history, tokens, x.dtype)
+
+    if state_len == 0:  # W = 1
+        return *outputs(jnp.zeros((seqs.slot.shape[0], 0, dim), wide_x.dtype)), states
+    return _advance(
+        _Inputs(states, x, wide_x, wide_slots(states, seqs, wide_x.dtype)),
+        seqs,
+        spec.columns,
+        lambda states, wide, seqs: outputs(
+            history_before(states, wide, seqs, width - 1)
+        ),
+    )
+
+
+def update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
+    """`causal_conv1d_update` on checked arguments; x is `(B, Q, D)`."""
+    batch, num_slots = operands.x.shape[0], operands.states.shape[0]
+    own = own_slots(operands.slots, batch, num_slots, spec.pad_slot_id)
+    if own is None:
+        return _update(spec, operands)
+    spec = ConvSpec(spec.activation, spec.columns, PAD_SLOT_ID)
+    weight, bias = operands.weight, operands.bias
+
+    def of_row(row):
+        return _update(spec, row._replace(weight=weight, bias=bias))
+
+    return row_by_row(of_row)(operands._replace(weight=None, bias=None, slots=own))
+
+
+def _update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
+    x, weight, bias, states, *_ = operands
+    (batch, query, _), (dim, width), state_len = x.shape, weight.shape, states.shape[1]
+    flat = x.reshape(batch * query, -1)
+    seqs = sequences(
+        jnp.arange(batch + 1, dtype=jnp.int32) * query,
+        operands.slots,
+        True,
+        operands.num_rejected,
+        states.shape,
+        spec.pad_slot_id,
+    )
+    owner, position = jnp.divmod(jnp.arange(batch * query, dtype=jnp.int32), query)
+    tokens = Tokens(owner, position, take_rows(seqs.live, owner))
+    wide_x = spec.columns.of(flat, dim).astype(accumulator(x))
+
+    def outputs(history):
+        parts = _convolve_parts(spec, wide_x, (weight, bias), history, tokens, x.dtype)
+        return tuple(part.reshape(batch, query, -1) for part in parts)
+
+    if state_len == 0:  # W = 1
+        return *outputs(jnp.zeros((batch, 0, dim), wide_x.dtype)), states
+    wide = wide_slots(states, seqs, wide_x.dtype)
+    if operands.cache_seqlens is None:
+        return _advance(
+            _Inputs(states, flat, wide_x, wide),
+            seqs,
+            spec.columns,
+            lambda states, wide, seqs: outputs(
+                history_before(states, wide, seqs, width - 1)
+            ),
+        )
+    cursor = jnp.mod(operands.cache_seqlens, state_len)  # first: cannot overflow
+    history = ring_before(states, wide, seqs, cursor, width - 1)
+    kept = min(query, state_len)  # each row is written once
+    kept_from = jnp.arange(query - kept, query)
+    row = (cursor[:, None] + kept_from) % state_len
+    token = jnp.arange(batch)[:, None] * query + kept_from
+    rows = token_rows(spec.columns.of(flat, dim), wide_x, token, states.dtype)
+    states, parts = read_before(states, outputs(history))
+    return *parts, store_rows(states, seqs, row, rows)
+
+
+def with_zeros(history):
+    """`(B, 2, W-1, D)`: each row's history, and one of zeros for its later runs."""
+    return jnp.stack([history, jnp.zeros_like(history)], axis=1)
+
+
+def dense(spec: ConvSpec, operands: DenseOperands) -> tuple[jax.Array, ...]:
+    """`causal_conv1d` on checked arguments."""
+    x, weight, bias, states, segment_ids = operands
+    x = spec.columns.of(x, weight.shape[0])
+    (batch, length, dim), width, dtype = x.shape, weight.shape[1], x.dtype
+    wide_x = x.astype(accumulator(x))
+    if states is None:
+        wide = None
+        history = jnp.zeros((batch, width - 1, dim), wide_x.dtype)
+    else:
+        wide = states.astype(wide_x.dtype)
+        history = wide[:, states.shape[1] - (width - 1) :]
+    runs = runs_of(segment_ids, batch, length)
+
+    def convolve_row(x, history, tokens):
+        return _convolve_parts(spec, x, (weight, bias), history, tokens, dtype)
+
+    parts = jax.vmap(convolve_row)(wide_x, with_zeros(history), tokens_of_runs(runs))
+    if spec.final_state_len is None:
+        return parts
+    given = (x, wide_x), (states, wide)
+    return *parts, final_states_of(*given, runs, spec.final_state_len)

@@ -1,0 +1,84 @@
+"""What `ssd` and `ssd_packed` must compute: the recurrence, one token after another.
+
+Loops in numpy, in float64 whatever the inputs. Nothing is shared with
+`jax_causal_conv`. Letters as in `jax_causal_conv.mamba2.ssd`.
+"""
+
+import numpy as np
+
+from tests.support.reference import PAD_SLOT_ID, clean_offsets, is_slot
+
+
+def recurrence(x, dt, A, B, C, D, state):
+    """y `(n, H, P)` and the last state of one request that starts from `state`."""
+    x, dt, A, B, C, state = (
+        np.asarray(a).astype(np.float64) for a in (x, dt, A, B, C, state)
+    )
+    D = np.zeros(len(A)) if D is None else np.asarray(D).astype(np.float64)
+    per_group = x.shape[1] // B.shape[1]
+    y = np.zeros(x.shape)
+    for n in range(len(x)):
+        write, read = (np.repeat(a[n], per_group, axis=0) for a in (B, C))
+        new = (dt[n][:, None] * x[n])[:, :, None] * write[:, None, :]
+        state = np.exp(dt[n] * A)[:, None, None] * state + new
+        y[n] = (state * read[:, None, :]).sum(-1) + D[:, None] * x[n]
+    return y, state
+
+
+def ssd_packed(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    ssm_states,
+    query_start_loc,
+    *,
+    cache_indices=None,
+    has_initial_state=None,
+    max_prefills=None,
+    pad_slot_id=PAD_SLOT_ID,
+):
+    """y and the new states, both in float64."""
+    y, states = np.zeros(x.shape), np.asarray(ssm_states).astype(np.float64)
+    offsets, prefills = clean_offsets(query_start_loc, len(x)), 0
+    for i in range(len(offsets) - 1):
+        here = slice(offsets[i], offsets[i + 1])
+        count = offsets[i + 1] - offsets[i]
+        slot = i if cache_indices is None else int(cache_indices[i])
+        if count == 0 or not is_slot(slot, len(states), pad_slot_id):
+            continue
+        if count > 1:
+            prefills += 1
+            if max_prefills is not None and prefills > max_prefills:
+                continue
+        state = np.zeros_like(states[slot])
+        if has_initial_state is not None and has_initial_state[i]:
+            state = states[slot]
+        y[here], states[slot] = recurrence(
+            x[here], dt[here], A, B[here], C[here], D, state
+        )
+    return y, states
+
+
+def ssd(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None):
+    """y and the final states `(B, H, P, K)`, both in float64."""
+    batch, length, heads, dim = x.shape
+    y, finals = np.zeros(x.shape), []
+    for b in range(batch):
+        ids = [0] * length if segment_ids is None else [int(i) for i in segment_ids[b]]
+        state = np.zeros((heads, dim, B.shape[3]))
+        if initial_state is not None:
+            state = np.asarray(initial_state[b]).astype(np.float64)
+        for n in range(length):
+            if ids[n] < 0:
+                continue
+            if n > 0 and ids[n] != ids[n - 1]:
+                state = np.zeros_like(state)
+            one = slice(n, n + 1)
+            y[b, one], state = recurrence(
+                x[b, one], dt[b, one], A, B[b, one], C[b, one], D, state
+            )
+        finals.append(state)
+    return y, np.array(finals).reshape(batch, heads, dim, B.shape[3])
