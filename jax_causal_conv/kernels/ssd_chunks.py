@@ -367,6 +367,8 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
     CHUNK: tl.constexpr = C.CHUNK
     FAST: tl.constexpr = C.FAST
     Y_PARTS: tl.constexpr = C.Y_PARTS
+    y_ptr = inputs.y if C.IN_PLACE else outputs.y
+    states_ptr = inputs.states if C.IN_PLACE else outputs.states
     channels = program % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
     head = program // C.P_BLOCKS % C.H
     number = program // (C.P_BLOCKS * C.H)
@@ -467,17 +469,15 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
                 reached = largest(tl.where(sees & bad[None, :], 1, 0), 1) > 0
                 y = tl.where(reached[:, None], float("nan"), y)
                 y = tl.where((start >= 0)[:, None], y, 0.0)
-            tl.store(
-                outputs.y + x_at, y.to(outputs.y.dtype.element_ty), mask=x_mask
-            )
+            tl.store(y_ptr + x_at, y.to(y_ptr.dtype.element_ty), mask=x_mask)
             if inputs.run_start is not None:
                 weight = tl.where(bad, float("nan"), weight)
                 B = tl.where(_finite(B.to(tl.float32)), B, float("nan"))
                 state, _ = _add_run(state, decay, x, weight, B, start, offset, C)
             else:
                 state = _add_chunk(state * decay, x, weight, B, C)
-        if outputs.states is not None:
+        if states_ptr is not None:
             if (place == stretches - 1) & valid:
                 at, mask = state_tile(slot, head, channels, k, C)
-                state = state.to(outputs.states.dtype.element_ty)
-                tl.store(outputs.states + at, state, mask=mask)
+                state = state.to(states_ptr.dtype.element_ty)
+                tl.store(states_ptr + at, state, mask=mask)

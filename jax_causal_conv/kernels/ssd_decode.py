@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .device import offset_bound
+from .device import Offsets, offset_bound
 from .ssd_device import add_up, load_skip, step_size, zero_tokens, zero_uncovered
 
 
@@ -60,7 +60,7 @@ def step(inputs, outputs, state, slot, token, head, channels, C: tl.constexpr):
     if inputs.D is not None:
         y += load_skip(inputs.D, head, channels, in_p, C) * x
     at, mask = state_tile(slot, head, channels, size, C)
-    tl.store(outputs.states + at, state.to(outputs.states.dtype.element_ty), mask=mask)
+    tl.store(inputs.states + at, state.to(inputs.states.dtype.element_ty), mask=mask)
     tl.store(outputs.y + row + channels, y.to(outputs.y.dtype.element_ty), mask=in_p)
 
 
@@ -86,15 +86,13 @@ def decode_kernel(inputs, outputs, C: tl.constexpr):
     head = program // C.P_BLOCKS % C.H
     seq = program // (C.P_BLOCKS * C.H)
     P_BLOCK: tl.constexpr = C.P_BLOCK
-    SCAN: tl.constexpr = C.SCAN
     channels = block * P_BLOCK + tl.arange(0, P_BLOCK)
     slot, valid, known = slot_of(inputs, seq, C)
     state = load_state(inputs.states, slot, known, head, channels, C)
     num_tokens = inputs.num_tokens
     end = tl.load(inputs.offsets + seq + 1)
-    begin = offset_bound(
-        inputs.offsets, seq, num_tokens, inputs.num_seqs, SCAN
-    )
+    offsets = Offsets(inputs.offsets, num_tokens, inputs.num_seqs)
+    begin = offset_bound(offsets, seq, C)
     end = tl.maximum(tl.minimum(end, num_tokens), begin)
     if valid & (end - begin == 1):
         step(inputs, outputs, state, slot, begin, head, channels, C)

@@ -31,6 +31,7 @@ class SsdInputs(NamedTuple):
         first_stretch, stretch: `(J,)`, `(Q,)` int32 likewise; None without stretches.
         run_start: `(T,)` int32, the place in its row where a token's run begins, -1
             for padding; None without segments.
+        y: what `prepare_kernel` has begun, and `chunks_kernel` completes in place.
         sums, scores, carried, forget: what `prepare_kernel` left, see `SsdOutputs`.
         num_tokens, num_seqs, num_slots: T, N, S.
         num_prefills, num_chunks, num_stretches: J, M, Q.
@@ -54,6 +55,7 @@ class SsdInputs(NamedTuple):
     first_stretch: Any = None
     stretch: Any = None
     run_start: Any = None
+    y: Any = None
     sums: Any = None
     scores: Any = None
     carried: Any = None
@@ -71,8 +73,8 @@ class SsdOutputs(NamedTuple):
 
     Attributes:
         y: `(T, H, P)`.
-        states: like `SsdInputs.states`, and the same memory where slots are updated in
-            place; None where nobody wants the last state of dense rows.
+        states: `(B, H, P, K)`, the last states of dense rows, unless nobody wants them.
+            Slots of a packed batch are updated in place.
         sums: `(M, H, 3, c)` float32, of `prepare_kernel`: of each token the sum of dt·A
             in units of log 2 from its chunk's first token on, rounded; the power of two
             of what rounding lost; and dt, divided by that.
@@ -107,6 +109,7 @@ class SsdConstants:
         LOW, HIGH: limits of dt, or None.
         D_BY_CHANNEL: is D `(H, P)`?
         ALL_KNOWN: does every sequence start from its slot?
+        IN_PLACE: does `chunks_kernel` update y and the states that it is given?
         PAD_SLOT_ID: the slot number that means "skip".
         CHUNK: tokens of a chunk, c; a power of two from 16 on.
         STRETCH: chunks of a stretch; 0 without stretches.
@@ -132,6 +135,7 @@ class SsdConstants:
     HIGH: float | None = None
     D_BY_CHANNEL: bool = False
     ALL_KNOWN: bool = False
+    IN_PLACE: bool = False
     PAD_SLOT_ID: int = -1
     CHUNK: int = 64
     STRETCH: int = 0
