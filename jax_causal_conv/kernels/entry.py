@@ -103,9 +103,10 @@ def _construction(
         if parts is None:
             fields.append("None")
             continue
-        names = [field] if parts == _ONE else [f"{field}_{i}" for i in range(parts)]
+        stem = f"{name.lower()}_{field}"  # a field of both records, or called C
+        names = [stem] if parts == _ONE else [f"{stem}_{i}" for i in range(parts)]
         parameters += names
-        fields.append(field if parts == _ONE else f"({', '.join(names)},)")
+        fields.append(stem if parts == _ONE else f"({', '.join(names)},)")
     return f"{name}({', '.join(fields)})"
 
 
@@ -118,5 +119,5 @@ def _compiled(
     filename = f"<{module}.{source.splitlines()[0].removeprefix('def ')}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     scope["__name__"] = module
-    exec(compile(source, filename, "exec"), scope)  # noqa: S102
+    exec(compile(source, filename, "exec"), scope)
     return scope[name]

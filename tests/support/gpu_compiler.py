@@ -183,7 +183,7 @@ def _parse_hlo(hlo: str) -> Iterator[Instruction]:
         if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             computation = header.group(1)
         elif found := re.match(
-            r"\s+(?:REPOSITORY )?%?[\w.\-]+ = (.*?) ([a-z\-]+)\(", line
+            r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+)\(", line
         ):
             yield Instruction(
                 computation, found.group(2), _array_sizes(found.group(1)), line.strip()
