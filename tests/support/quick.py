@@ -19,7 +19,7 @@ LESS_WORK = {
 
 
 @functools.cache
-def _options() -> dict:
+def options() -> dict:
     """Those of `LESS_WORK` that this XLA knows."""
     known = {}
     for name, value in LESS_WORK.items() if ON_CPU else ():
@@ -32,6 +32,6 @@ def _options() -> dict:
     return known
 
 
-def jit(function, **options):
+def jit(function, **how):
     """As `jax.jit`; not to be called from another jitted function."""
-    return jax.jit(function, **options, compiler_options=_options())
+    return jax.jit(function, **how, compiler_options=options())
