@@ -417,7 +417,9 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
             at = (begin + rows).to(tl.int64)
             m = (chunk + i).to(tl.int64)
             row = at[:, None] * (C.G * C.K) + group * C.K + k[None, :]
-            read = tl.load(inputs.C + row, mask=real[:, None] & in_k[None, :], other=0.0)
+            read = tl.load(
+                inputs.C + row, mask=real[:, None] & in_k[None, :], other=0.0
+            )
             score_ptr = inputs.scores + (m * C.G + group) * (CHUNK * CHUNK)
             scores = tl.load(score_ptr + lanes[:, None] * CHUNK + lanes[None, :])
             sum_ptr = inputs.sums + (m * C.H + head) * (3 * CHUNK)

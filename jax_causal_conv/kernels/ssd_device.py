@@ -168,9 +168,7 @@ def dot_narrow(a, b, acc, EXACT: tl.constexpr, FAST: tl.constexpr):
     if (a.dtype == b.dtype) & (a.dtype != tl.float32):
         return _dot(a, b, acc, FAST)
     elif EXACT:
-        return tl.dot(
-            a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3"
-        )
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32")
 

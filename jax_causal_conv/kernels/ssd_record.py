@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+
 class SsdInputs(NamedTuple):
     """What a kernel of the op reads; None is what it does not need or nobody gave.
 
