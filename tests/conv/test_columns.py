@@ -18,7 +18,7 @@ import pytest
 import jax_causal_conv as jcc
 from benchmarks import machine_code
 from jax_causal_conv.columns import Columns
-from tests.support import checks, gpu_compiler
+from tests.support import checks, gpu_compiler, quick
 from tests.support.gpu_compiler import Program
 
 pytestmark = pytest.mark.xdist_group("columns")
@@ -98,7 +98,6 @@ CASES = [
     (dense, "odd"),
     (dense, "a single part"),
 ]
-QUICKLY = {"xla_backend_optimization_level": 0}  # half of the time to compile
 
 
 class Drawn:
@@ -158,8 +157,7 @@ def all_of(function, operands):
     cotangents = jax.tree.map(
         lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes
     )
-    compiled = jax.jit(run).lower(operands, cotangents).compile(QUICKLY)
-    return checks.to_host(compiled(operands, cotangents))
+    return checks.to_host(quick.jit(run)(operands, cotangents))
 
 
 def assert_equal(got, want, exact, what):
@@ -205,7 +203,7 @@ def test_vmap_equals_slices_around_the_plain_call(op, layout):
 
     def mapped(function):
         each = jax.vmap(lambda x, states: function(x, weight, bias, states))
-        return checks.to_host(jax.jit(each).lower(*batch).compile(QUICKLY)(*batch))
+        return checks.to_host(quick.jit(each)(*batch))
 
     got, want = mapped(drawn[0].call), mapped(drawn[0].around)
     assert_equal(got, want, False, "result")
@@ -229,7 +227,7 @@ def test_donated_states_are_not_copied(op):
 
 def test_exported_for_two_platforms():
     drawn = Drawn(update, "odd")
-    call = jax.jit(drawn.call)
+    call = quick.jit(drawn.call)
     platforms = ("cpu", "cuda") if gpu_compiler.missing_for_kernels() is None else None
     exported = jax.export.export(
         call,
