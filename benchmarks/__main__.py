@@ -2,6 +2,7 @@ r"""Benchmarks: `python -m benchmarks [SUITE ...]`, by default all, on what is h
 
     python -m benchmarks                          # a few minutes on a CPU
     python -m benchmarks mixed --dtype bfloat16
+    python -m benchmarks ssd --case "256 x 1" --peer-path vllm=FOLDER
     python -m benchmarks decode prefill --json gpu.json --plots plots \
         --peer-path vllm=.peers/vllm_causal_conv1d.py
     python -m benchmarks plot gpu.json plots      # draws what --json wrote
@@ -23,9 +24,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import machine, tune
-from benchmarks.peers import PACKAGES
-from benchmarks.suites import SUITES, Options, Row, best_peers, run_case
-from tests.support.gpu_compiler import expect_no_gpu
+from benchmarks.cases import Options, Row, run_case
+from benchmarks.machine_code import expect_no_gpu
+from benchmarks.suites import PACKAGES, PEERS, SUITES
 
 _COLUMNS = ("us", "p10-p90", "GB/s", "{}", "x ours", "error", "kernels")
 
@@ -54,14 +55,18 @@ def _cells(row: Row) -> tuple[str, ...]:
         return "" if value is None else format(value, form)
 
     spread = "" if row.low is None else f"{row.low:,.1f}-{row.high:,.1f}"
+    by = f" ({row.implementation})" if row.implementation else ""
+    errors = [number(row.error, ".0e")]
+    if row.state_error:  # often states are copied, and exact
+        errors.append(f"states {row.state_error:.0e}")
     return (
-        row.candidate,
+        row.candidate + by,
         number(row.microseconds, ",.1f"),
         spread,
         number(row.gigabytes_per_second, ",.0f"),
         number(row.of_yardstick, ".2f"),
         number(row.of_ours, ".2f"),
-        number(row.error, ".0e"),
+        ", ".join(filter(None, errors)),
         number(row.kernels, ".1f"),
         ", ".join(filter(None, (row.note, _clock(row)))),
     )
@@ -93,6 +98,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
+    made.add_argument(
+        "--case",
+        nargs="+",
+        default=("",),
+        metavar="TEXT",
+        help="only cases with one of these texts in their names",
+    )
     made.add_argument("--long", action="store_true", help="more sizes, more time")
     made.add_argument("--seconds", type=float, help="for each case (default 2; long 8)")
     made.add_argument(
@@ -143,22 +155,27 @@ def run(arguments: list[str], console: Console) -> dict[str, Any]:
             if not isinstance(cases, list):
                 console.print(f"[red]{name}: {cases}[/red]")
                 continue
+            cases = [c for c in cases if any(text in c.name for text in given.case)]
             task = progress.add_task(name, total=len(cases))
             while cases:  # and let go of its arrays
                 case = cases.pop(0)
                 progress.update(task, description=f"{name}: {case.name}, {case.dtype}")
-                own += run_case(case, options)
+                found = run_case(case, options)
+                own += found
+                result["rows"] += [
+                    dataclasses.asdict(r)
+                    | {"gigabytes_per_second": r.gigabytes_per_second}
+                    for r in found
+                ]
+                if given.json:  # after each case: what is there stays
+                    given.json.write_text(json.dumps(result, indent=1))
+                if not console.is_terminal:  # where no progress is to be seen
+                    console.print(_line(found))
                 progress.advance(task)
             progress.remove_task(task)
             rows += own
             console.print(table(name, own))
-            result["rows"] = [
-                dataclasses.asdict(r) | {"gigabytes_per_second": r.gigabytes_per_second}
-                for r in rows
-            ]
-            if given.json:  # after each suite: what is there stays
-                given.json.write_text(json.dumps(result, indent=1))
-    summary = _summary(rows, best_peers(rows))
+    summary = _summary(rows)
     if summary.row_count:
         console.print(summary)
     if given.plots:
@@ -181,15 +198,32 @@ def _cases(name: str, suite, options) -> list | str:
         return f"not run: {type(error).__name__}: {error}"
 
 
-def _summary(rows: list, best: dict) -> Table:
-    """This package against the best peer of each case."""
-    made = Table(title="against the best peer", title_justify="left")
-    for heading in ("suite", "case", "dtype", "best peer"):
+def _line(rows: list[Row]) -> str:
+    """All times of a case."""
+    times = [
+        f"{r.candidate} {r.microseconds:,.1f}" if r.microseconds else r.candidate
+        for r in rows
+    ]
+    where = f"{rows[0].suite}, {rows[0].case}, {rows[0].dtype}: " if rows else ""
+    return where + ", ".join(times) + " us"
+
+
+def _summary(rows: list[Row]) -> Table:
+    """This package's time over that of each peer."""
+    timed = [row for row in rows if row.candidate in PEERS]
+    names = [name for name in PEERS if any(row.candidate == name for row in timed)]
+    made = Table(title="our time over that of", title_justify="left")
+    for heading in ("suite", "case", "dtype"):
         made.add_column(heading, no_wrap=True)
-    made.add_column("its time over ours", justify="right")
-    for (suite, case, dtype), row in best.items():
-        if row.of_ours is not None:
-            made.add_row(suite, case, dtype, row.candidate, f"{row.of_ours:.2f} x")
+    for name in names:
+        made.add_column(name, justify="right")
+    ratios: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in timed:
+        if row.of_ours:
+            of_case = ratios.setdefault((row.suite, row.case, row.dtype), {})
+            of_case[row.candidate] = 1 / row.of_ours
+    for key, own in ratios.items():
+        made.add_row(*key, *(f"{own[n]:.2f}" if n in own else "" for n in names))
     return made
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 import jax_causal_conv as jcc
+from benchmarks import machine_code
+from benchmarks.machine_code import MachineCode
 from benchmarks.model_shapes import MODELS, ModelShape, by_kernel
-from tests.support import gpu_compiler
-from tests.support.gpu_compiler import MachineCode
 
 COMPUTE_CAPABILITIES = (80, 90, 100)
 
@@ -264,11 +264,21 @@ class Row:
 
 
 def compile_row(case: KernelCase, model: ModelShape, compute_capability: int) -> Row:
-    """Compiles one kernel for one model and GPU."""
+    """Compiles the kernel of a case for one model and GPU."""
     function, arguments, outputs = case.build(model)
-    (code,) = gpu_compiler.compile_kernels(
-        function, arguments, compute_capability, case.kernel
-    )
+    codes = machine_code.compile_kernels(function, arguments, compute_capability)
+    (code,) = [code for code in codes if code.name == case.kernel]
+    return measure(case, model, compute_capability, outputs, code)
+
+
+def measure(
+    case: KernelCase,
+    model: ModelShape,
+    compute_capability: int,
+    outputs: int,
+    code: MachineCode,
+) -> Row:
+    """The row of a kernel that a case runs, which makes so many outputs a launch."""
     part = code.steady_loop() if case.loops else code
     if part is None:
         raise ValueError(f"{case.name} has no loop over tokens for {model}")
@@ -345,9 +355,9 @@ def main() -> None:
     names = [case.name for case in KERNELS]
     parser.add_argument("--kernel", nargs="+", choices=names, default=names)
     arguments = parser.parse_args()
-    if reason := gpu_compiler.missing_for_kernels():
+    if reason := machine_code.missing_for_kernels():
         parser.error(reason)
-    gpu_compiler.expect_no_gpu()
+    machine_code.expect_no_gpu()
     kernels = [case for case in KERNELS if case.name in arguments.kernel]
     print("| " + " | ".join(HEADER) + " |")
     print("|---" * len(HEADER) + "|")

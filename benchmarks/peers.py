@@ -6,19 +6,11 @@ starts, and computes what it can: where it knows no slots, the slots' states hav
 gathered for it. What fails to import, to run or to be right is reported as such.
 """
 
-import contextlib
 import functools
-import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
-import os
-import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import imports, programs
+from benchmarks.cases import OURS, Candidate
+from benchmarks.tensors import Torch
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
 from jax_causal_conv import (
@@ -38,42 +33,6 @@ from jax_causal_conv.op.primitive import (
     DEFAULT_COMPUTE_CAPABILITY,
     visible_compute_capability,
 )
-
-OURS = "jax-causal-conv"
-
-
-class Absent(ImportError):
-    """A peer that is simply not here: no news for the table."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Somebody who computes workloads.
-
-    Attributes:
-        name: in tables.
-        prepare: puts a workload's inputs in place; raises `Absent` where it cannot be.
-        ops: what it computes.
-        platforms: where it runs.
-        package: name of the peer in `--peer-path`.
-    """
-
-    name: str
-    prepare: Callable[[Workload, Path | None], Prepared]
-    ops: tuple[str, ...]
-    platforms: tuple[str, ...] = ("cpu", "gpu")
-    package: str = ""
-
-    def takes(self, work: Workload) -> bool:
-        """Whether this is something for it."""
-        fits = work.op in self.ops or self._as_rows(work) in self.ops
-        return fits and jax.default_backend() in self.platforms
-
-    def _as_rows(self, work: Workload) -> str:
-        """A batch of one fresh prompt is a row of the dense op, but for its state."""
-        fresh = work.op == "packed" and len(work.lengths) == 1 and not work.seen
-        return "dense" if fresh else ""
-
 
 # ---- This package, and yardsticks --------------------------------------------------
 
@@ -107,7 +66,7 @@ def ours(
                 **options,
             )
 
-        return _jax_with_states(work, packed, x, weight, bias, offsets, options)
+        return with_states(work, packed, x, weight, bias, offsets, options)
     if work.op == "update":
 
         def update(states, x, weight, bias, slots):
@@ -122,7 +81,7 @@ def ours(
             )
 
         slots = jnp.asarray(work.cache_indices)
-        return _jax_with_states(work, update, x, weight, bias, slots)
+        return with_states(work, update, x, weight, bias, slots)
     return _jax_rows(
         work,
         lambda x, weight, bias: causal_conv1d(
@@ -151,17 +110,18 @@ def projected(work: Workload, first: int, width: int, split, *, cut: bool) -> Pr
         return out, states
 
     arguments = work.weight, work.bias, jnp.asarray(work.offsets), _batch(work)
-    return _jax_with_states(work, packed, x, *arguments)
+    return with_states(work, packed, x, *arguments)
 
 
-def _jax_with_states(work: Workload, function: Callable, *args: Any) -> Prepared:
+def with_states(work: Workload, function: Callable, *args: Any) -> Prepared:
     """`(out, states) = function(states, *args)` with a donated cache."""
     step = jax.jit(function, donate_argnums=0)
     holder = [work.states()]
+    lowered = step.lower(holder[0], *args)
     note = ""
     if jax.default_backend() == "cpu":
-        hlo = step.lower(holder[0], *args).compile().as_text() or ""
-        if copies := cache_copies(hlo, holder[0].shape):
+        hlo = lowered.compile().as_text() or ""
+        if copies := programs.cache_copies(hlo, holder[0].shape):
             note = f"{copies} copies of the cache"
 
     def call():
@@ -179,39 +139,40 @@ def _jax_with_states(work: Workload, function: Callable, *args: Any) -> Prepared
     def wait(result):
         jax.block_until_ready(result[0])
 
-    return Prepared(call, wait, view, note=note)
-
-
-def cache_copies(hlo: str, shape: tuple[int, ...]) -> int:
-    """Copies and converts of `shape`, or its rows flattened, in HLO text."""
-    flat = (shape[0] * shape[1], shape[2])
-    sizes = "|".join(re.escape(",".join(map(str, s))) for s in (shape, flat))
-    return len(re.findall(rf"\[(?:{sizes})\]\S* (?:copy|convert)\(", hlo))
+    by = programs.implementation(lowered)
+    return Prepared(call, wait, view, note=note, implementation=by)
 
 
 def _jax_rows(work: Workload, forward: Callable) -> Prepared:
     """`forward(x (B, T, D), weight, bias)`, or with all its gradients."""
     x = work.x.reshape(work.rows)
     if work.op != "gradient":
-        call = functools.partial(jax.jit(forward), x, work.weight, work.bias)
-        return Prepared(call, view=lambda out: {"out": work.pick(_flat(out))})
+        step: Any = jax.jit(forward)
+        inputs: tuple = (x, work.weight, work.bias)
 
-    @jax.jit
-    def step(x, weight, bias, dy):
-        out, pull = jax.vjp(forward, x, weight, bias)
-        return out, *pull(dy)
+        def view(out):
+            return {"out": work.pick(_flat(out))}
 
-    def view(result):
-        out, dx, dweight, dbias = result
-        return {
-            "out": work.pick(_flat(out)),
-            "dx": work.pick(_flat(dx)),
-            "dweight": work.pick(dweight, 0),
-            "dbias": work.pick(dbias),
-        }
+    else:
 
-    dy = work.dy.reshape(work.rows)
-    return Prepared(functools.partial(step, x, work.weight, work.bias, dy), view=view)
+        @jax.jit
+        def step(x, weight, bias, dy):
+            out, pull = jax.vjp(forward, x, weight, bias)
+            return out, *pull(dy)
+
+        inputs = x, work.weight, work.bias, work.dy.reshape(work.rows)
+
+        def view(result):
+            out, dx, dweight, dbias = result
+            return {
+                "out": work.pick(_flat(out)),
+                "dx": work.pick(_flat(dx)),
+                "dweight": work.pick(dweight, 0),
+                "dbias": work.pick(dbias),
+            }
+
+    by = programs.implementation(step.lower(*inputs))
+    return Prepared(functools.partial(step, *inputs), view=view, implementation=by)
 
 
 def _flat(array):
@@ -266,7 +227,7 @@ def _nothing(inputs, outputs, C: "tl.constexpr"):  # noqa: F821 (for Triton)
 
 def _nnx_conv(work: Workload, path: Path | None) -> Prepared:
     """A depthwise `flax.nnx.Conv` and silu."""
-    nnx = _import("flax.nnx", path)
+    nnx = imports.load("flax.nnx", path)
     layer = nnx.Conv(
         work.dim,
         work.dim,
@@ -288,7 +249,8 @@ def _nnx_conv(work: Workload, path: Path | None) -> Prepared:
 
 def _mamba2_jax(work: Workload, path: Path | None) -> Prepared:
     """The conv of mamba2-jax (of bonsai's Mamba2, too) and silu."""
-    modeling, nnx = _import("mamba2_jax.modeling", path), _import("flax.nnx", None)
+    modeling = imports.load("mamba2_jax.modeling", path)
+    nnx = imports.load("flax.nnx", None)
     layer = modeling.DepthwiseConv1d(work.dim, work.width, rngs=nnx.Rngs(0))
     graph, _ = nnx.split(layer)
 
@@ -316,13 +278,16 @@ def _mamba2_jax(work: Workload, path: Path | None) -> Prepared:
         out, states = result
         return {"out": work.pick(out), "states": work.pick(states.swapaxes(1, 2))}
 
-    return Prepared(call, lambda result: result[0].block_until_ready(), view)
+    by = programs.implementation(step.lower(holder[0], work.x, work.weight, work.bias))
+    return Prepared(
+        call, lambda result: result[0].block_until_ready(), view, implementation=by
+    )
 
 
 def _tpu_inference(work: Workload, path: Path | None) -> Prepared:
     """Tpu-inference's `ragged_conv1d`, and silu as its layer applies it."""
     name = "tpu_inference.layers.common.ragged_conv1d_jax"
-    module = _import(name, path)
+    module = imports.load(name, path)
     batch = len(work.lengths)
     decodes = sum(length == 1 for length in work.lengths)
     # Its three numbers: rows that decode, those or whole prefills, all rows.
@@ -342,7 +307,7 @@ def _tpu_inference(work: Workload, path: Path | None) -> Prepared:
         )
         return jax.nn.silu(out), states
 
-    return _jax_with_states(
+    return with_states(
         work,
         step,
         work.x,
@@ -358,30 +323,15 @@ def _tpu_inference(work: Workload, path: Path | None) -> Prepared:
 # ---- PyTorch peers -----------------------------------------------------------------
 
 
-class _Torch:
+class _Tensors(Torch):
     """A workload's inputs as tensors, and the way back."""
 
     def __init__(self, work: Workload):
-        self.torch = _import("torch", None)
+        super().__init__()
         self.work = work
-        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        if self.device == "cuda" and not self.torch.cuda.is_available():
-            raise Absent("torch sees no GPU")
         self.x, self.weight, self.bias = map(
             self.tensor, (work.x, work.weight, work.bias)
         )
-
-    def tensor(self, array) -> Any:
-        """A tensor of its own with an array's numbers."""
-        if self.device == "cuda" and isinstance(array, jax.Array):
-            with contextlib.suppress(Exception):  # then by way of the host
-                shared = self.torch.from_dlpack(jax.block_until_ready(array))
-                return shared.clone()
-        array = np.asarray(array)
-        if array.dtype == jnp.bfloat16:
-            bits = self.torch.from_numpy(array.view(np.int16).copy())
-            return bits.view(self.torch.bfloat16).to(self.device)
-        return self.torch.from_numpy(array.copy()).to(self.device)
 
     def states(self) -> Any:
         return self.tensor(self.work.states())
@@ -397,18 +347,6 @@ class _Torch:
         channels = self.torch.as_tensor(self.work.channels, device=tensor.device)
         picked = tensor.detach().index_select(axis % tensor.dim(), channels)
         return picked.float().cpu().numpy()
-
-    def wait(self, result: Any) -> None:
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
-
-    def prepared(self, call: Callable, view: Callable) -> Prepared:
-        def no_grad():
-            with self.torch.no_grad():
-                return call()
-
-        call_it = call if self.work.op == "gradient" else no_grad
-        return Prepared(call_it, self.wait, view, by_torch=True)
 
     def rows(self, forward: Callable, channel_last: bool) -> Prepared:
         """`forward(x, weight, bias)` of `(B, T, D)`, or `(B, D, T)`, with gradients."""
@@ -441,12 +379,12 @@ class _Torch:
                 "dbias": self.pick(dbias),
             }
 
-        return self.prepared(call, view)
+        return self.prepared(call, view, gradient=True)
 
 
 def _torch_conv(work: Workload, path: Path | None) -> Prepared:
     """A depthwise `F.conv1d` of `(B, D, T)` and silu."""
-    torch = _Torch(work)
+    torch = _Tensors(work)
     functional = torch.torch.nn.functional
 
     def forward(x, weight, bias):
@@ -459,7 +397,7 @@ def _torch_conv(work: Workload, path: Path | None) -> Prepared:
 
 def _torch_roll(work: Workload, path: Path | None) -> Prepared:
     """What transformers does without kernels: a padded conv, or roll and sum."""
-    torch = _Torch(work)
+    torch = _Tensors(work)
     functional = torch.torch.nn.functional
     if work.op == "update":
         states = torch.gathered(work.width)
@@ -492,15 +430,12 @@ def _torch_roll(work: Workload, path: Path | None) -> Prepared:
 def _vllm(work: Workload, path: Path | None) -> Prepared:
     """The Triton kernels of vLLM, with metadata built before, as its scheduler does.
 
-    From a path: its `causal_conv1d.py` alone, without dependent launches, in which a
-    kernel's duration would contain its wait for the one before it.
+    From a path: its `causal_conv1d.py` alone, or a folder with `vllm/` in it, without
+    dependent launches, in which a kernel's duration would contain its wait for the one
+    before it.
     """
-    torch = _Torch(work)
-    if path is None:
-        module = _import("vllm.model_executor.layers.mamba.ops.causal_conv1d", None)
-    else:
-        with _stand_in("vllm", _vllm_names()):
-            module = _import("vllm_causal_conv1d", path)
+    torch = _Tensors(work)
+    module = vllm_ops("causal_conv1d", path)
     states = torch.states()
     slots = torch.tensor(work.cache_indices)
 
@@ -545,24 +480,47 @@ def _vllm(work: Workload, path: Path | None) -> Prepared:
     return torch.prepared(packed, view)
 
 
+def vllm_ops(name: str, path: Path | None) -> types.ModuleType:
+    """A module of vLLM's Mamba ops; from a path without the rest of vLLM."""
+    full = f"vllm.model_executor.layers.mamba.ops.{name}"
+    if path is None:
+        return imports.load(full, None)
+    root = path if path.is_dir() else None
+    with imports.stand_in("vllm", _vllm_names(), root):
+        return imports.load(full if root else f"vllm_{name}", path)
+
+
 def _vllm_names() -> dict[str, Any]:
-    """What its file imports from the rest of vLLM."""
-    triton = _import("triton", None)
+    """What its files import from the rest of vLLM."""
+    torch = imports.load("torch", None)
+    on_gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if on_gpu else (0, 0)
+    device_name = torch.cuda.get_device_name().replace(" ", "_") if on_gpu else ""
+    silent = types.SimpleNamespace(
+        info_once=lambda *_, **__: None, warning_once=lambda *_, **__: None
+    )
     platform = types.SimpleNamespace(
         is_cpu=lambda: False,
         is_cuda=lambda: True,
+        is_xpu=lambda: False,
         is_arch_support_pdl=lambda: False,
+        is_device_capability=lambda number: divmod(number, 10) == capability,
     )
     return {
-        "triton": triton,
-        "tl": _import("triton.language", None),
+        "triton": imports.load("triton", None),
+        "tl": imports.load("triton.language", None),
+        "HAS_TRITON": True,
         "current_platform": platform,
         "PAD_SLOT_ID": -1,
         "NULL_BLOCK_ID": 0,
+        "VLLM_TUNED_CONFIG_FOLDER": None,
+        "_custom_ops": None,
+        "init_logger": lambda _: silent,
+        "get_device_name_as_file_name": lambda: device_name,
     }
 
 
-def _vllm_metadata(torch: _Torch, work: Workload, block_m: int) -> Any:
+def _vllm_metadata(torch: _Tensors, work: Workload, block_m: int) -> Any:
     """Which program owns which chunk, in the form that its launcher takes."""
     chunks = [-(-length // block_m) for length in work.lengths]
     owners = np.repeat(np.arange(len(chunks), dtype=np.int32), chunks)
@@ -578,8 +536,8 @@ def _vllm_metadata(torch: _Torch, work: Workload, block_m: int) -> Any:
 
 def _fla(work: Workload, path: Path | None) -> Prepared:
     """flash-linear-attention's Triton kernels; in packed batches with states apart."""
-    torch = _Torch(work)
-    module = _import("fla.modules.causal_conv1d", path)
+    torch = _Tensors(work)
+    module = imports.load("fla.modules.causal_conv1d", path)
     if work.op in ("dense", "gradient"):
         return torch.rows(
             lambda x, weight, bias: module.causal_conv1d(
@@ -602,7 +560,7 @@ def _fla(work: Workload, path: Path | None) -> Prepared:
     else:
         offsets = torch.tensor(work.offsets).long()
         lengths_on_host = offsets.cpu()
-        index = _import("fla.ops.utils", None).prepare_chunk_indices(offsets, 64)
+        index = imports.load("fla.ops.utils", None).prepare_chunk_indices(offsets, 64)
 
         def update():
             return module.causal_conv1d(
@@ -630,10 +588,10 @@ def _fla(work: Workload, path: Path | None) -> Prepared:
 
 def _dao(work: Workload, path: Path | None) -> Prepared:
     """Dao-AILab's CUDA kernels, channel-last; a source tree is built where it lies."""
-    torch = _Torch(work)
+    torch = _Tensors(work)
     if path is not None and (path / "csrc").is_dir():
         _build_dao(path)
-    module = _import("causal_conv1d", path)
+    module = imports.load("causal_conv1d", path)
     if work.op == "update":
         states = torch.states().transpose(1, 2).contiguous()
         slots = torch.tensor(work.cache_indices)
@@ -731,73 +689,3 @@ YARDSTICKS = {
     "silu(x)": Candidate("silu(x)", silu, ()),
     "empty kernel": Candidate("empty kernel", launch, ()),
 }
-PACKAGES = tuple(c.package for c in CANDIDATES if c.package)
-
-
-# ---- Imports -----------------------------------------------------------------------
-
-
-def _import(name: str, path: Path | None) -> types.ModuleType:
-    """A module: installed, from a file, or from a folder or wheel.
-
-    Raises:
-        Absent: no path was given, and it is not installed.
-    """
-    # jax-triton sets an empty name, with which Triton by itself finds no folder.
-    if os.environ.get("TRITON_CACHE_DIR") == "":
-        del os.environ["TRITON_CACHE_DIR"]
-    if path is None:
-        return _import_installed(name)
-    if not path.exists():
-        raise FileNotFoundError(path)
-    if path.suffix == ".py":
-        return _import_file(name.replace(".", "_"), path)
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
-    return importlib.import_module(name)
-
-
-def _import_installed(name: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise Absent(f"{name} is not installed") from error
-        raise
-
-
-@functools.cache
-def _import_file(name: str, path: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Triton looks its kernels' modules up there
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def _stand_in(package: str, names: Mapping[str, Any]) -> Iterator[None]:
-    """Every module of a package that is not here can be imported, and has `names`."""
-
-    class Finder:
-        @staticmethod
-        def find_spec(name, path=None, target=None):
-            if name.split(".")[0] != package:
-                return None
-            return importlib.machinery.ModuleSpec(name, Loader(), is_package=True)
-
-    class Loader(importlib.abc.Loader):
-        def exec_module(self, module):
-            vars(module).update(names)
-
-    before = set(sys.modules)
-    sys.meta_path.insert(0, Finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(Finder)
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] == package:
-                del sys.modules[name]

@@ -11,8 +11,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks.cases import OURS
 from benchmarks.machine import title
-from benchmarks.peers import CANDIDATES, OURS
+from benchmarks.suites import CANDIDATES
 
 # Suites with a line over a size: what the size is, and what is drawn over it.
 _LINES = {

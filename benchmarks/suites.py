@@ -1,15 +1,9 @@
-"""The named suites: what is run, in which sizes, beside whom.
+"""The named suites: what is run, in which sizes, beside whom. Each yields `Case`s."""
 
-A suite yields `Case`s. `run_case` prepares all its candidates, checks their results,
-times those that are right and returns a `Row` for each.
-"""
-
-import dataclasses
 import functools
 import itertools
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,173 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_causal_conv
-from benchmarks import peers, timing
-from benchmarks.peers import OURS, Absent, Candidate
+from benchmarks import peers, programs, ssd_peers, timing
+from benchmarks.cases import OURS, Candidate, Case, Options, Work
+from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.timing import Prepared
-from benchmarks.workload import Workload, WrongResult
+from benchmarks.workload import Workload
 from jax_causal_conv import build_metadata, causal_conv1d_fn
 
 DIM, WIDTH, TOKENS = 5376, 4, 2048
 _LAYERS = 24
 _CUT = "cut around it"
 _PACKAGE = str(Path(jax_causal_conv.__file__).parent)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the command line says.
-
-    Attributes:
-        long: more sizes, and more time for each.
-        seconds: for the timing of a case.
-        dtypes: to be run; empty for the platform's own choice.
-        shape: of the model for the engine.
-        paths: of peers, by name.
-        with_peers: False times this package and the yardsticks alone.
-    """
-
-    long: bool = False
-    seconds: float = 2.0
-    dtypes: tuple[str, ...] = ()
-    shape: str = "tiny"
-    paths: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    with_peers: bool = True
-
-    @property
-    def on_gpu(self) -> bool:
-        return jax.default_backend() == "gpu"
-
-    @property
-    def all_dtypes(self) -> tuple[str, ...]:
-        default = ("bfloat16",) if self.on_gpu else ("float32", "bfloat16")
-        return self.dtypes or default
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the results: a candidate in a case.
-
-    Attributes:
-        suite: its name.
-        case: what was computed, in words.
-        axis: what varies in the suite, as a number.
-        dtype: of the data.
-        candidate: who computed it.
-        microseconds: median of a call; None if it failed. low and high are the 10th
-            and 90th percentile of `samples`.
-        clock: how it was timed, see `timing`.
-        kernels: device activities of a call.
-        nbytes: what must be moved once; 0 where that says nothing.
-        error: largest difference from float64 over the largest value, if compared.
-        of_yardstick: time over that of the yardstick in the same case, see
-            `Timing.over`.
-        of_ours: time over this package's, likewise.
-        note: what else there is to say; why it failed.
-    """
-
-    suite: str
-    case: str
-    axis: float
-    dtype: str
-    candidate: str
-    microseconds: float | None = None
-    low: float | None = None
-    high: float | None = None
-    samples: int = 0
-    clock: str = ""
-    kernels: float | None = None
-    nbytes: int = 0
-    error: float | None = None
-    of_yardstick: float | None = None
-    of_ours: float | None = None
-    note: str = ""
-
-    @property
-    def gigabytes_per_second(self) -> float | None:
-        if not (self.nbytes and self.microseconds):
-            return None
-        return self.nbytes / self.microseconds / 1e3
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Candidates to be timed in turns.
-
-    Attributes:
-        prepare: by the candidates' names.
-        work: what their results are compared with; None: nothing to compare.
-        yardstick: the candidate that times are compared with.
-        rows: to be reported beside the timed ones.
-    """
-
-    suite: str
-    name: str
-    axis: float
-    dtype: str
-    prepare: Mapping[str, Callable[[], Prepared]]
-    work: Workload | None = None
-    yardstick: str = ""
-    rows: tuple[Row, ...] = ()
-
-
-def run_case(case: Case, options: Options) -> list[Row]:
-    """Prepares, checks and times all candidates of a case."""
-    rows: dict[str, Row] = {}
-    prepared: dict[str, Prepared] = {}
-    blank = functools.partial(Row, case.suite, case.name, case.axis, case.dtype)
-
-    def fail(name: str, error: Exception) -> None:
-        rows[name] = blank(name, note=_summary(error))
-
-    for name, prepare in case.prepare.items():
-        try:
-            one = prepare()
-            result = one.call()
-            one.wait(result)
-            error = None
-            if case.work is not None and one.view is not None:
-                error = case.work.error(one.view(result))
-            nbytes = one.nbytes
-            if nbytes is None:
-                nbytes = case.work.nbytes if case.work else 0
-            # The candidates' place in the table, whether or not timing succeeds.
-            rows[name] = blank(
-                name,
-                nbytes=nbytes,
-                error=error,
-                note=one.note,
-            )
-            prepared[name] = one
-        except Absent:
-            continue
-        except Exception as error:  # a peer may fail in any way
-            fail(name, error)
-    times = timing.measure(prepared, seconds=options.seconds, on_error=fail)
-
-    def over(name: str, other: str) -> float | None:
-        both = name in times and other in times
-        return times[name].over(times[other]) if both else None
-
-    for name, found in times.items():
-        rows[name] = dataclasses.replace(
-            rows[name],
-            microseconds=found.median,
-            low=found.low,
-            high=found.high,
-            samples=found.samples,
-            clock=found.clock,
-            kernels=found.kernels,
-            of_yardstick=over(name, case.yardstick),
-            of_ours=over(name, OURS),
-        )
-    return [*rows.values(), *case.rows]
-
-
-def _summary(error: Exception) -> str:
-    if isinstance(error, WrongResult):
-        return f"wrong: {error}"
-    lines = str(error).strip().splitlines() or [""]
-    return f"failed: {type(error).__name__}: {lines[0][:200]}"
 
 
 def _workload_case(
@@ -206,11 +44,17 @@ def _workload_case(
         is_ours = one.name.startswith(OURS)
         if one.takes(work) and (is_ours or (with_peers and options.with_peers)):
             candidates.append(one)
-    prepare = {
+    prepare = _prepare(candidates, work, options)
+    return Case(suite, name, axis, work.dtype, prepare, work, yardstick)
+
+
+def _prepare(
+    candidates: list[Candidate], work: Work, options: Options
+) -> dict[str, Callable[[], Prepared]]:
+    return {
         one.name: functools.partial(one.prepare, work, options.paths.get(one.package))
         for one in candidates
     }
-    return Case(suite, name, axis, work.dtype, prepare, work, yardstick)
 
 
 def _evenly(total: int, parts: int) -> list[int]:
@@ -380,9 +224,10 @@ def layers(options: Options) -> Iterator[Case]:
             out, holder[0] = step(holder[0], **arguments)
             return out
 
+        by = programs.implementation(step.lower(holder[0], **arguments))
         jax.block_until_ready((call(), call()))
         note = f"{calls_into(_PACKAGE, call)} Python calls into the package"
-        return Prepared(call, clock=clock, note=note)
+        return Prepared(call, clock=clock, note=note, implementation=by)
 
     def on_host() -> Prepared:
         call = functools.partial(build_metadata, work.offsets, work.tokens)
@@ -420,6 +265,61 @@ def calls_into(folder: str, function: Callable[[], Any]) -> int:
     return count
 
 
+# The layer of Mamba2-2.7B; a tenth of its heads on a CPU.
+_SSD_BATCHES = {
+    "1 x 1": (1,),
+    "16 x 1": (1,) * 16,
+    "64 x 1": (1,) * 64,
+    "128 x 1": (1,) * 128,
+    "256 x 1": (1,) * 256,
+    "1,024 x 1": (1,) * 1024,
+    "252 x 1 + 4 x 449": (1,) * 252 + (449,) * 4,
+    "100 x 1 + 2 x 800": (1,) * 100 + (800,) * 2,
+    "4 x 512": (512,) * 4,
+    "16 x 512": (512,) * 16,
+    "64 x 128": (128,) * 64,
+    "1 x 2,048": (2048,),
+    "1 x 8,192": (8192,),
+}
+_SSD_BATCHES_CPU = ("16 x 1", "64 x 1", "100 x 1 + 2 x 800", "4 x 512", "1 x 2,048")
+
+
+def ssd(options: Options) -> Iterator[Case]:
+    """The SSD of Mamba2: decodes, mixed batches, prompts and dense rows."""
+    batches, heads, rows = list(_SSD_BATCHES), 80, 8
+    state_dtypes = ["float32", "bfloat16"]
+    if not options.on_gpu:
+        batches, heads, rows, state_dtypes = list(_SSD_BATCHES_CPU), 8, 1, ["float32"]
+    for dtype in options.all_dtypes:
+        work = SsdWorkload("ssd", (TOKENS,) * rows, dtype, heads=heads)
+        yield _ssd_case(f"dense {rows} x {TOKENS:,}", work, options)
+        for state_dtype, name in itertools.product(state_dtypes, batches):
+            lengths = _SSD_BATCHES[name]
+            work = SsdWorkload("ssd_packed", lengths, dtype, state_dtype, heads)
+            yield _ssd_case(f"{name}, {state_dtype} states", work, options)
+
+
+def _ssd_case(name: str, work: SsdWorkload, options: Options) -> Case:
+    candidates = [peers.YARDSTICKS["copy"]]
+    for one in ssd_peers.CANDIDATES:
+        is_ours = one.name.startswith(OURS)
+        # There is nothing to be rounded in a decode step, and XLA takes its time.
+        superfluous = (one.name == ssd_peers.ROUNDING and not work.prompts) or (
+            one.name == ssd_peers.BY_XLA and not options.long
+        )
+        if one.takes(work) and (is_ours or options.with_peers) and not superfluous:
+            candidates.append(one)
+    return Case(
+        "ssd",
+        name,
+        work.tokens,
+        work.dtype,
+        _prepare(candidates, work, options),
+        work,
+        "copy",
+    )
+
+
 def engine(options: Options) -> Iterator[Case]:
     """A Mamba2 model with random weights, served by the example's engine."""
     from benchmarks import serving  # noqa: PLC0415 (needs flax)
@@ -436,24 +336,14 @@ _ALL = (
     columns,
     metadata,
     layers,
+    ssd,
     engine,
 )
 SUITES: dict[str, Callable[[Options], Iterator[Case]]] = {s.__name__: s for s in _ALL}
 
+CANDIDATES = (*peers.CANDIDATES, *ssd_peers.CANDIDATES)
+PEERS = tuple(dict.fromkeys(c.name for c in CANDIDATES if not c.name.startswith(OURS)))
+"""Candidates that are neither this package nor a yardstick."""
 
-def best_peers(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
-    """The fastest peer of each (suite, case, dtype) in which one was timed."""
-    names = {one.name for one in peers.CANDIDATES if not one.name.startswith(OURS)}
-    best: dict[tuple[str, str, str], Row] = {}
-    for row in rows:
-        key = row.suite, row.case, row.dtype
-        if row.candidate in names and row.microseconds is not None:
-            best[key] = min(
-                (row, best.get(key, row)), key=lambda r: r.microseconds or 0.0
-            )
-    return best
-
-
-def conv_kernels() -> re.Pattern:
-    """How the kernels of this package are called in a profile."""
-    return re.compile(r"(packed|update|dense|rows)(_backward)?_kernel")
+PACKAGES = tuple(dict.fromkeys(c.package for c in CANDIDATES if c.package))
+"""Names of peers in `--peer-path`."""

@@ -41,6 +41,7 @@ class Prepared:
         note: to be said in the table.
         by_torch: whether PyTorch runs it.
         nbytes: what must be moved once; None is the workload's.
+        implementation: of a program of JAX, see `programs.implementation`.
     """
 
     call: Callable[[], Any]
@@ -50,6 +51,7 @@ class Prepared:
     note: str = ""
     by_torch: bool = False
     nbytes: int | None = None
+    implementation: str = ""
 
 
 @dataclass(frozen=True)

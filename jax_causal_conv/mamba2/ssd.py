@@ -125,12 +125,12 @@ def ssd(
     checks.token_count("B * T", rows * length, 1)
     if 0 in inputs.shape:
         y = jnp.zeros_like(inputs)
-        if wanted and state is None:
+        if state is None:
             state = jnp.zeros(shape, accumulator(inputs))
         return (y, state) if wanted else y
     operands = SSDOperands(inputs, *parameters, bias, state, ids)
-    results = gradients.call(SSD, implementation, spec, operands)
-    return results if wanted else results[0]
+    y, *final = gradients.call(SSD, implementation, spec, operands)
+    return (y, final[0]) if wanted else y
 
 
 def ssd_packed(
@@ -193,7 +193,11 @@ def ssd_packed(
             work for chunks. None is `min(N, T // 2)`: no batch has more.
         chunk_size: static int c >= 1, the tokens of a chunk.
         pad_slot_id: static int, the slot number that means "skip".
-        dt_bias, dt_softplus, dt_limit, precision, implementation: as for `ssd`.
+        dt_bias: `(H,)` or None, and
+        dt_softplus: static bool, and
+        dt_limit: static floats, and
+        precision: of products, and
+        implementation: all as for `ssd`.
 
     Returns:
         `y` `(T, H, P)` in x's dtype, and the new states, like `ssm_states`. Slots that

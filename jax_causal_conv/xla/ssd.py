@@ -393,6 +393,7 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     """`ssd_packed` on checked arguments: y, and the new states.
 
     There are at least one token, one sequence and one slot.
+
     Every sequence takes one step of the recurrence, which is all that those of one
     token need; where there are prefills, their results replace that step's.
     """

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import jax_causal_conv as jcc
+from benchmarks import machine_code
 from jax_causal_conv.columns import Columns
 from tests.support import checks, gpu_compiler
 from tests.support.gpu_compiler import Program
@@ -461,7 +462,8 @@ CODE = {
 @pytest.mark.parametrize("name", CODE)
 def test_mamba2_columns_are_read_and_written_sixteen_bytes_at_a_time(name):
     function, arguments = CODE[name]
-    (code,) = gpu_compiler.compile_kernels(function, arguments, 90, f"{name}_kernel")
+    (code,) = machine_code.compile_kernels(function, arguments, 90)
+    assert code.name == f"{name}_kernel"
     assert (code.spills, code.stack, code.local_accesses()) == (0, 0, 0)
     assert set(code.accesses("STG")) == {16}, code.accesses("STG")
     if (loop := code.steady_loop()) is not None:
