@@ -21,7 +21,7 @@ Form = None | int
 _ONE = 0
 
 
-def leaves(record: NamedTuple) -> Iterator[Any]:
+def leaves(record: Iterable[Any]) -> Iterator[Any]:
     """What is present in a record, in order: a field that is a tuple in its parts."""
     for field in record:
         if isinstance(field, tuple):
@@ -48,15 +48,15 @@ def position(record: NamedTuple, name: str) -> int:
     return len(list(leaves(record[:before])))
 
 
-def entry(kernel: Any, inputs: NamedTuple, outputs: NamedTuple, spare: bool) -> Any:
-    """A Triton function `(*leaves(inputs), *leaves(outputs), [spare], C)`.
+def entry(kernel: Any, inputs: NamedTuple, outputs: NamedTuple, spare: int) -> Any:
+    """A Triton function `(*leaves(inputs), *leaves(outputs), [*spares], C)`.
 
     It is made once for each kernel and form of the records, and has the kernel's name.
 
     Args:
         kernel: a Triton function `(inputs, outputs, C)`.
         inputs, outputs: records with anything in the place of the pointers.
-        spare: whether one more pointer follows, which nobody reads.
+        spare: how many more pointers follow, which nobody reads.
     """
     return _entry(
         kernel, type(inputs), _form(inputs), type(outputs), _form(outputs), spare
@@ -77,7 +77,7 @@ def _entry(
     input_form: tuple[Form, ...],
     outputs: type,
     output_form: tuple[Form, ...],
-    spare: bool,
+    spare: int,
 ) -> Any:
     name = kernel.fn.__name__
     parameters: list[str] = []
@@ -85,7 +85,7 @@ def _entry(
         _construction("Inputs", inputs, input_form, parameters),
         _construction("Outputs", outputs, output_form, parameters),
     ]
-    parameters += ["spare"] * spare
+    parameters += [f"spare_{i}" for i in range(spare)]
     source = (
         f"def {name}({', '.join(parameters)}, C: tl.constexpr):\n"
         f"    kernel({', '.join(records)}, C)\n"
@@ -95,7 +95,7 @@ def _entry(
 
 
 def _construction(
-    name: str, record: type, form: tuple[Form, ...], parameters: list[str]
+    name: str, record: Any, form: tuple[Form, ...], parameters: list[str]
 ) -> str:
     """The call that makes a record of parameters, which it adds to the list."""
     fields = []
@@ -103,9 +103,10 @@ def _construction(
         if parts is None:
             fields.append("None")
             continue
-        names = [field] if parts == _ONE else [f"{field}_{i}" for i in range(parts)]
+        stem = f"{name.lower()}_{field}"  # a field of both records, or called C
+        names = [stem] if parts == _ONE else [f"{stem}_{i}" for i in range(parts)]
         parameters += names
-        fields.append(field if parts == _ONE else f"({', '.join(names)},)")
+        fields.append(stem if parts == _ONE else f"({', '.join(names)},)")
     return f"{name}({', '.join(fields)})"
 
 

@@ -202,3 +202,61 @@ def scan(num_seqs: int) -> int:
     All of them, but at most 256: more would cost too many registers.
     """
     return min(max(_power_of_two(num_seqs + 1), 8), 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class SsdTiles:
+    """Tile sizes of the launches of one SSD.
+
+    Attributes:
+        p_block: channels of a head a program, a power of two.
+        k_block: K rounded up to a power of two.
+        num_warps: warps a program.
+        chunk: tokens of a chunk.
+        stretch: chunks of a stretch; 0: sequences are not cut into stretches.
+        h_block: heads whose sums a program makes, a power of two.
+        num_stages: of the loop over chunks.
+        state_stages: of the loop over a stretch's chunks.
+        scan: offsets that a program looks at together.
+    """
+
+    p_block: int
+    k_block: int
+    num_warps: int
+    chunk: int = 64
+    stretch: int = 0
+    h_block: int = 16
+    num_stages: int = 2
+    state_stages: int = 3
+    scan: int = 256
+
+
+def ssd_decode(head_shape: tuple[int, int], state_size: int, num_seqs: int) -> SsdTiles:
+    """Tiles of the decode kernel, for H heads of P channels and K elements of state.
+
+    One warp with half a head keeps a GPU busy with few sequences; with many, whole
+    heads have less to do beside their state.
+    """
+    _, dim = head_shape
+    p_block, num_warps = (32, 1) if num_seqs < 256 else (64, 4)
+    return SsdTiles(
+        min(p_block, _power_of_two(dim)),
+        _power_of_two(state_size),
+        num_warps,
+        scan=scan(num_seqs),
+    )
+
+
+def ssd_chunks(
+    head_shape: tuple[int, int], state_size: int, num_tokens: int, num_prefills: int
+) -> SsdTiles:
+    """Tiles of a batch with prefills: the products of matrices want 16 rows or more."""
+    heads, dim = head_shape
+    chunk = min(64, max(16, _power_of_two(num_tokens)))
+    return SsdTiles(
+        min(64, max(16, _power_of_two(dim))),
+        max(16, _power_of_two(state_size)),
+        4,
+        chunk=chunk,
+        h_block=min(16, _power_of_two(heads)),
+    )
