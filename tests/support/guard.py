@@ -341,9 +341,7 @@ def inner_case(seed: int) -> InnerCase:
         return InnerCase(op, spec, DenseOperands(x, *filters, initial, segments))
     live = rng.random(count) < 0.7 if has_live else None
     history = normal(count, width - 1, dim)
-    operands = RowsBackwardOperands(
-        x, *filters, history, (dy,), dslots, live, segments
-    )
+    operands = RowsBackwardOperands(x, *filters, history, (dy,), dslots, live, segments)
     return InnerCase(op, spec, operands)
 
 
@@ -414,7 +412,9 @@ def _reads_after_end(inputs, outputs, C: tl.constexpr):
 @triton.jit
 def _masks_one_lane_too_many(inputs, outputs, C: tl.constexpr):
     cols = tl.arange(0, 16)
-    tl.store(outputs.array + cols, tl.load(inputs.array + cols, mask=cols < 8), mask=cols < 9)
+    tl.store(
+        outputs.array + cols, tl.load(inputs.array + cols, mask=cols < 8), mask=cols < 9
+    )
 
 
 @triton.jit
@@ -430,7 +430,9 @@ def _writes_an_input(inputs, outputs, C: tl.constexpr):
 @triton.jit
 def _correct(inputs, outputs, C: tl.constexpr):
     cols = tl.arange(0, 16)
-    tl.store(outputs.array + cols, tl.load(inputs.array + cols, mask=cols < 8), mask=cols < 8)
+    tl.store(
+        outputs.array + cols, tl.load(inputs.array + cols, mask=cols < 8), mask=cols < 8
+    )
 
 
 PLANTED = {  # kernel, and the placement that shows its bug
