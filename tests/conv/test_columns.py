@@ -27,7 +27,7 @@ from jax_causal_conv.operands import (
     RowsBackwardOperands,
     UpdateOperands,
 )
-from tests.support import checks, gpu_compiler
+from tests.support import checks, gpu_compiler, quick
 from tests.support.gpu_compiler import Program
 
 pytestmark = pytest.mark.xdist_group("columns")
@@ -107,7 +107,6 @@ CASES = [
     (dense, "odd"),
     (dense, "a single part"),
 ]
-QUICKLY = {"xla_backend_optimization_level": 0}  # half of the time to compile
 
 
 class Drawn:
@@ -167,8 +166,7 @@ def all_of(function, operands):
     cotangents = jax.tree.map(
         lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes
     )
-    compiled = jax.jit(run).lower(operands, cotangents).compile(QUICKLY)
-    return checks.to_host(compiled(operands, cotangents))
+    return checks.to_host(quick.jit(run)(operands, cotangents))
 
 
 def assert_equal(got, want, exact, what):
@@ -214,7 +212,7 @@ def test_vmap_equals_slices_around_the_plain_call(op, layout):
 
     def mapped(function):
         each = jax.vmap(lambda x, states: function(x, weight, bias, states))
-        return checks.to_host(jax.jit(each).lower(*batch).compile(QUICKLY)(*batch))
+        return checks.to_host(quick.jit(each)(*batch))
 
     got, want = mapped(drawn[0].call), mapped(drawn[0].around)
     assert_equal(got, want, False, "result")
@@ -238,7 +236,7 @@ def test_donated_states_are_not_copied(op):
 
 def test_exported_for_two_platforms():
     drawn = Drawn(update, "odd")
-    call = jax.jit(drawn.call)
+    call = quick.jit(drawn.call)
     platforms = ("cpu", "cuda") if gpu_compiler.missing_for_kernels() is None else None
     exported = jax.export.export(
         call,
