@@ -163,14 +163,15 @@ def host_integers(name: str, value: Any) -> np.ndarray:
     return array
 
 
-ACTIVATIONS = {None: None, False: None, "silu": "silu", "swish": "silu", True: "silu"}
+# What callers may say, and the canonical name by which implementations know it.
+_ACTIVATIONS = {None: None, False: None, "silu": "silu", "swish": "silu", True: "silu"}
 
 
 def activation_name(activation: Any) -> str | None:
     """The canonical name of an activation, None for none."""
     known = activation is None or isinstance(activation, (bool, np.bool_, str))
-    if known and activation in ACTIVATIONS:
-        return ACTIVATIONS[activation]
+    if known and activation in _ACTIVATIONS:
+        return _ACTIVATIONS[activation]
     raise ValueError(
         f'activation must be None, "silu", "swish", True or False, got {activation!r}'
     )

@@ -145,13 +145,15 @@ def causal_conv1d_fn(
         columns,
         checks.pad_slot(pad_slot_id, num_slots),
     )
-    block_m = 1 if metadata is None else _checked(metadata, num_tokens, num_seqs, width)
+    block_m = 1
+    if metadata is not None:
+        block_m = _checked_block_m(metadata, num_tokens, num_seqs, width)
     checks.token_count("T", num_tokens, block_m)
 
     if 0 in (num_tokens, dim, num_seqs, num_slots):
         zeros = jnp.zeros((num_tokens, dim), inputs.dtype)
         return columns.output(columns.parts(zeros)), states
-    if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
+    if state_len == 0:  # W = 1: there is no state that a kernel could update in place
         implementation = "xla"
     operands = PackedOperands(
         inputs,
@@ -168,7 +170,7 @@ def causal_conv1d_fn(
     return columns.output(out), states
 
 
-def _checked(metadata, num_tokens: int, num_seqs: int, width: int) -> int:
+def _checked_block_m(metadata, num_tokens: int, num_seqs: int, width: int) -> int:
     """The `block_m` of metadata that fits the batch's sizes, or an error."""
     if not isinstance(metadata, ConvMetadata):
         raise TypeError(

@@ -106,7 +106,7 @@ def causal_conv1d_update(
     if 0 in (batch, query, dim, num_slots):
         zeros = jnp.zeros((*shape[:-1], dim), inputs.dtype)
         return columns.output(columns.parts(zeros)), state
-    if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
+    if state_len == 0:  # W = 1: there is no state that a kernel could update in place
         implementation = "xla"
     operands = UpdateOperands(
         inputs.reshape(batch, query, shape[-1]),
