@@ -69,6 +69,15 @@ def sequences(
     return Sequences(start, length, slot, history, live)
 
 
+def surplus_prefills(seqs: Sequences, limit: int):
+    """Which sequences an SSD op skips, `(N,)`: it serves `limit` prefills, in order.
+
+    A prefill is a live sequence of more than one token.
+    """
+    prefill = seqs.live & (seqs.length > 1)
+    return prefill & (jnp.cumsum(prefill) > limit)
+
+
 def first_after(ends, query):
     """The first index whose entry of sorted `ends` exceeds `query`; N if none does.
 

@@ -119,27 +119,15 @@ def causal_conv1d_fn(
     width = taps.shape[1]
     states = checks.state_array("conv_states", conv_states, dim, width)
     num_slots, state_len = states.shape[:2]
-    offsets = checks.index_array(
-        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
-    )
-    checks.at_least_one_offset(offsets)
+    offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs = offsets.shape[0] - 1
     slots = checks.slots_array(
         "cache_indices", cache_indices, states, "conv_states", num_seqs, "N"
     )
-    if has_initial_state is not None:
-        has_initial_state = checks.bool_array(
-            "has_initial_state", has_initial_state, (num_seqs,), "(N,)"
-        )
-    if num_rejected_tokens is not None:
-        num_rejected_tokens = checks.index_array(
-            "num_rejected_tokens",
-            num_rejected_tokens,
-            (num_seqs,),
-            "(N,)",
-            0,
-            state_len,
-        )
+    has_initial_state = checks.has_initial_state(has_initial_state, num_seqs)
+    num_rejected = checks.num_rejected_tokens(
+        num_rejected_tokens, num_seqs, "N", state_len
+    )
     spec = ConvSpec(
         checks.activation_name(activation),
         columns,
@@ -163,7 +151,7 @@ def causal_conv1d_fn(
         offsets,
         slots=slots,
         has_initial_state=has_initial_state,
-        num_rejected=num_rejected_tokens,
+        num_rejected=num_rejected,
         metadata=metadata,
     )
     *out, states = gradients.call(PACKED, implementation, spec, operands)
