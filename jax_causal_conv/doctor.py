@@ -172,7 +172,7 @@ def _packed(x, weight, bias, states, offsets, slots, implementation):
     )
 
 
-def _update(x, weight, bias, states, offsets, slots, implementation):
+def _update(x, weight, bias, states, _offsets, slots, implementation):
     return causal_conv1d_update(
         x[: slots.shape[0]],
         states,

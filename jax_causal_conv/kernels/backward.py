@@ -419,10 +419,10 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
         )
         store_sums(partial_rows(outputs, program, C), sums, block, C)
     else:
-        zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block, C)
+        zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block)
         if first == 0:
-            zero_rows(Rows(dhistory_ptr, C.D), C.W - 1, block, C)
-        zero_rows(partial_rows(outputs, program, C), C.W + 1, block, C)
+            zero_rows(Rows(dhistory_ptr, C.D), C.W - 1, block)
+        zero_rows(partial_rows(outputs, program, C), C.W + 1, block)
 
 
 # The same on the grid of the packed forward: program -> (sequence, chunk) through the
@@ -436,7 +436,7 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
     block_m = inputs.block_m
     offsets = Offsets(inputs.query_start_loc, inputs.num_tokens, num_seqs)
     partial = partial_rows(outputs, program, C)
-    zero_rows(partial, C.W + 1, block, C)
+    zero_rows(partial, C.W + 1, block)
 
     seq = tl.load(inputs.chunk_seq + program)
     chunk = tl.load(inputs.chunk_offset + program)
@@ -478,4 +478,4 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
                 tl.debug_barrier()
                 store_sums(partial, sums, block, C)
             else:
-                zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block, C)
+                zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block)

@@ -378,7 +378,7 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
 
 
 @triton.jit
-def zero_rows(out, rows, block, C: tl.constexpr):
+def zero_rows(out, rows, block):
     """Writes zeros to the first `rows` of `out`."""
     cols = block.cols
     out_ptrs = out.ptr + cols

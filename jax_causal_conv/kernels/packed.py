@@ -147,4 +147,4 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
                 elif chunk == 0:
                     roll_slot(row_ptr, slot_ptr, length, history, block, C)
             else:
-                zero_rows(out, rows, block, C)
+                zero_rows(out, rows, block)

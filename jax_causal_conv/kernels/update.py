@@ -109,4 +109,4 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
             else:
                 roll_slot(row_ptr, slot_ptr, C.Q, history, block, C)
     else:
-        zero_rows(out, C.Q, block, C)
+        zero_rows(out, C.Q, block)
