@@ -92,7 +92,7 @@ def load(
             float32. None is `dtype`.
         chunk_size: tokens per chunk of the scan, on which speed and memory alone
             depend. None is that of the checkpoint.
-        implementation: of the conv, as for `causal_conv1d_fn`.
+        implementation: of conv and SSD, as for `causal_conv1d_fn`.
 
     Returns:
         The model, on jax's default device.
