@@ -1,9 +1,11 @@
 """The kernels of the state-space duality for prompts and dense rows. No JAX here."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .ssd_decode import load_state, slot_of, state_tile, step
+from .ssd_decode import load_state, load_token, slot_of, state_tile, step
 from .ssd_device import (
     add_up,
     dot_left,
@@ -11,10 +13,30 @@ from .ssd_device import (
     dot_right,
     largest,
     load_skip,
+    load_tile,
     step_size,
     zero_tokens,
     zero_uncovered,
 )
+
+
+class _Work(NamedTuple):
+    """What a program works at.
+
+    Attributes:
+        begin, length: the tokens of its sequence.
+        chunk: the number of the sequence's first chunk.
+        head, group, first_channel: whose P_BLOCK channels.
+        skip: D of them.
+    """
+
+    begin: Any
+    length: Any
+    chunk: Any
+    head: Any
+    group: Any
+    first_channel: Any
+    skip: Any
 
 
 @triton.jit
@@ -114,10 +136,10 @@ def _write_scores(inputs, outputs, chunk, group, C: tl.constexpr):
         B = tl.load(inputs.B + at, mask=mask, other=0.0)
         read = tl.load(inputs.C + at, mask=mask, other=0.0)
         scores = tl.full([C.CHUNK, C.CHUNK], 0, tl.float32)
-        # Rows are the tokens that are read from, columns those that read (FORM 2).
+        # Rows are the tokens that are read from, columns those that read (INTRA 1).
         EXACT: tl.constexpr = C.EXACT
         FAST: tl.constexpr = C.FAST
-        if C.FORM == 1:
+        if C.INTRA == 0:
             scores = dot_narrow(read, tl.trans(B), scores, EXACT, FAST)
             late = lanes[:, None]
             early = lanes[None, :]
@@ -131,7 +153,7 @@ def _write_scores(inputs, outputs, chunk, group, C: tl.constexpr):
             start = tl.load(inputs.run_start + at, mask=real, other=-1)
             bad = largest(tl.where(_finite(B.to(tl.float32)), 0, 1), 1) > 0
             seen = seen & (start[:, None] == start[None, :]) & (start >= 0)[:, None]
-            if C.FORM == 1:
+            if C.INTRA == 0:
                 scores = tl.where(bad[None, :], float("nan"), scores)
             else:
                 scores = tl.where(bad[:, None], float("nan"), scores)
@@ -309,7 +331,8 @@ def prepare_kernel(inputs, outputs, C: tl.constexpr):
             slot, valid, known = slot_of(inputs, seq, C)
             if valid & (begin < end):
                 state = load_state(inputs.states, slot, known, head, channels, C)
-                step(inputs, outputs, state, slot, begin, head, channels, C)
+                token = load_token(inputs, begin, head, channels, C)
+                step(inputs, outputs.y, state, slot, begin, token, head, channels, C)
         elif role < 0:
             zero_tokens(outputs.y, begin, end - begin, head, channels, in_p, C)
         num_seqs = inputs.num_seqs
@@ -346,6 +369,115 @@ def _entering_state(inputs, number, place, last, head, channels, C: tl.constexpr
     return state
 
 
+@triton.jit
+def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
+    """One chunk of a head: its outputs are stored; the state after it is returned.
+
+    Args:
+        work: a `_Work`.
+        state: `[P_BLOCK, K_BLOCK]`, float32, before the chunk.
+        i: its number in the sequence.
+        WHOLE: has it all its tokens?
+    """
+    CHUNK: tl.constexpr = C.CHUNK
+    P_BLOCK: tl.constexpr = C.P_BLOCK
+    FAST: tl.constexpr = C.FAST
+    Y_PARTS: tl.constexpr = C.Y_PARTS
+    lanes = tl.arange(0, CHUNK)
+    k = tl.arange(0, C.K_BLOCK)
+    p = tl.arange(0, P_BLOCK)
+    # One address a tile, and in it offsets that are constants of the program.
+    token = (work.begin + i * CHUNK).to(tl.int64)
+    start_x = token * (C.H * C.P) + work.head * C.P + work.first_channel
+    start_k = token * (C.G * C.K) + work.group * C.K
+    place_x = lanes[:, None] * (C.H * C.P) + p[None, :]
+    place_k = lanes[:, None] * (C.G * C.K) + k[None, :]
+    left = work.length - i * CHUNK
+    x_mask = lanes[:, None] < left
+    k_mask = lanes[:, None] < left
+    if C.P_BLOCKS * P_BLOCK != C.P:
+        x_mask = x_mask & (work.first_channel + p < C.P)[None, :]
+    if C.K_BLOCK != C.K:
+        k_mask = k_mask & (k < C.K)[None, :]
+    if WHOLE and C.P_BLOCKS * P_BLOCK == C.P:
+        x_mask = None
+    if WHOLE and C.K_BLOCK == C.K:
+        k_mask = None
+    read = load_tile(inputs.C + start_k + place_k, k_mask)
+    B = load_tile(inputs.B + start_k + place_k, k_mask)
+    x = load_tile(inputs.x + start_x + place_x, x_mask)
+    m = (work.chunk + i).to(tl.int64)
+    if not C.RESCORE:
+        score_ptr = inputs.scores + (m * C.G + work.group) * (CHUNK * CHUNK)
+        scores = tl.load(score_ptr + (lanes[:, None] * CHUNK + lanes[None, :]))
+    sum_ptr = inputs.sums + (m * C.H + work.head) * (3 * CHUNK)
+    total = tl.load(sum_ptr + lanes)
+    fine = tl.load(sum_ptr + CHUNK + lanes)
+    dt = tl.load(sum_ptr + 2 * CHUNK + lanes)
+    whole = tl.load(sum_ptr + CHUNK - 1)
+    whole_fine = tl.load(sum_ptr + 2 * CHUNK - 1)
+    weight = tl.exp2(whole - total) * whole_fine * dt
+    decay = tl.exp2(whole) * whole_fine
+    finite_x = x
+    offset = i * CHUNK
+    if inputs.run_start is not None:
+        start = _runs(inputs, work.begin, offset, work.length, C)
+        # A product with what is not finite would reach every token.
+        bad = largest(tl.where(_finite(x.to(tl.float32)), 0, 1), 1) > 0
+        bad = bad | (dt != dt)
+        finite_x = tl.where(_finite(x.to(tl.float32)), x, 0.0)
+        dt = tl.where(dt == dt, dt, 0.0)
+    if C.INTER == 0:
+        y = tl.full([CHUNK, P_BLOCK], 0, tl.float32)
+        y = dot_right(read, tl.trans(state), y, Y_PARTS, FAST)
+        y *= tl.exp2(total)[:, None]
+        if inputs.run_start is not None:
+            y = tl.where(_enters(start, offset)[:, None], y, 0.0)
+    else:
+        y = tl.full([P_BLOCK, CHUNK], 0, tl.float32)
+        y = dot_left(state, tl.trans(read), y, Y_PARTS, FAST)
+        y *= tl.exp2(total)[None, :]
+        if inputs.run_start is not None:
+            y = tl.where(_enters(start, offset)[None, :], y, 0.0)
+    if C.RESCORE:
+        scores = tl.full([CHUNK, CHUNK], 0, tl.float32)
+        if C.INTRA == 0:
+            scores = dot_narrow(read, tl.trans(B), scores, C.EXACT, FAST)
+            scores = tl.where(lanes[:, None] >= lanes[None, :], scores, 0.0)
+        else:
+            scores = dot_narrow(B, tl.trans(read), scores, C.EXACT, FAST)
+            scores = tl.where(lanes[:, None] <= lanes[None, :], scores, 0.0)
+    if C.INTRA == 0:
+        if C.INTER == 1:
+            y = tl.trans(y)
+        decays = tl.exp2(tl.minimum(total[:, None] - total[None, :], 126.0))
+        mixed = scores * decays * dt[None, :]
+        y = dot_left(mixed, finite_x, y, Y_PARTS, FAST)
+    else:
+        decays = tl.exp2(tl.minimum(total[None, :] - total[:, None], 126.0))
+        mixed = scores * decays * dt[:, None]
+        y = dot_right(tl.trans(finite_x), mixed, y, Y_PARTS, FAST)
+        y = tl.trans(y)
+    y *= fine[:, None]
+    if inputs.D is not None:
+        y += work.skip * x.to(tl.float32)
+    if inputs.run_start is not None:
+        sees = (start[:, None] - offset <= lanes[None, :]) & (
+            lanes[None, :] <= lanes[:, None]
+        )
+        reached = largest(tl.where(sees & bad[None, :], 1, 0), 1) > 0
+        y = tl.where(reached[:, None], float("nan"), y)
+        y = tl.where((start >= 0)[:, None], y, 0.0)
+    tl.store(y_ptr + start_x + place_x, y.to(y_ptr.dtype.element_ty), mask=x_mask)
+    if inputs.run_start is not None:
+        weight = tl.where(bad, float("nan"), weight)
+        B = tl.where(_finite(B.to(tl.float32)), B, float("nan"))
+        state, _ = _add_run(state, decay, x, weight, B, start, offset, C)
+        return state
+    else:
+        return _add_chunk(state * decay, x, weight, B, C)
+
+
 # The second launch: one program goes through one prefill, or through one stretch of it,
 # for P_BLOCK channels of a head, chunk by chunk. Its state stays in registers from the
 # first token to the last. The grid is 1-D, prefills or stretches x heads x blocks of
@@ -365,11 +497,10 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)
     P_BLOCK: tl.constexpr = C.P_BLOCK
     CHUNK: tl.constexpr = C.CHUNK
-    FAST: tl.constexpr = C.FAST
-    Y_PARTS: tl.constexpr = C.Y_PARTS
     y_ptr = inputs.y if C.IN_PLACE else outputs.y
     states_ptr = inputs.states if C.IN_PLACE else outputs.states
-    channels = program % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
+    first_channel = program % C.P_BLOCKS * P_BLOCK
+    channels = first_channel + tl.arange(0, P_BLOCK)
     head = program // C.P_BLOCKS % C.H
     number = program // (C.P_BLOCKS * C.H)
     prefill = number
@@ -394,10 +525,6 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
         high = tl.where(exists, high, 0)
     if low < high:
         slot, valid, known = slot_of(inputs, seq, C)
-        in_p = channels < C.P
-        k = tl.arange(0, C.K_BLOCK)
-        in_k = k < C.K
-        lanes = tl.arange(0, CHUNK)
         if inputs.stretch is not None:
             if stretches > 1:
                 state = _entering_state(
@@ -407,77 +534,19 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
                 state = _initial_state(inputs, slot, known, head, channels, C)
         else:
             state = _initial_state(inputs, slot, known, head, channels, C)
-        group = head // (C.H // C.G)
+        skip = None
         if inputs.D is not None:
-            skip = load_skip(inputs.D, head, channels, in_p, C)
-        for i in tl.range(low, high, num_stages=C.STAGES):
-            offset = i * CHUNK
-            rows = offset + lanes
-            real = rows < length
-            at = (begin + rows).to(tl.int64)
-            m = (chunk + i).to(tl.int64)
-            row = at[:, None] * (C.G * C.K) + group * C.K + k[None, :]
-            read = tl.load(inputs.C + row, mask=real[:, None] & in_k[None, :], other=0.0)
-            score_ptr = inputs.scores + (m * C.G + group) * (CHUNK * CHUNK)
-            scores = tl.load(score_ptr + lanes[:, None] * CHUNK + lanes[None, :])
-            sum_ptr = inputs.sums + (m * C.H + head) * (3 * CHUNK)
-            total = tl.load(sum_ptr + lanes)
-            fine = tl.load(sum_ptr + CHUNK + lanes)
-            dt = tl.load(sum_ptr + 2 * CHUNK + lanes)
-            whole = tl.load(sum_ptr + CHUNK - 1)
-            whole_fine = tl.load(sum_ptr + 2 * CHUNK - 1)
-            x_at = at[:, None] * (C.H * C.P) + head * C.P + channels[None, :]
-            x_mask = real[:, None] & in_p[None, :]
-            x = tl.load(inputs.x + x_at, mask=x_mask, other=0.0)
-            B = tl.load(inputs.B + row, mask=real[:, None] & in_k[None, :], other=0.0)
-            weight = tl.exp2(whole - total) * whole_fine * dt
-            decay = tl.exp2(whole) * whole_fine
-            finite_x = x
-            if inputs.run_start is not None:
-                start = _runs(inputs, begin, offset, length, C)
-                # A product with what is not finite would reach every token.
-                bad = largest(tl.where(_finite(x.to(tl.float32)), 0, 1), 1) > 0
-                bad = bad | (dt != dt)
-                finite_x = tl.where(_finite(x.to(tl.float32)), x, 0.0)
-                dt = tl.where(dt == dt, dt, 0.0)
-            if C.FORM == 1:
-                y = tl.full([CHUNK, P_BLOCK], 0, tl.float32)
-                y = dot_right(read, tl.trans(state), y, Y_PARTS, FAST)
-                y *= tl.exp2(total)[:, None]
-                if inputs.run_start is not None:
-                    y = tl.where(_enters(start, offset)[:, None], y, 0.0)
-                decays = tl.exp2(tl.minimum(total[:, None] - total[None, :], 126.0))
-                mixed = scores * decays * dt[None, :]
-                y = dot_left(mixed, finite_x, y, Y_PARTS, FAST)
-            else:
-                y = tl.full([P_BLOCK, CHUNK], 0, tl.float32)
-                y = dot_left(state, tl.trans(read), y, Y_PARTS, FAST)
-                y *= tl.exp2(total)[None, :]
-                if inputs.run_start is not None:
-                    y = tl.where(_enters(start, offset)[None, :], y, 0.0)
-                decays = tl.exp2(tl.minimum(total[None, :] - total[:, None], 126.0))
-                mixed = scores * decays * dt[:, None]
-                y = dot_right(tl.trans(finite_x), mixed, y, Y_PARTS, FAST)
-                y = tl.trans(y)
-            y *= fine[:, None]
-            if inputs.D is not None:
-                y += skip * x.to(tl.float32)
-            if inputs.run_start is not None:
-                sees = (start[:, None] - offset <= lanes[None, :]) & (
-                    lanes[None, :] <= lanes[:, None]
-                )
-                reached = largest(tl.where(sees & bad[None, :], 1, 0), 1) > 0
-                y = tl.where(reached[:, None], float("nan"), y)
-                y = tl.where((start >= 0)[:, None], y, 0.0)
-            tl.store(y_ptr + x_at, y.to(y_ptr.dtype.element_ty), mask=x_mask)
-            if inputs.run_start is not None:
-                weight = tl.where(bad, float("nan"), weight)
-                B = tl.where(_finite(B.to(tl.float32)), B, float("nan"))
-                state, _ = _add_run(state, decay, x, weight, B, start, offset, C)
-            else:
-                state = _add_chunk(state * decay, x, weight, B, C)
+            skip = load_skip(inputs.D, head, channels, channels < C.P, C)
+        group = head // (C.H // C.G)
+        work = _Work(begin, length, chunk, head, group, first_channel, skip)
+        # All but a last chunk of fewer tokens need no masks.
+        whole = tl.minimum(high, length // CHUNK)
+        for i in tl.range(low, whole, num_stages=C.STAGES):
+            state = _chunk(inputs, y_ptr, work, state, i, C, True)
+        if whole < high:
+            state = _chunk(inputs, y_ptr, work, state, whole, C, False)
         if states_ptr is not None:
             if (place == stretches - 1) & valid:
-                at, mask = state_tile(slot, head, channels, k, C)
-                state = state.to(states_ptr.dtype.element_ty)
-                tl.store(states_ptr + at, state, mask=mask)
+                at, mask = state_tile(slot, head, channels, tl.arange(0, C.K_BLOCK), C)
+                last = state.to(states_ptr.dtype.element_ty)
+                tl.store(states_ptr + at, last, mask=mask)

@@ -1,5 +1,7 @@
 """The decode kernel of the state-space duality. No JAX here."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -39,29 +41,50 @@ def load_state(states_ptr, slot, known, head, channels, C: tl.constexpr):
     return tl.load(states_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
+class Token(NamedTuple):
+    """What the recurrence takes of a token, for one head, as it was given."""
+
+    x: Any
+    dt: Any
+    B: Any
+    C: Any
+
+
 @triton.jit
-def step(inputs, outputs, state, slot, token, head, channels, C: tl.constexpr):
-    """One token of a head: its output, and the state after `state`, in its slot."""
-    in_p = channels < C.P
+def load_token(inputs, token, head, channels, C: tl.constexpr):
     size = tl.arange(0, C.K_BLOCK)
-    in_k = size < C.K
     token = token.to(tl.int64)
-    group = token * (C.G * C.K) + head // (C.H // C.G) * C.K
     row = token * (C.H * C.P) + head * C.P
-    x = tl.load(inputs.x + row + channels, mask=in_p, other=0.0).to(tl.float32)
-    B = tl.load(inputs.B + group + size, mask=in_k, other=0.0).to(tl.float32)
-    read = tl.load(inputs.C + group + size, mask=in_k, other=0.0).to(tl.float32)
-    dt = tl.load(inputs.dt + token * C.H + head)
-    dt = step_size(dt, inputs.dt_bias, head, C)
+    group = token * (C.G * C.K) + head // (C.H // C.G) * C.K
+    return Token(
+        tl.load(inputs.x + row + channels, mask=channels < C.P, other=0.0),
+        tl.load(inputs.dt + token * C.H + head),
+        tl.load(inputs.B + group + size, mask=size < C.K, other=0.0),
+        tl.load(inputs.C + group + size, mask=size < C.K, other=0.0),
+    )
+
+
+@triton.jit
+def step(inputs, y_ptr, state, slot, place, token, head, channels, C: tl.constexpr):
+    """One token of a head: its output, and the state after `state`, in its slot.
+
+    Args:
+        place: of the token in the batch.
+        token: a `Token`.
+    """
+    x = token.x.to(tl.float32)
+    dt = step_size(token.dt, inputs.dt_bias, head, C)
     A = tl.load(inputs.A + head).to(tl.float32)
     decay = tl.exp2(dt * A * 1.4426950408889634)
-    state = state * decay + (x * dt)[:, None] * B[None, :]
-    y = add_up(state * read[None, :], 1)
+    state = state * decay + (x * dt)[:, None] * token.B.to(tl.float32)[None, :]
+    y = add_up(state * token.C.to(tl.float32)[None, :], 1)
+    in_p = channels < C.P
     if inputs.D is not None:
         y += load_skip(inputs.D, head, channels, in_p, C) * x
-    at, mask = state_tile(slot, head, channels, size, C)
+    at, mask = state_tile(slot, head, channels, tl.arange(0, C.K_BLOCK), C)
     tl.store(inputs.states + at, state.to(inputs.states.dtype.element_ty), mask=mask)
-    tl.store(outputs.y + row + channels, y.to(outputs.y.dtype.element_ty), mask=in_p)
+    row = place.to(tl.int64) * (C.H * C.P) + head * C.P
+    tl.store(y_ptr + row + channels, y.to(y_ptr.dtype.element_ty), mask=in_p)
 
 
 # One program advances one sequence of one token by it, for P_BLOCK channels of one
@@ -78,7 +101,8 @@ def step(inputs, outputs, state, slot, token, head, channels, C: tl.constexpr):
 # to one sequence each, since sanitised offsets never overlap.
 #
 # Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
-# [0, S). The state is asked for before the offsets are known, to wait for both at once.
+# [0, S). The state and the token that it is in most batches, where every sequence has
+# one, are asked for before the offsets are known: to wait for all of them at once.
 @triton.jit
 def decode_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)
@@ -90,12 +114,16 @@ def decode_kernel(inputs, outputs, C: tl.constexpr):
     slot, valid, known = slot_of(inputs, seq, C)
     state = load_state(inputs.states, slot, known, head, channels, C)
     num_tokens = inputs.num_tokens
+    likely = tl.minimum(seq, num_tokens - 1)
+    token = load_token(inputs, likely, head, channels, C)
     end = tl.load(inputs.offsets + seq + 1)
     offsets = Offsets(inputs.offsets, num_tokens, inputs.num_seqs)
     begin = offset_bound(offsets, seq, C)
     end = tl.maximum(tl.minimum(end, num_tokens), begin)
     if valid & (end - begin == 1):
-        step(inputs, outputs, state, slot, begin, head, channels, C)
+        if begin != likely:
+            token = load_token(inputs, begin, head, channels, C)
+        step(inputs, outputs.y, state, slot, begin, token, head, channels, C)
     else:
         in_p = channels < C.P
         zero_tokens(outputs.y, begin, end - begin, head, channels, in_p, C)

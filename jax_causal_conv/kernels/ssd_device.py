@@ -69,6 +69,15 @@ def step_size(dt, bias_ptr, heads, C: tl.constexpr):
 
 
 @triton.jit
+def load_tile(ptrs, mask):
+    """Values, and zeros where they are masked; all of them if the mask is None."""
+    if mask is None:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_skip(D_ptr, head, channels, mask, C: tl.constexpr):
     """D of a head's channels, in float32: one value of all, or one each."""
     if C.D_BY_CHANNEL:

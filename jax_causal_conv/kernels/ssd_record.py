@@ -150,5 +150,7 @@ class SsdConstants:
     SCAN: int = 256
     STAGES: int = 2
     STATE_STAGES: int = 3
-    FORM: int = 1
+    INTER: int = 1
+    INTRA: int = 1
+    RESCORE: bool = False
     FAST: bool = True
