@@ -236,11 +236,11 @@ def _write_stretch(inputs, outputs, number, head, channels, C: tl.constexpr):
                 )
                 decay = tl.exp2(whole.to(tl.float32))
                 if inputs.run_start is None:
-                    state = _add_chunk(state * decay, x, weight, B, C)
+                    state = _add_chunk(state * decay, x, weight, B, C, False)
                 else:
                     start = _runs(inputs, begin, offset, length, C)
                     state, through = _add_run(
-                        state, decay, x, weight, B, start, offset, C
+                        state, decay, x, weight, B, start, offset, C, False
                     )
                     through_all = through_all & through
                 total += whole
@@ -253,16 +253,21 @@ def _write_stretch(inputs, outputs, number, head, channels, C: tl.constexpr):
 
 
 @triton.jit
-def _add_chunk(state, x, weight, B, C: tl.constexpr):
+def _add_chunk(state, x, weight, B, C: tl.constexpr, TR: tl.constexpr):
     """`state + (weight * x)ᵀ @ B`."""
     PARTS: tl.constexpr = C.STATE_PARTS
     FAST: tl.constexpr = C.FAST
     weighted = x.to(tl.float32) * weight[:, None]
-    return dot_left(tl.trans(weighted), B, state, PARTS, FAST)
+    if TR:
+        return dot_right(tl.trans(B), weighted, state, PARTS, FAST)
+    else:
+        return dot_left(tl.trans(weighted), B, state, PARTS, FAST)
 
 
 @triton.jit
-def _add_run(state, decay, x, weight, B, start, offset, C: tl.constexpr):
+def _add_run(
+    state, decay, x, weight, B, start, offset, C: tl.constexpr, TR: tl.constexpr
+):
     """`_add_chunk` where a chunk may hold several runs and padding.
 
     Only the last one goes on behind the chunk. NaN or inf in it make all of the state
@@ -280,7 +285,7 @@ def _add_run(state, decay, x, weight, B, start, offset, C: tl.constexpr):
     weight = tl.where(leaves, weight, 0.0)
     B = tl.where(leaves[:, None], B, 0.0)
     state = tl.where(through, state * decay, 0.0)
-    state = _add_chunk(state, x, weight, B, C)
+    state = _add_chunk(state, x, weight, B, C, TR)
     poisoned = largest(tl.where(bad & leaves, 1, 0), 0) > 0
     return tl.where(poisoned, float("nan"), state), through
 
@@ -427,9 +432,11 @@ def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
         bad = bad | (dt != dt)
         finite_x = tl.where(_finite(x.to(tl.float32)), x, 0.0)
         dt = tl.where(dt == dt, dt, 0.0)
-    if C.INTER == 0:
+    if C.ABL & 2:
+        y = tl.full([CHUNK, P_BLOCK] if C.INTER == 0 else [P_BLOCK, CHUNK], 0, tl.float32)
+    elif C.INTER == 0:
         y = tl.full([CHUNK, P_BLOCK], 0, tl.float32)
-        y = dot_right(read, tl.trans(state), y, Y_PARTS, FAST)
+        y = dot_right(read, state if C.TR else tl.trans(state), y, Y_PARTS, FAST)
         y *= tl.exp2(total)[:, None]
         if inputs.run_start is not None:
             y = tl.where(_enters(start, offset)[:, None], y, 0.0)
@@ -447,7 +454,10 @@ def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
         else:
             scores = dot_narrow(B, tl.trans(read), scores, C.EXACT, FAST)
             scores = tl.where(lanes[:, None] <= lanes[None, :], scores, 0.0)
-    if C.INTRA == 0:
+    if C.ABL & 1:
+        if C.INTER == 1:
+            y = tl.trans(y)
+    elif C.INTRA == 0:
         if C.INTER == 1:
             y = tl.trans(y)
         decays = tl.exp2(tl.minimum(total[:, None] - total[None, :], 126.0))
@@ -472,10 +482,12 @@ def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
     if inputs.run_start is not None:
         weight = tl.where(bad, float("nan"), weight)
         B = tl.where(_finite(B.to(tl.float32)), B, float("nan"))
-        state, _ = _add_run(state, decay, x, weight, B, start, offset, C)
+        state, _ = _add_run(state, decay, x, weight, B, start, offset, C, C.TR)
         return state
+    elif C.ABL & 4:
+        return state * decay + tl.sum(weight)
     else:
-        return _add_chunk(state * decay, x, weight, B, C)
+        return _add_chunk(state * decay, x, weight, B, C, C.TR)
 
 
 # The second launch: one program goes through one prefill, or through one stretch of it,
@@ -534,6 +546,8 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
                 state = _initial_state(inputs, slot, known, head, channels, C)
         else:
             state = _initial_state(inputs, slot, known, head, channels, C)
+        if C.TR:
+            state = tl.trans(state)
         skip = None
         if inputs.D is not None:
             skip = load_skip(inputs.D, head, channels, channels < C.P, C)
@@ -548,5 +562,5 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
         if states_ptr is not None:
             if (place == stretches - 1) & valid:
                 at, mask = state_tile(slot, head, channels, tl.arange(0, C.K_BLOCK), C)
-                last = state.to(states_ptr.dtype.element_ty)
+                last = (tl.trans(state) if C.TR else state).to(states_ptr.dtype.element_ty)
                 tl.store(states_ptr + at, last, mask=mask)

@@ -151,6 +151,8 @@ class SsdConstants:
     STAGES: int = 2
     STATE_STAGES: int = 3
     INTER: int = 1
+    TR: bool = False
+    ABL: int = 0
     INTRA: int = 1
     RESCORE: bool = False
     FAST: bool = True
