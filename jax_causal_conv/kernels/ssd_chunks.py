@@ -11,6 +11,7 @@ from .ssd_device import (
     dot_left,
     dot_narrow,
     dot_right,
+    dot_right_joined,
     largest,
     load_skip,
     load_tile,
@@ -41,28 +42,34 @@ class _Work(NamedTuple):
 
 @triton.jit
 def _prefill(inputs, number, C: tl.constexpr):
-    """Where a prefill is: its sequence, first token, length and first chunk.
-
-    Of one that there is not, and of any with values out of range, the length is 0.
-    """
-    seq = tl.load(inputs.prefill + number)
-    exists = (seq >= 0) & (seq < inputs.num_seqs)
-    seq = tl.where(exists, seq, 0)
-    begin = tl.maximum(tl.load(inputs.offsets + seq), 0)
-    end = tl.minimum(tl.load(inputs.offsets + seq + 1), inputs.num_tokens)
-    chunk = tl.load(inputs.first_chunk + number)
-    room = (inputs.num_chunks - chunk) * C.CHUNK
-    length = tl.minimum(end - begin, room)
-    length = tl.where(exists & (chunk >= 0), tl.maximum(length, 0), 0)
-    return seq, begin, length, chunk
+    """A row of `SsdInputs.prefills`, of length 0 if any value is out of range."""
+    row = inputs.prefills + number * 5
+    begin = tl.load(row)
+    length = tl.load(row + 1)
+    slot = tl.load(row + 2)
+    known = tl.load(row + 3) != 0
+    chunk = tl.load(row + 4)
+    chunks = (length + C.CHUNK - 1) // C.CHUNK
+    fits = (begin >= 0) & (length <= inputs.num_tokens - begin)
+    fits = fits & (chunk >= 0) & (chunks <= inputs.num_chunks - chunk)
+    fits = fits & (slot >= 0) & (slot < inputs.num_slots)
+    return begin, tl.where(fits, length, 0), slot, known, chunk
 
 
 @triton.jit
-def _runs(inputs, begin, offset, length, C: tl.constexpr):
+def _tokens(inputs, chunk):
+    """The first token of a chunk, and how many it has; 0 if a value is out of range."""
+    begin = tl.load(inputs.chunks + chunk * 2)
+    count = tl.load(inputs.chunks + chunk * 2 + 1)
+    fits = (begin >= 0) & (count <= inputs.num_tokens - begin)
+    return begin, tl.where(fits, count, 0)
+
+
+@triton.jit
+def _runs(inputs, begin, real, C: tl.constexpr):
     """Of a chunk's tokens, the place where their run begins; -1 of padding."""
-    rows = offset + tl.arange(0, C.CHUNK)
-    at = (begin + rows).to(tl.int64)
-    return tl.load(inputs.run_start + at, mask=rows < length, other=-1)
+    at = (begin + tl.arange(0, C.CHUNK)).to(tl.int64)
+    return tl.load(inputs.run_start + at, mask=real, other=-1)
 
 
 @triton.jit
@@ -78,59 +85,64 @@ def _finite(values):
 
 @triton.jit
 def _write_sums(inputs, outputs, chunk, block, C: tl.constexpr):
-    """The running sums of dt·A in one chunk, of a block of heads.
+    """What becomes of the decays in one chunk, of a block of heads: `SsdOutputs.sums`.
 
-    They are added up in float64. A float32 of them, say h, and the power f of the rest
-    give every decay without cancellation: between r and t it is
+    They are added up in float64. A float32 of a sum, say h, and the power f of what
+    that lost give every decay without cancellation: between tokens r and t it is
     `exp2(h[t] - h[r]) * f[t] / f[r]`.
     """
-    number = tl.load(inputs.chunk + chunk)
-    if (number >= 0) & (number < inputs.num_prefills):
-        _, begin, length, first = _prefill(inputs, number, C)
+    begin, count = _tokens(inputs, chunk)
+    if count > 0:
         lanes = tl.arange(0, C.CHUNK)
-        offset = (chunk - first) * C.CHUNK
-        rows = offset + lanes
-        real = (rows < length) & (rows >= 0)
+        real = lanes < count
         heads = block * C.H_BLOCK + tl.arange(0, C.H_BLOCK)
         in_h = heads < C.H
         mask = real[:, None] & in_h[None, :]
-        at = (begin + rows).to(tl.int64)[:, None] * C.H + heads[None, :]
+        at = (begin + lanes).to(tl.int64)[:, None] * C.H + heads[None, :]
         dt = tl.load(inputs.dt + at, mask=mask, other=0.0)
         dt = step_size(dt, inputs.dt_bias, heads[None, :], C)
         if inputs.run_start is not None:
-            start = tl.load(
-                inputs.run_start + (begin + rows).to(tl.int64), mask=real, other=-1
-            )
+            start = _runs(inputs, begin, real, C)
             mask = mask & (start >= 0)[:, None]
         dt = tl.where(mask, dt, 0.0)
         A = tl.load(inputs.A + heads, mask=in_h, other=0.0).to(tl.float64)
-        factor = (A * 1.4426950408889634)[None, :]
-        # What is not finite is left out of the sum, and comes back in dt.
-        steps = tl.where(_finite(dt), dt, 0.0).to(tl.float64) * factor
-        steps = tl.maximum(steps, -1000.0)
+        dt, steps = _steps(dt, A[None, :])
         total = tl.associative_scan(steps, 0, tl.standard._sum_combine)
+        after = add_up(steps, 0)[None, :] - total
         rounded = total.to(tl.float32)
-        rest = (total - rounded.to(tl.float64)).to(tl.float32)
-        out = outputs.sums + chunk.to(tl.int64) * (C.H * 3 * C.CHUNK)
-        out = out + heads[None, :] * (3 * C.CHUNK) + lanes[:, None]
+        rest = tl.exp2((total - rounded.to(tl.float64)).to(tl.float32))
+        ROWS: tl.constexpr = C.SUMS * C.CHUNK
+        out = outputs.sums + chunk.to(tl.int64) * (C.H * ROWS)
+        out = out + heads[None, :] * ROWS + lanes[:, None]
         tl.store(out, rounded, mask=in_h[None, :])
-        tl.store(out + C.CHUNK, tl.exp2(rest), mask=in_h[None, :])
-        dt = tl.where(_finite(dt), dt * tl.exp2(-rest), float("nan"))
-        tl.store(out + 2 * C.CHUNK, dt, mask=in_h[None, :])
+        tl.store(out + C.CHUNK, dt / rest if C.SUMS == 5 else dt, mask=in_h[None, :])
+        decay = tl.exp2(rounded) * rest
+        tl.store(out + 2 * C.CHUNK, decay, mask=in_h[None, :])
+        weight = dt * tl.exp2(after.to(tl.float32))
+        tl.store(out + 3 * C.CHUNK, weight, mask=in_h[None, :])
+        if C.SUMS == 5:
+            tl.store(out + 4 * C.CHUNK, rest, mask=in_h[None, :])
+
+
+@triton.jit
+def _steps(dt, A):
+    """The decays of tokens as powers of 2, in float64; and dt, NaN if not finite."""
+    fine = _finite(dt)
+    steps = tl.where(fine, dt, 0.0).to(tl.float64) * (A * 1.4426950408889634)
+    # What is below leaves nothing of a float32; a sum of them is rounded less.
+    steps = tl.maximum(steps, -160.0)
+    return tl.where(fine, dt, float("nan")), steps
 
 
 @triton.jit
 def _write_scores(inputs, outputs, chunk, group, C: tl.constexpr):
     """The products of C and B in one chunk and group, where tokens see each other."""
-    number = tl.load(inputs.chunk + chunk)
-    if (number >= 0) & (number < inputs.num_prefills):
-        _, begin, length, first = _prefill(inputs, number, C)
+    begin, count = _tokens(inputs, chunk)
+    if count > 0:
         lanes = tl.arange(0, C.CHUNK)
-        offset = (chunk - first) * C.CHUNK
-        rows = offset + lanes
-        real = (rows < length) & (rows >= 0)
+        real = lanes < count
         size = tl.arange(0, C.K_BLOCK)
-        at = (begin + rows).to(tl.int64) * (C.G * C.K) + group * C.K
+        at = (begin + lanes).to(tl.int64) * (C.G * C.K) + group * C.K
         at = at[:, None] + size[None, :]
         mask = real[:, None] & (size < C.K)[None, :]
         B = tl.load(inputs.B + at, mask=mask, other=0.0)
@@ -149,8 +161,7 @@ def _write_scores(inputs, outputs, chunk, group, C: tl.constexpr):
             early = lanes[:, None]
         seen = early <= late
         if inputs.run_start is not None:
-            at = (begin + rows).to(tl.int64)
-            start = tl.load(inputs.run_start + at, mask=real, other=-1)
+            start = _runs(inputs, begin, real, C)
             bad = largest(tl.where(_finite(B.to(tl.float32)), 0, 1), 1) > 0
             seen = seen & (start[:, None] == start[None, :]) & (start >= 0)[:, None]
             if C.INTRA == 0:
@@ -163,25 +174,16 @@ def _write_scores(inputs, outputs, chunk, group, C: tl.constexpr):
 
 
 @triton.jit
-def _stretch_step(inputs, begin, offset, length, head, channels, C: tl.constexpr):
-    """Loads for one chunk's state of a stretch: dt and its sums, here in the program.
-
-    Returns: weights `[c]` of x for the state after the chunk, and the chunk's sum.
-    """
-    rows = offset + tl.arange(0, C.CHUNK)
-    at = (begin + rows).to(tl.int64)
-    real = rows < length
+def _stretch_weights(inputs, begin, real, head, C: tl.constexpr):
+    """Weights `[c]` of x for the state after a chunk, and the chunk's whole decay."""
+    at = (begin + tl.arange(0, C.CHUNK)).to(tl.int64)
     dt = tl.load(inputs.dt + at * C.H + head, mask=real, other=0.0)
     dt = step_size(dt, inputs.dt_bias, head, C)
     if inputs.run_start is not None:
-        real = real & (_runs(inputs, begin, offset, length, C) >= 0)
+        real = real & (_runs(inputs, begin, real, C) >= 0)
     dt = tl.where(real, dt, 0.0)
-    factor = tl.load(inputs.A + head).to(tl.float64) * 1.4426950408889634
-    steps = tl.where(_finite(dt), dt, 0.0).to(tl.float64) * factor
-    steps = tl.maximum(steps, -1000.0)
-    dt = tl.where(_finite(dt), dt, float("nan"))
+    dt, steps = _steps(dt, tl.load(inputs.A + head).to(tl.float64))
     whole = add_up(steps, 0)
-    # The sum of what comes after a token.
     after = whole - tl.associative_scan(steps, 0, tl.standard._sum_combine)
     return dt * tl.exp2(after.to(tl.float32)), whole
 
@@ -198,39 +200,40 @@ def _initial_state(inputs, slot, known, head, channels, C: tl.constexpr):
 @triton.jit
 def _write_stretch(inputs, outputs, number, head, channels, C: tl.constexpr):
     """What a stretch adds to the state, see `SsdOutputs.carried`."""
-    prefill = tl.load(inputs.stretch + number)
-    if (prefill >= 0) & (prefill < inputs.num_prefills):
-        seq, begin, length, _ = _prefill(inputs, prefill, C)
-        slot, _, known = slot_of(inputs, seq, C)
-        place = number - tl.load(inputs.first_stretch + prefill)
-        size: tl.constexpr = C.STRETCH * C.CHUNK
-        last = (length - 1) // size
+    prefill = tl.load(inputs.stretches + number * 2)
+    place = tl.load(inputs.stretches + number * 2 + 1)
+    exists = (prefill >= 0) & (prefill < inputs.num_prefills) & (place >= 0)
+    begin, length, slot, known, _ = _prefill(inputs, tl.where(exists, prefill, 0), C)
+    size: tl.constexpr = C.STRETCH * C.CHUNK
+    last = (length - 1) // size
+    if exists & (length > size) & (place <= last):
         state = tl.full([C.P_BLOCK, C.K_BLOCK], 0, tl.float32)
         total = tl.full([1], 0, tl.float64)
         if (place == 0) | (place == last):
             state = _initial_state(inputs, slot, known, head, channels, C)
-        if (place >= 0) & (place < last):
+        if place < last:
             in_p = channels < C.P
+            lanes = tl.arange(0, C.CHUNK)
             k = tl.arange(0, C.K_BLOCK)
             through_all = place == place
-            for i in tl.range(
-                place * C.STRETCH, (place + 1) * C.STRETCH, num_stages=C.STATE_STAGES
-            ):
-                offset = i * C.CHUNK
-                rows = offset + tl.arange(0, C.CHUNK)
-                at = (begin + rows).to(tl.int64)
-                weight, whole = _stretch_step(
-                    inputs, begin, offset, length, head, channels, C
-                )
-                real = rows < length
+            # All but the last stretch have all their tokens.
+            for i in tl.range(0, C.STRETCH, num_stages=C.STATE_STAGES):
+                offset = (place * C.STRETCH + i) * C.CHUNK
+                first = begin + offset
+                real = lanes < C.CHUNK
+                weight, whole = _stretch_weights(inputs, first, real, head, C)
+                token = first.to(tl.int64)
                 x = tl.load(
-                    inputs.x + at[:, None] * (C.H * C.P) + head * C.P + channels,
+                    inputs.x
+                    + (token * (C.H * C.P) + head * C.P)
+                    + (lanes[:, None] * (C.H * C.P) + channels[None, :]),
                     mask=real[:, None] & in_p[None, :],
                     other=0.0,
                 )
-                group = head // (C.H // C.G) * C.K
                 B = tl.load(
-                    inputs.B + at[:, None] * (C.G * C.K) + group + k,
+                    inputs.B
+                    + (token * (C.G * C.K) + head // (C.H // C.G) * C.K)
+                    + (lanes[:, None] * (C.G * C.K) + k[None, :]),
                     mask=real[:, None] & (k < C.K)[None, :],
                     other=0.0,
                 )
@@ -238,7 +241,7 @@ def _write_stretch(inputs, outputs, number, head, channels, C: tl.constexpr):
                 if inputs.run_start is None:
                     state = _add_chunk(state * decay, x, weight, B, C, False)
                 else:
-                    start = _runs(inputs, begin, offset, length, C)
+                    start = _runs(inputs, first, real, C)
                     state, through = _add_run(
                         state, decay, x, weight, B, start, offset, C, False
                     )
@@ -246,10 +249,9 @@ def _write_stretch(inputs, outputs, number, head, channels, C: tl.constexpr):
                 total += whole
             total = tl.where(through_all, total, float("-inf"))
         at, mask = state_tile(number, head, channels, tl.arange(0, C.K_BLOCK), C)
-        if (place >= 0) & (place <= last) & (last > 0):
-            tl.store(outputs.carried + at, state, mask=mask)
-            where = outputs.forget + number.to(tl.int64) * C.H + head + tl.arange(0, 1)
-            tl.store(where, total.to(tl.float32))
+        tl.store(outputs.carried + at, state, mask=mask)
+        where = outputs.forget + number.to(tl.int64) * C.H + head + tl.arange(0, 1)
+        tl.store(where, total.to(tl.float32))
 
 
 @triton.jit
@@ -310,10 +312,10 @@ def prepare_kernel(inputs, outputs, C: tl.constexpr):
     P_BLOCK: tl.constexpr = C.P_BLOCK
     H_BLOCKS: tl.constexpr = (C.H + C.H_BLOCK - 1) // C.H_BLOCK
     stretches = inputs.num_stretches * HEADS
-    scores = stretches + inputs.num_chunks * C.G
+    scores = stretches + (0 if C.RESCORE else inputs.num_chunks * C.G)
     sums = scores + inputs.num_chunks * H_BLOCKS
     if program < stretches:
-        if inputs.stretch is not None:
+        if inputs.stretches is not None:
             head = program // C.P_BLOCKS % C.H
             channels = program % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
             _write_stretch(inputs, outputs, program // HEADS, head, channels, C)
@@ -415,18 +417,16 @@ def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
     if not C.RESCORE:
         score_ptr = inputs.scores + (m * C.G + work.group) * (CHUNK * CHUNK)
         scores = tl.load(score_ptr + (lanes[:, None] * CHUNK + lanes[None, :]))
-    sum_ptr = inputs.sums + (m * C.H + work.head) * (3 * CHUNK)
+    sum_ptr = inputs.sums + (m * C.H + work.head) * (C.SUMS * CHUNK)
     total = tl.load(sum_ptr + lanes)
-    fine = tl.load(sum_ptr + CHUNK + lanes)
-    dt = tl.load(sum_ptr + 2 * CHUNK + lanes)
-    whole = tl.load(sum_ptr + CHUNK - 1)
-    whole_fine = tl.load(sum_ptr + 2 * CHUNK - 1)
-    weight = tl.exp2(whole - total) * whole_fine * dt
-    decay = tl.exp2(whole) * whole_fine
+    dt = tl.load(sum_ptr + CHUNK + lanes)
+    since = tl.load(sum_ptr + 2 * CHUNK + lanes)
+    weight = tl.load(sum_ptr + 3 * CHUNK + lanes)
+    decay = tl.load(sum_ptr + 3 * CHUNK - 1)
     finite_x = x
     offset = i * CHUNK
     if inputs.run_start is not None:
-        start = _runs(inputs, work.begin, offset, work.length, C)
+        start = _runs(inputs, work.begin + offset, lanes < left, C)
         # A product with what is not finite would reach every token.
         bad = largest(tl.where(_finite(x.to(tl.float32)), 0, 1), 1) > 0
         bad = bad | (dt != dt)
@@ -436,39 +436,52 @@ def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
         y = tl.full([CHUNK, P_BLOCK] if C.INTER == 0 else [P_BLOCK, CHUNK], 0, tl.float32)
     elif C.INTER == 0:
         y = tl.full([CHUNK, P_BLOCK], 0, tl.float32)
-        y = dot_right(read, state if C.TR else tl.trans(state), y, Y_PARTS, FAST)
-        y *= tl.exp2(total)[:, None]
+        if C.JOIN & 2:
+            y = dot_right_joined(read, state if C.TR else tl.trans(state), y, FAST)
+        else:
+            y = dot_right(read, state if C.TR else tl.trans(state), y, Y_PARTS, FAST)
+        y *= since[:, None]
         if inputs.run_start is not None:
             y = tl.where(_enters(start, offset)[:, None], y, 0.0)
     else:
         y = tl.full([P_BLOCK, CHUNK], 0, tl.float32)
         y = dot_left(state, tl.trans(read), y, Y_PARTS, FAST)
-        y *= tl.exp2(total)[None, :]
+        y *= since[None, :]
         if inputs.run_start is not None:
             y = tl.where(_enters(start, offset)[None, :], y, 0.0)
+    if C.INTER == 1 and C.INTRA == 0:
+        y = tl.trans(y)
+    if C.INTRA == 0:
+        between = total[:, None] - total[None, :]
+        late = lanes[:, None]
+        early = lanes[None, :]
+        dt = dt[None, :]
+    else:
+        between = total[None, :] - total[:, None]
+        late = lanes[None, :]
+        early = lanes[:, None]
+        dt = dt[:, None]
     if C.RESCORE:
         scores = tl.full([CHUNK, CHUNK], 0, tl.float32)
         if C.INTRA == 0:
             scores = dot_narrow(read, tl.trans(B), scores, C.EXACT, FAST)
-            scores = tl.where(lanes[:, None] >= lanes[None, :], scores, 0.0)
         else:
             scores = dot_narrow(B, tl.trans(read), scores, C.EXACT, FAST)
-            scores = tl.where(lanes[:, None] <= lanes[None, :], scores, 0.0)
-    if C.ABL & 1:
-        if C.INTER == 1:
-            y = tl.trans(y)
-    elif C.INTRA == 0:
-        if C.INTER == 1:
-            y = tl.trans(y)
-        decays = tl.exp2(tl.minimum(total[:, None] - total[None, :], 126.0))
-        mixed = scores * decays * dt[None, :]
+        between = tl.where(late >= early, between, float("-inf"))
+    else:
+        between = tl.minimum(between, 126.0)
+    mixed = scores * tl.exp2(between) * dt
+    if C.SUMS == 5:
+        rest = tl.load(sum_ptr + 4 * CHUNK + lanes)
+        mixed *= rest[:, None] if C.INTRA == 0 else rest[None, :]
+    if C.INTRA == 0:
         y = dot_left(mixed, finite_x, y, Y_PARTS, FAST)
     else:
-        decays = tl.exp2(tl.minimum(total[None, :] - total[:, None], 126.0))
-        mixed = scores * decays * dt[:, None]
-        y = dot_right(tl.trans(finite_x), mixed, y, Y_PARTS, FAST)
+        if C.JOIN & 1:
+            y = dot_right_joined(tl.trans(finite_x), mixed, y, FAST)
+        else:
+            y = dot_right(tl.trans(finite_x), mixed, y, Y_PARTS, FAST)
         y = tl.trans(y)
-    y *= fine[:, None]
     if inputs.D is not None:
         y += work.skip * x.to(tl.float32)
     if inputs.run_start is not None:
@@ -516,34 +529,25 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
     head = program // C.P_BLOCKS % C.H
     number = program // (C.P_BLOCKS * C.H)
     prefill = number
-    first = 0
-    if inputs.stretch is not None:
-        prefill = tl.load(inputs.stretch + number)
-        exists = (prefill >= 0) & (prefill < inputs.num_prefills)
+    if inputs.stretches is not None:
+        prefill = tl.load(inputs.stretches + number * 2)
+        place = tl.load(inputs.stretches + number * 2 + 1)
+        exists = (prefill >= 0) & (prefill < inputs.num_prefills) & (place >= 0)
         prefill = tl.where(exists, prefill, 0)
-        first = tl.load(inputs.first_stretch + prefill)
-    seq, begin, length, chunk = _prefill(inputs, prefill, C)
-    place = number - number
-    stretches = place + 1
+    begin, length, slot, known, chunk = _prefill(inputs, prefill, C)
     count = (length + CHUNK - 1) // CHUNK
-    low = place
+    low = number - number
     high = count
-    if inputs.stretch is not None:
-        place = number - first
-        stretches = (count + C.STRETCH - 1) // C.STRETCH
-        low = place * C.STRETCH
+    last = low
+    if inputs.stretches is not None:
+        last = (count - 1) // C.STRETCH
+        low = tl.where(exists, place * C.STRETCH, count)
         high = tl.minimum(count, low + C.STRETCH)
-        exists = exists & (place >= 0) & (place < stretches)
-        high = tl.where(exists, high, 0)
     if low < high:
-        slot, valid, known = slot_of(inputs, seq, C)
-        if inputs.stretch is not None:
-            if stretches > 1:
-                state = _entering_state(
-                    inputs, number, place, stretches - 1, head, channels, C
-                )
-            else:
-                state = _initial_state(inputs, slot, known, head, channels, C)
+        if inputs.stretches is None:
+            state = _initial_state(inputs, slot, known, head, channels, C)
+        elif last > 0:
+            state = _entering_state(inputs, number, place, last, head, channels, C)
         else:
             state = _initial_state(inputs, slot, known, head, channels, C)
         if C.TR:
@@ -560,7 +564,9 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
         if whole < high:
             state = _chunk(inputs, y_ptr, work, state, whole, C, False)
         if states_ptr is not None:
-            if (place == stretches - 1) & valid:
+            if high == count:
                 at, mask = state_tile(slot, head, channels, tl.arange(0, C.K_BLOCK), C)
-                last = (tl.trans(state) if C.TR else state).to(states_ptr.dtype.element_ty)
-                tl.store(states_ptr + at, last, mask=mask)
+                final = (tl.trans(state) if C.TR else state).to(
+                    states_ptr.dtype.element_ty
+                )
+                tl.store(states_ptr + at, final, mask=mask)

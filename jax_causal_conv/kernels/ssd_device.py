@@ -12,10 +12,6 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # LOG2E minus its float32: together they have the precision of two float32.
 LOG2E_REST: tl.constexpr = tl.constexpr(1.9259629911e-08)
-# A step of less, in units of log 2, leaves nothing of a float32 state.
-FORGET: tl.constexpr = tl.constexpr(-1000.0)
-# Above the diagonal a decay's exponent may be anything; the power of this is finite.
-MOST: tl.constexpr = tl.constexpr(126.0)
 
 
 @triton.jit
@@ -169,6 +165,18 @@ def dot_right(narrow, wide, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     else:
         acc = tl.dot(narrow.to(tl.float32), wide, acc, input_precision="tf32")
     return acc
+
+
+@triton.jit
+def dot_right_joined(narrow, wide, acc, FAST: tl.constexpr):
+    """`dot_right` with two terms, side by side in one product."""
+    upper, rest = _cut(wide)
+    both = tl.join(upper, rest.to(tl.bfloat16))
+    both = tl.reshape(both, [wide.shape[0], 2 * wide.shape[1]])
+    zero = tl.full([narrow.shape[0], 2 * wide.shape[1]], 0, tl.float32)
+    twice = _dot(narrow, both, zero, FAST)
+    a, b = tl.split(tl.reshape(twice, [narrow.shape[0], wide.shape[1], 2]))
+    return acc + (a + b)
 
 
 @triton.jit

@@ -25,10 +25,14 @@ class SsdInputs(NamedTuple):
             offsets[i + 1])`.
         role: `(N,)` int32, what becomes of a sequence: `DECODE`, `SKIP`, or it is the
             prefill of this number. None where all sequences are prefills (dense rows).
-        prefill: `(J,)` int32, the sequence that each prefill is, -1 behind the last.
-        first_chunk: `(J,)` int32, the number of its first chunk.
-        chunk: `(M,)` int32, the prefill that each chunk is of, -1 behind the last.
-        first_stretch, stretch: `(J,)`, `(Q,)` int32 likewise; None without stretches.
+        prefills: `(J, 5)` int32, of each prefill its first token, length, slot, whether
+            the slot holds a state, and the number of its first chunk; length 0 behind
+            the last.
+        chunks: `(M, 2)` int32, of each chunk its first token, and how many it has; 0
+            behind the last. A prefill's chunks follow each other.
+        stretches: `(Q, 2)` int32, of each stretch its prefill and which one it is of
+            the prefill; -1 behind the last. A prefill's stretches follow each other.
+            None without stretches.
         run_start: `(T,)` int32, the place in its row where a token's run begins, -1
             for padding; None without segments.
         y: what `prepare_kernel` has begun, and `chunks_kernel` completes in place.
@@ -49,11 +53,9 @@ class SsdInputs(NamedTuple):
     known: Any = None
     offsets: Any = None
     role: Any = None
-    prefill: Any = None
-    first_chunk: Any = None
-    chunk: Any = None
-    first_stretch: Any = None
-    stretch: Any = None
+    prefills: Any = None
+    chunks: Any = None
+    stretches: Any = None
     run_start: Any = None
     y: Any = None
     sums: Any = None
@@ -75,9 +77,11 @@ class SsdOutputs(NamedTuple):
         y: `(T, H, P)`.
         states: `(B, H, P, K)`, the last states of dense rows, unless nobody wants them.
             Slots of a packed batch are updated in place.
-        sums: `(M, H, 3, c)` float32, of `prepare_kernel`: of each token the sum of dt·A
-            in units of log 2 from its chunk's first token on, rounded; the power of two
-            of what rounding lost; and dt, divided by that.
+        sums: `(M, H, SUMS, c)` float32, of `prepare_kernel`. Of each token the sum of
+            dt·A in units of log 2 from its chunk's first token on; dt; the power of two
+            of the sum; dt times that of the sum from there to the chunk's end; and, of
+            five rows, the power of what the first lost by rounding, dt being divided
+            by that.
         scores: `(M, G, c, c)` float32: the products of C and B of a chunk's tokens,
             zero where the one must not see the other.
         carried: `(Q, H, P, K)` float32: what each stretch adds to the state; of the
@@ -122,6 +126,7 @@ class SsdConstants:
         H_BLOCK: heads whose sums a program makes.
         ZERO_ROWS: tokens that are zeroed at once.
         SCAN: offsets that are looked at together.
+        SUMS: rows of `SsdOutputs.sums`; 5, but 4 where y has the 8 bits of bfloat16.
         STAGES: stages of the loop over chunks; STATE_STAGES of a stretch's.
         FAST: on a GPU; False in Triton's interpreter.
     """
@@ -148,11 +153,13 @@ class SsdConstants:
     H_BLOCK: int = 16
     ZERO_ROWS: int = 16
     SCAN: int = 256
+    SUMS: int = 5
     STAGES: int = 2
     STATE_STAGES: int = 3
     INTER: int = 1
     TR: bool = False
     ABL: int = 0
+    JOIN: int = 0
     INTRA: int = 1
     RESCORE: bool = False
     FAST: bool = True
