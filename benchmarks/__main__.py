@@ -2,6 +2,7 @@ r"""Benchmarks: `python -m benchmarks [SUITE ...]`, by default all, on what is h
 
     python -m benchmarks                          # a few minutes on a CPU
     python -m benchmarks mixed --dtype bfloat16
+    python -m benchmarks ssd --case "256 x 1" --peer-path vllm=FOLDER
     python -m benchmarks decode prefill --json gpu.json --plots plots \
         --peer-path vllm=.peers/vllm_causal_conv1d.py
     python -m benchmarks plot gpu.json plots      # draws what --json wrote
@@ -168,6 +169,8 @@ def run(arguments: list[str], console: Console) -> dict[str, Any]:
                 ]
                 if given.json:  # after each case: what is there stays
                     given.json.write_text(json.dumps(result, indent=1))
+                if not console.is_terminal:  # where no progress is to be seen
+                    console.print(_line(found))
                 progress.advance(task)
             progress.remove_task(task)
             rows += own
@@ -193,6 +196,16 @@ def _cases(name: str, suite, options) -> list | str:
         return list(suite(options))
     except Exception as error:  # the other suites' results must not be lost
         return f"not run: {type(error).__name__}: {error}"
+
+
+def _line(rows: list[Row]) -> str:
+    """All times of a case."""
+    times = [
+        f"{r.candidate} {r.microseconds:,.1f}" if r.microseconds else r.candidate
+        for r in rows
+    ]
+    where = f"{rows[0].suite}, {rows[0].case}, {rows[0].dtype}: " if rows else ""
+    return where + ", ".join(times) + " us"
 
 
 def _summary(rows: list[Row]) -> Table:

@@ -66,7 +66,7 @@ def ours(
                 **options,
             )
 
-        return _jax_with_states(work, packed, x, weight, bias, offsets, options)
+        return with_states(work, packed, x, weight, bias, offsets, options)
     if work.op == "update":
 
         def update(states, x, weight, bias, slots):
@@ -81,7 +81,7 @@ def ours(
             )
 
         slots = jnp.asarray(work.cache_indices)
-        return _jax_with_states(work, update, x, weight, bias, slots)
+        return with_states(work, update, x, weight, bias, slots)
     return _jax_rows(
         work,
         lambda x, weight, bias: causal_conv1d(
@@ -110,10 +110,10 @@ def projected(work: Workload, first: int, width: int, split, *, cut: bool) -> Pr
         return out, states
 
     arguments = work.weight, work.bias, jnp.asarray(work.offsets), _batch(work)
-    return _jax_with_states(work, packed, x, *arguments)
+    return with_states(work, packed, x, *arguments)
 
 
-def _jax_with_states(work: Workload, function: Callable, *args: Any) -> Prepared:
+def with_states(work: Workload, function: Callable, *args: Any) -> Prepared:
     """`(out, states) = function(states, *args)` with a donated cache."""
     step = jax.jit(function, donate_argnums=0)
     holder = [work.states()]
@@ -147,7 +147,7 @@ def _jax_rows(work: Workload, forward: Callable) -> Prepared:
     """`forward(x (B, T, D), weight, bias)`, or with all its gradients."""
     x = work.x.reshape(work.rows)
     if work.op != "gradient":
-        step: Callable = jax.jit(forward)
+        step: Any = jax.jit(forward)
         inputs: tuple = (x, work.weight, work.bias)
 
         def view(out):
@@ -307,7 +307,7 @@ def _tpu_inference(work: Workload, path: Path | None) -> Prepared:
         )
         return jax.nn.silu(out), states
 
-    return _jax_with_states(
+    return with_states(
         work,
         step,
         work.x,

@@ -1,7 +1,8 @@
 """The end-to-end suite: a Mamba2 model with random weights in the engine.
 
-The conv's share of a step is read from a profile on a GPU: the durations of this
-package's kernels over those of all kernels, in the same steps. On a CPU, where XLA
+The shares of the conv and the SSD in a step are read from a profile on a GPU: the
+durations of this package's kernels over those of all kernels, in the same steps; where
+none of them ran, XLA computed the op, and the row says so. On a CPU, where XLA
 fuses the conv with its neighbours, no profile can tell; there it is the time of a
 jitted program of the convs alone (all layers, the step's shapes, donated caches) over
 that of the step: what the conv would cost by itself.
@@ -29,6 +30,12 @@ SHAPES = {
     "130m": Mamba2Config(vocab_size=50288, d_model=768, n_layers=24),
     "780m": Mamba2Config(vocab_size=50288, d_model=1536, n_layers=48),
     "2.7b": Mamba2Config(vocab_size=50288, d_model=2560, n_layers=64),
+}
+
+# How the kernels of this package are called in a profile.
+_KERNELS = {
+    "conv": re.compile(r"^(packed|update|dense|rows)(_backward)?_kernel"),
+    "SSD": re.compile(r"^(ssd_)?(decode|prepare|chunks)_kernel"),
 }
 
 
@@ -59,12 +66,16 @@ def case(options: Options) -> Case:
     engine.run()
     rows = [decode, _row(engine, row, "step with prefill"), _throughput(engine, row)]
     if options.on_gpu:
-        share = _share_by_profile(engine, config, slots)
+        shares = _shares_by_profile(engine, config, slots)
         how = "of the durations of all kernels"
     else:
-        share = _share_alone(config, slots, dtype, decode.microseconds or 0.0)
+        shares = {
+            "conv": _share_alone(config, slots, dtype, decode.microseconds or 0.0)
+        }
         how = "the convs run alone"
-    rows.append(row("conv in a decode step", note=f"{share:.1%}, {how}"))
+    for op, share in shares.items():
+        note = f"{share:.1%}, {how}" if share else "none of our kernels ran: by XLA"
+        rows.append(row(f"{op} in a decode step", note=note))
     return Case("engine", name, slots, dtype, {}, rows=tuple(rows))
 
 
@@ -103,15 +114,20 @@ def _throughput(engine: Engine, row: Callable[..., Row]) -> Row:
     return row("throughput", note=note)
 
 
-def _share_by_profile(engine: Engine, config: Mamba2Config, slots: int) -> float:
+def _shares_by_profile(
+    engine: Engine, config: Mamba2Config, slots: int
+) -> dict[str, float]:
     submit(engine, config, slots, 64, longest=1)
     for _ in range(5):
         engine.step()
     _, kernels = timing.device_kernels(Prepared(engine.step, lambda _: None), 20)
     engine.run()
-    pattern = _conv_kernels()
-    own = sum(sum(times) for name, times in kernels.items() if pattern.search(name))
-    return own / sum(map(sum, kernels.values()))
+    everything = sum(map(sum, kernels.values()))
+    return {
+        op: sum(sum(times) for name, times in kernels.items() if pattern.search(name))
+        / everything
+        for op, pattern in _KERNELS.items()
+    }
 
 
 def _share_alone(config: Mamba2Config, slots: int, dtype: str, step: float) -> float:
@@ -144,8 +160,3 @@ def _share_alone(config: Mamba2Config, slots: int, dtype: str, step: float) -> f
 
     timing.median_seconds(call, 3)
     return timing.median_seconds(call, 50) * 1e6 / step
-
-
-def _conv_kernels() -> re.Pattern:
-    """How the kernels of this package are called in a profile."""
-    return re.compile(r"(packed|update|dense|rows)(_backward)?_kernel")

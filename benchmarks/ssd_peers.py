@@ -1,12 +1,11 @@
 """Everybody who can compute an `SsdWorkload`: this package and the peers.
 
 As in `peers`, each gets its inputs in the layout that suits it before the clock starts.
-Where an implementation applies bias and softplus of dt itself, it is given dt as the
-projection leaves it; the others get `SsdWorkload.steps`.
+All but jax-linear-attention apply bias and softplus of dt themselves, to dt as the
+projection leaves it; that one gets `SsdWorkload.steps`.
 """
 
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -38,17 +37,12 @@ def ours(
     precision: str | None = None,
 ) -> Prepared:
     """This package; with "xla", what XLA makes of it; with a precision, by that."""
-    op = ssd_packed if work.op == "ssd_packed" else ssd
-    options: dict[str, Any] = {}
-    if implementation is not None:
-        options["implementation"] = implementation
-    if precision is not None:
-        options["precision"] = precision
-    _expect(op, options)
-    arrays = {"dt": work.steps}
-    if "dt_softplus" in inspect.signature(op).parameters:
-        arrays = {"dt": work.dt, "dt_bias": work.dt_bias}
-        options["dt_softplus"] = True
+    options: dict[str, Any] = {
+        "dt_softplus": True,
+        "implementation": implementation,
+        "precision": precision,
+    }
+    arrays = {"dt": work.dt, "dt_bias": work.dt_bias}
     arrays |= {"x": work.x, "A": work.A, "B": work.B, "C": work.C, "D": work.D}
     if work.op == "ssd":
         return _jax_rows(work, lambda arrays: (ssd(**arrays, **options), None), arrays)
@@ -83,12 +77,6 @@ def ours(
         jax.block_until_ready(result[0])
 
     return Prepared(call, wait, view, implementation=by)
-
-
-def _expect(op: Callable, options: dict[str, Any]) -> None:
-    """Raises `Absent` where the op knows no such option: there is no such candidate."""
-    if unknown := options.keys() - inspect.signature(op).parameters.keys():
-        raise imports.Absent(f"{op.__name__} has no {', '.join(sorted(unknown))}")
 
 
 def _jax_rows(work: SsdWorkload, function: Callable, arrays: dict) -> Prepared:

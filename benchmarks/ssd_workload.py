@@ -126,7 +126,7 @@ class SsdWorkload:
 
     @functools.cached_property
     def steps(self) -> jax.Array:
-        """`softplus(dt + dt_bias)`, float32: for whoever wants it from outside."""
+        """`softplus(dt + dt_bias)`, float32: for whoever does not compute it."""
         return jax.nn.softplus(self.dt.astype(jnp.float32) + self.dt_bias)
 
     def states(self) -> jax.Array:

@@ -291,12 +291,12 @@ def ssd(options: Options) -> Iterator[Case]:
     if not options.on_gpu:
         batches, heads, rows, state_dtypes = list(_SSD_BATCHES_CPU), 8, 1, ["float32"]
     for dtype in options.all_dtypes:
+        work = SsdWorkload("ssd", (TOKENS,) * rows, dtype, heads=heads)
+        yield _ssd_case(f"dense {rows} x {TOKENS:,}", work, options)
         for state_dtype, name in itertools.product(state_dtypes, batches):
             lengths = _SSD_BATCHES[name]
             work = SsdWorkload("ssd_packed", lengths, dtype, state_dtype, heads)
             yield _ssd_case(f"{name}, {state_dtype} states", work, options)
-        work = SsdWorkload("ssd", (TOKENS,) * rows, dtype, heads=heads)
-        yield _ssd_case(f"dense {rows} x {TOKENS:,}", work, options)
 
 
 def _ssd_case(name: str, work: SsdWorkload, options: Options) -> Case:

@@ -7,23 +7,36 @@ per output are listed. Nothing is written: the winners are for `kernels/tiles.py
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import peers, timing
 from benchmarks.model_shapes import MODELS, ModelShape
+from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
+from jax_causal_conv.chunks import chunk_metadata
 from jax_causal_conv.kernels import tiles
+from jax_causal_conv.kernels.tiles import Tiles
+from jax_causal_conv.op.primitive import (
+    DEFAULT_COMPUTE_CAPABILITY,
+    visible_compute_capability,
+)
+from jax_causal_conv.operands import (
+    ConvSpec,
+    DenseOperands,
+    PackedOperands,
+    RowsBackwardOperands,
+    UpdateOperands,
+)
 
 DEFAULT_MODELS = ("Mamba2-2.7B",)
 BATCHES: dict[str, Callable[[ModelShape], Workload]] = {
@@ -69,6 +82,12 @@ class Change:
     group: int | None = None
     block_m: int | None = None
 
+    def of(self, chosen: Tiles) -> Tiles:
+        """These tiles, changed."""
+        changes = {name: v for name, v in dataclasses.asdict(self).items() if v}
+        changed = dataclasses.replace(chosen, **changes)
+        return dataclasses.replace(changed, slot_n=min(changed.slot_n, changed.block_n))
+
     def __str__(self) -> str:
         named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         changed = ", ".join(f"{name} {value}" for name, value in named if value)
@@ -95,59 +114,91 @@ def changes(batch: str) -> list[Change]:
     ]
 
 
-@contextlib.contextmanager
-def applied(change: Change) -> Iterator[None]:
-    """Within, kernels are launched with the changed tiles."""
-
-    def wrap(choose: Callable) -> Callable:
-        def chosen(*args: Any, **kwargs: Any):
-            tile = choose(*args, **kwargs)
-            new = {
-                name: getattr(change, name)
-                for name in ("block_n", "num_warps", "group")
-                if getattr(change, name) and hasattr(tile, name)
-            }
-            if "block_n" in new and hasattr(tile, "slot_n"):
-                new["slot_n"] = min(tile.slot_n, new["block_n"])
-            return dataclasses.replace(tile, **new)
-
-        return chosen
-
-    def block_m(default: Callable) -> Callable:
-        return lambda *args, **kwargs: change.block_m or default(*args, **kwargs)
-
-    with contextlib.ExitStack() as stack:
-        for name, wrapper in (
-            ("choose", wrap),
-            ("choose_backward", wrap),
-            ("default_block_m", block_m),
-            ("backward_block_m", block_m),
-        ):
-            original = getattr(tiles, name, None)
-            if original is not None:
-                stack.enter_context(_replaced(original, wrapper(original)))
-        jax.clear_caches()  # tiles are chosen while jax lowers
-        yield
-    jax.clear_caches()
+def default_tiles(work: Workload) -> Tiles:
+    """The package's own choice."""
+    itemsize = jnp.dtype(work.dtype).itemsize
+    filters = tiles.Filters(work.dim, work.width, itemsize, alignment=work.dim)
+    batch, length, _ = work.rows
+    match work.op:
+        case "packed":
+            return tiles.packed(filters, work.width - 1, work.tokens, batch)
+        case "update":
+            return tiles.update(filters, work.width - 1, length)
+        case "dense":
+            return tiles.dense(filters, batch, length)
+        case "gradient":
+            plain = work.dtype == "bfloat16" and work.dim % 2 == 0
+            return tiles.rows_backward(filters, work.dim, batch, length, plain)
 
 
-@contextlib.contextmanager
-def _replaced(original: Any, replacement: Any) -> Iterator[None]:
-    """Replaces a function under all its names in the package."""
-    places = [
-        (module, name)
-        for module_name, module in list(sys.modules.items())
-        if module_name.startswith("jax_causal_conv") and module is not None
-        for name, value in list(vars(module).items())
-        if value is original
-    ]
-    for module, name in places:
-        setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        for module, name in places:
-            setattr(module, name, original)
+def operands(work: Workload, chosen: Tiles) -> Any:
+    """What the kernel of a workload is launched with: for a gradient its backward."""
+    filters = work.weight, work.bias
+    x = work.x if work.op == "packed" else work.x.reshape(work.rows)
+    match work.op:
+        case "packed":
+            offsets = work.offsets
+            table = chunk_metadata(offsets, work.tokens, chosen.block_m)
+            return PackedOperands(
+                x,
+                *filters,
+                work.states(),
+                jnp.asarray(offsets),
+                jnp.asarray(work.cache_indices),
+                jnp.asarray(work.has_initial_state),
+                metadata=jax.tree.map(jnp.asarray, table),
+            )
+        case "update":
+            slots = jnp.asarray(work.cache_indices)
+            return UpdateOperands(x, *filters, work.states(), slots)
+        case "dense":
+            return DenseOperands(x, *filters)
+        case "gradient":
+            history = jnp.zeros((len(x), work.width - 1, work.dim), work.dtype)
+            dy = (work.dy.reshape(work.rows),)
+            return RowsBackwardOperands(x, *filters, history, dy)
+
+
+def launcher(work: Workload, chosen: Tiles, call: Callable) -> Callable:
+    """The kernel of a workload alone, as a function of its operands.
+
+    `call` runs a launch: on a GPU, or in the interpreter.
+    """
+    from jax_causal_conv.kernels import launch, record  # noqa: PLC0415 (needs Triton)
+
+    name = {"gradient": "rows_backward"}.get(work.op, work.op)
+    launches, spec = getattr(launch, name), ConvSpec("silu")
+    return lambda operands: record.run(launches(spec, operands, chosen), call)
+
+
+def prepared(work: Workload, chosen: Tiles, call: Callable) -> Prepared:
+    """The kernel with its inputs in place, and a cache that it may overwrite."""
+    run, inputs = launcher(work, chosen, call), operands(work, chosen)
+    if work.has_states:
+
+        def update(states, rest):
+            out, states = run(rest._replace(states=states))
+            return out.reshape(work.x.shape), states
+
+        return peers.with_states(work, update, inputs._replace(states=None))
+
+    def view(results):
+        if work.op == "dense":
+            return {"out": work.pick(results[0].reshape(work.x.shape))}
+        dx, dweight, dbias, _ = results
+        return {
+            "dx": work.pick(dx.reshape(work.x.shape)),
+            "dweight": work.pick(dweight, 0),
+            "dbias": work.pick(dbias),
+        }
+
+    return Prepared(functools.partial(jax.jit(run), inputs), view=view)
+
+
+def _on_gpu(capability: int) -> Callable:
+    from jax_causal_conv.kernels import bridge  # noqa: PLC0415 (needs jax-triton)
+
+    return functools.partial(bridge.call, compute_capability=capability)
 
 
 Outcome = timing.Timing | str
@@ -158,32 +209,37 @@ def time_change(work: Workload, change: Change, seconds: float) -> Outcome:
     """Device time with a change, if the results are right."""
     failures = []
     try:
-        with applied(change):
-            one = peers.ours(work, implementation="triton")
-            result = one.call()
-            one.wait(result)
-            if one.view is not None:
-                work.errors(one.view(result))
-            times = timing.measure(
-                {"ours": one},
-                seconds=seconds,
-                on_error=lambda _, error: failures.append(error),
-            )
-            if failures:
-                raise failures[0]
-            return times["ours"]
+        capability = visible_compute_capability() or DEFAULT_COMPUTE_CAPABILITY
+        one = prepared(work, change.of(default_tiles(work)), _on_gpu(capability))
+        result = one.call()
+        one.wait(result)
+        if one.view is not None:
+            work.errors(one.view(result))
+        times = timing.measure(
+            {"ours": one},
+            seconds=seconds,
+            on_error=lambda _, error: failures.append(error),
+        )
+        if failures:
+            raise failures[0]
+        return times["ours"]
     except Exception as error:  # too many registers, a wrong result, …
         return f"{type(error).__name__}: {str(error)[:80]}"
 
 
 def compile_change(batch: str, model: ModelShape, change: Change) -> Outcome:
     """Registers, spills and instructions per output with a change, on sm_90."""
-    from benchmarks import kernel_report  # noqa: PLC0415 (needs Triton)
+    from benchmarks import kernel_report, machine_code  # noqa: PLC0415 (needs Triton)
 
     (case,) = [c for c in kernel_report.KERNELS if c.name == _REPORTED[batch]]
+    work = BATCHES[batch](model)
+    chosen = change.of(default_tiles(work))
     try:
-        with applied(change):
-            row = kernel_report.compile_row(case, model, 90)
+        # Of a copy: what a workload keeps must not come from a trace.
+        shapes = jax.eval_shape(lambda: operands(dataclasses.replace(work), chosen))
+        run = launcher(work, chosen, _on_gpu(90))
+        (code,) = machine_code.compile_kernels(run, (shapes,), 90)
+        row = kernel_report.measure(case, model, 90, work.tokens * work.dim, code)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:80]}"
     return (

@@ -11,7 +11,7 @@ from .device import (
     Offsets,
     Rows,
     channel_block,
-    columns,
+    count_from,
     load_filter,
     load_plain,
     load_row,
@@ -21,7 +21,6 @@ from .device import (
     offset_bound,
     only_if,
     preactivation,
-    reach,
     segments_before,
     widen,
     within_reach,
@@ -136,11 +135,15 @@ def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
         The finished dx of token t-(W-1), and the new `Walk`.
     """
     W: tl.constexpr = C.W
-    window = walk.window + (x,)
-    rows = within_reach(window, segments, C)
+    rows = walk.window + (x,)
+    if segments is not None:
+        # Padding sees nothing, not even itself: it may hold anything.
+        real = segments.last >= 0
+        reach = tl.where(real, segments.visible, -1)
+        rows = within_reach(walk.window, reach, C) + (tl.where(real, x, 0.0),)
     dz = through_activation(dy, preactivation(rows, filter, C), C)
     if segments is not None:
-        dz = tl.where(reach(segments) >= 0, dz, 0.0)
+        dz = tl.where(real, dz, 0.0)
     counted = dz
     if inside is not None:
         dz = tl.where(inside, dz, 0.0)
@@ -151,15 +154,14 @@ def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
         sums = sums + (tl.fma(counted, rows[k], walk.sums.taps[k]),)
         # Selected behind the product: even a tap that is NaN reaches only what it may.
         if segments is not None:
-            seen = reach(segments) >= W - 1 - k
-            back = tl.where(seen, filter.taps[k] * dz, 0.0)
+            back = tl.where(reach >= W - 1 - k, filter.taps[k] * dz, 0.0)
             dx = dx + (walk.pending[k] + back if k < W - 1 else back,)
         elif k < W - 1:
             dx = dx + (tl.fma(filter.taps[k], dz, walk.pending[k]),)
         else:
             dx = dx + (filter.taps[k] * dz,)
     sums = Filter(sums, walk.sums.bias + counted)
-    return dx[0], Walk(window[1:], dx[1:], sums)
+    return dx[0], Walk((walk.window + (x,))[1:], dx[1:], sums)
 
 
 @triton.jit
@@ -181,13 +183,59 @@ def masked_step(
 
 
 @triton.jit
-def next_token_in(segments, step, chunk, C: tl.constexpr):
-    """`next_token` for one that may lie behind the row's end.
+def next_token_in(segments, number, step, chunk, C: tl.constexpr):
+    """`next_token` for the chunk's token `step`, which may lie behind the row's end.
 
     There stands another row's id, or nothing: the row's last id is read again.
     """
     last = chunk.length - chunk.first - 1
-    return next_token(segments, tl.minimum(last - step, 0), C)
+    return next_token(segments, number + tl.minimum(last - step, 0), C)
+
+
+@triton.jit
+def finish_chunk(
+    x_ptr,
+    dy,
+    dx_ptrs,
+    dslot,
+    segments,
+    walk,
+    filter,
+    done,
+    chunk,
+    block,
+    C: tl.constexpr,
+):
+    """The rest of `backward_chunk`, after `done` of the chunk's dx, one row at a time.
+
+    Args:
+        x_ptr: scalar pointer to the next row of x that comes in.
+        dy: `Rows`, the first one that of the same token.
+        dx_ptrs: to the next row of dx that goes out.
+    """
+    W: tl.constexpr = C.W
+    mask = block.cols < block.limit
+    dy_ptr = dy.ptr
+    for i in range(done, chunk.rows):
+        step = i + (W - 1)
+        if segments is not None:
+            segments = next_token_in(segments, 0, step, chunk, C)
+        dx, walk = masked_step(
+            x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C
+        )
+        if dslot is not None:
+            token = chunk.first + i
+            row = token - dslot.end + C.L
+            copied = (token >= dslot.start) & (token < dslot.end) & (row >= 0)
+            from_slot = load_plain(dslot.ptr + row * C.D, only_if(copied, block))
+            dx += from_slot.to(tl.float32)
+        tl.store(dx_ptrs, dx.to(dx_ptrs.dtype.element_ty), mask=mask)
+        x_ptr += C.X
+        dy_ptr += dy.stride
+        dx_ptrs += C.D
+        if segments is not None:
+            segments = count_from(segments, 1)
+    return walk.sums
 
 
 @triton.jit
@@ -226,7 +274,7 @@ def backward_chunk(
     X: tl.constexpr = C.X
     D: tl.constexpr = C.D
     GROUP: tl.constexpr = C.GROUP
-    cols = columns(block, C)
+    cols = block.cols
     mask = cols < block.limit
     zeros = tl.full([C.BLOCK_N], 0, tl.float32)
     pending = ()
@@ -238,7 +286,7 @@ def backward_chunk(
 
     for s in tl.static_range(W - 1):
         if segments is not None:
-            segments = next_token_in(segments, s, chunk, C)
+            segments = next_token_in(segments, s, s, chunk, C)
         dx, walk = masked_step(
             x_ptr + s * X,
             dy_ptr + s * dy.stride,
@@ -254,6 +302,8 @@ def backward_chunk(
         tl.store(dhistory_ptr + s * D + cols, dx, mask=cols < before)
     x_ptr += (W - 1) * X
     dy_ptr += (W - 1) * dy.stride
+    if segments is not None:
+        segments = count_from(segments, W - 1)
 
     # Whole groups of the chunk's own tokens, of none of which the slot holds a copy,
     # need no masks; the next group's loads are in flight meanwhile.
@@ -274,7 +324,7 @@ def backward_chunk(
         dxs = ()
         for g in tl.static_range(GROUP):
             if segments is not None:
-                segments = next_token(segments, 0, C)
+                segments = next_token(segments, g, C)
             x, dy_row = widen(xs[g], C), widen(dys[g], C)
             dx, walk = backward_row(x, dy_row, walk, filter, segments, None, None, C)
             dxs = dxs + (dx,)
@@ -283,32 +333,28 @@ def backward_chunk(
         xs = next_xs
         dys = next_dys
         dx_ptrs += GROUP * D
-
-    for i in range(groups * GROUP, chunk.rows):
-        step = i + (W - 1)
         if segments is not None:
-            segments = next_token_in(segments, step, chunk, C)
-        dx, walk = masked_step(
-            x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C
-        )
-        if dslot is not None:
-            token = chunk.first + i
-            row = token - dslot.end + C.L
-            copied = (token >= dslot.start) & (token < dslot.end) & (row >= 0)
-            from_slot = load_plain(dslot.ptr + row * D, only_if(copied, block), C)
-            dx += from_slot.to(tl.float32)
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        x_ptr += X
-        dy_ptr += dy.stride
-        dx_ptrs += D
-    return walk.sums
+            segments = count_from(segments, GROUP)
+
+    dy = Rows(dy_ptr, dy.stride)
+    done = groups * GROUP
+    return finish_chunk(
+        x_ptr, dy, dx_ptrs, dslot, segments, walk, filter, done, chunk, block, C
+    )
+
+
+@triton.jit
+def partial_rows(outputs, program, C: tl.constexpr):
+    """A program's own W+1 rows of `partial`."""
+    before = program.to(tl.int64) * ((C.W + 1) * C.D)
+    return Rows(outputs.partial + before, C.D)
 
 
 @triton.jit
 def store_sums(partial, sums, block, C: tl.constexpr):
-    """Writes a program's sums to its own W+1 rows of `partial`."""
+    """Writes a program's sums to its rows of `partial`."""
     W: tl.constexpr = C.W
-    cols = columns(block, C)
+    cols = block.cols
     mask = cols < block.limit
     ptrs = partial.ptr + cols
     for k in tl.static_range(W):
@@ -331,11 +377,7 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
     rows = tl.minimum(inputs.block_m, row_len - first)
     token = row.to(tl.int64) * row_len + first
     history_rows = row.to(tl.int64) * ((C.W - 1) * C.D)
-    x_ptr = inputs.x + C.OFFSET + token * C.X
-    dx_ptr = outputs.dx + token * C.D
     dhistory_ptr = outputs.dhistory + history_rows
-    sums_of_program = program.to(tl.int64) * ((C.W + 1) * C.D)
-    partial = Rows(outputs.partial + sums_of_program, C.D)
 
     live = row >= 0
     if inputs.live is not None:
@@ -350,6 +392,7 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
                 end = tl.load(inputs.state_end + row)
             dslot = SlotRows(inputs.dslots + row.to(tl.int64) * (C.L * C.D), start, end)
         filter = load_filter(inputs.weight, inputs.bias, block, C)
+        x_ptr = inputs.x + C.OFFSET + token * C.X
         history_ptr = inputs.history + history_rows
         window = load_window(x_ptr, history_ptr, first, C.W - 1, block, C)
         segments = None
@@ -358,7 +401,7 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
         sums = backward_chunk(
             x_ptr,
             Rows(dy.ptr + token * dy.stride, dy.stride),
-            dx_ptr,
+            outputs.dx + token * C.D,
             dhistory_ptr,
             dslot,
             segments,
@@ -368,12 +411,12 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
             block,
             C,
         )
-        store_sums(partial, sums, block, C)
+        store_sums(partial_rows(outputs, program, C), sums, block, C)
     else:
-        zero_rows(Rows(dx_ptr, C.D), rows, block, C)
+        zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block, C)
         if first == 0:
             zero_rows(Rows(dhistory_ptr, C.D), C.W - 1, block, C)
-        zero_rows(partial, C.W + 1, block, C)
+        zero_rows(partial_rows(outputs, program, C), C.W + 1, block, C)
 
 
 # The same on the grid of the packed forward: program -> (sequence, chunk) through the
@@ -386,8 +429,7 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
     num_seqs = inputs.num_seqs
     block_m = inputs.block_m
     offsets = Offsets(inputs.query_start_loc, inputs.num_tokens, num_seqs)
-    sums_of_program = program.to(tl.int64) * ((C.W + 1) * C.D)
-    partial = Rows(outputs.partial + sums_of_program, C.D)
+    partial = partial_rows(outputs, program, C)
     zero_rows(partial, C.W + 1, block, C)
 
     seq = tl.load(inputs.chunk_seq + program)
@@ -403,7 +445,6 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
             first = chunk * block_m
             rows = tl.minimum(block_m, length - first)
             token = start.to(tl.int64) + first
-            dx_ptr = outputs.dx + token * C.D
             if tl.load(inputs.live + seq) != 0:
                 filter = load_filter(inputs.weight, inputs.bias, block, C)
                 x_ptr = inputs.x + C.OFFSET + token * C.X
@@ -417,7 +458,7 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
                 sums = backward_chunk(
                     x_ptr,
                     Rows(dy.ptr + token * dy.stride, dy.stride),
-                    dx_ptr,
+                    outputs.dx + token * C.D,
                     outputs.dhistory + history_rows,
                     dslot,
                     None,
@@ -430,4 +471,4 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
                 tl.debug_barrier()  # behind the zeros above
                 store_sums(partial, sums, block, C)
             else:
-                zero_rows(Rows(dx_ptr, C.D), rows, block, C)
+                zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block, C)

@@ -20,11 +20,13 @@ def call(launch: Launch, *, compute_capability: int) -> tuple[jax.Array, ...]:
     """Runs a launch on a CUDA device of a compute capability, such as 90."""
     inputs, results = list(leaves(launch.inputs)), list(leaves(launch.outputs))
     options: dict[str, Any] = {}
-    if launch.in_place is not None:
-        at = position(launch.inputs, launch.in_place)
-        options["input_output_aliases"] = {at: len(results)}
-        updated = inputs[at]
-        results.append(jax.ShapeDtypeStruct(updated.shape, updated.dtype))
+    aliases = {}
+    for name in launch.in_place:
+        at = position(launch.inputs, name)
+        aliases[at] = len(results)
+        results.append(jax.ShapeDtypeStruct(inputs[at].shape, inputs[at].dtype))
+    if aliases:
+        options["input_output_aliases"] = aliases
     if compat.jax_triton_has_backend_options():
         backend: dict[str, Any] = {"enable_fp_fusion": True}
         if (ptx_version := _PTX_VERSION.get(compute_capability)) is not None:
@@ -32,7 +34,7 @@ def call(launch: Launch, *, compute_capability: int) -> tuple[jax.Array, ...]:
         options.update(out_type=tuple(results), backend_options=backend)
     else:
         options.update(out_shape=tuple(results), enable_fp_fusion=True)
-    spare = launch.in_place is not None and compat.jax_triton_passes_updated_twice()
+    spare = len(aliases) if compat.jax_triton_passes_updated_twice() else 0
     options.update(
         kernel=entry(launch.kernel, launch.inputs, launch.outputs, spare),
         grid=launch.grid,

@@ -71,10 +71,12 @@ class Block(NamedTuple):
     Attributes:
         first: the first of C.BLOCK_N channels.
         limit: those from here on are not the program's: D, or where a part ends.
+        cols: all of them, `[C.BLOCK_N]`.
     """
 
     first: Any
     limit: Any
+    cols: Any
 
 
 class Rows(NamedTuple):
@@ -105,7 +107,7 @@ class Segments(NamedTuple):
     """Where a walk over the tokens of a row stands among its documents.
 
     Attributes:
-        ptr: to the segment id of the next token.
+        ptr: to the segment id of a token, from which the next ones are counted.
         last: the segment id of the last token.
         visible: how many tokens before the last one are of its run, at most W-1.
     """
@@ -158,26 +160,21 @@ def channel_block(parts, C: tl.constexpr):
         limit = tl.where(here, channels + SPLIT[i], limit)
         ptr = tl.where(here, parts[i] - channels, ptr)
         stride = tl.where(here, SPLIT[i], stride)
-    return Block(first, limit), Rows(ptr, stride.to(tl.int64))
-
-
-@triton.jit
-def columns(block, C: tl.constexpr):
-    """The channels of a block, `[BLOCK_N]`; those below `block.limit` are its own."""
-    return block.first + tl.arange(0, C.BLOCK_N)
+    cols = first + tl.arange(0, C.BLOCK_N)
+    return Block(first, limit, cols), Rows(ptr, stride.to(tl.int64))
 
 
 @triton.jit
 def only_if(condition, block):
     """The block, or one that has no channels."""
-    return Block(block.first, tl.where(condition, block.limit, 0))
+    return Block(block.first, tl.where(condition, block.limit, 0), block.cols)
 
 
 @triton.jit
-def load_plain(row_ptr, block, C: tl.constexpr):
+def load_plain(row_ptr, block):
     """The channels of a row; zeros for those that are not the block's."""
-    cols = columns(block, C)
-    return tl.load(row_ptr + cols, mask=cols < block.limit, other=0.0)
+    mask = block.cols < block.limit
+    return tl.load(row_ptr + block.cols, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -191,7 +188,7 @@ def load_row(row_ptr, block, C: tl.constexpr):
         word_ptr = row_ptr.to(tl.pointer_type(tl.int32))
         return tl.load(word_ptr + words, mask=words < block.limit // 2, other=0)
     else:
-        return load_plain(row_ptr, block, C)
+        return load_plain(row_ptr, block)
 
 
 @triton.jit
@@ -226,7 +223,7 @@ def load_filter(weight_ptr, bias_ptr, block, C: tl.constexpr):
     W: tl.constexpr = C.W
     BITS: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
     INT: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
-    cols = columns(block, C)
+    cols = block.cols
     mask = cols < block.limit
     taps = ()
     if (W * BITS) % 64 == 0:
@@ -269,62 +266,58 @@ def segments_before(ptr, first, C: tl.constexpr):
 
 
 @triton.jit
-def next_token(segments, offset, C: tl.constexpr):
-    """The `Segments` one token later, whose id is `offset` from where it should be."""
-    segment = tl.load(segments.ptr + offset)
-    visible = tl.minimum(segments.visible + 1, C.W - 1)
-    visible = tl.where(segment == segments.last, visible, 0)
-    return Segments(segments.ptr + 1, segment, visible)
+def next_token(segments, number, C: tl.constexpr):
+    """The `Segments` one token later; that token has this number from `ptr` on."""
+    segment = tl.load(segments.ptr + number)
+    same = segment == segments.last
+    visible = tl.where(same, tl.minimum(segments.visible + 1, C.W - 1), 0)
+    return Segments(segments.ptr, segment, visible)
 
 
 @triton.jit
-def reach(segments):
-    """How many tokens back the last token sees; -1 if it is padding and sees none."""
-    return tl.where(segments.last >= 0, segments.visible, -1)
+def count_from(segments, number):
+    """The same `Segments`; tokens are counted from the one of this number on."""
+    return Segments(segments.ptr + number, segments.last, segments.visible)
 
 
 @triton.jit
-def within_reach(window, segments, C: tl.constexpr):
-    """The window with rows that its last token must not see replaced by zeros.
-
-    Args:
-        window: W rows.
-        segments: as of the last of them; None if it sees them all.
-    """
+def within_reach(window, reach, C: tl.constexpr):
+    """The W-1 rows before a token, those further back than `reach` tokens as zeros."""
     W: tl.constexpr = C.W
-    if segments is not None:
-        rows = ()
-        for k in tl.static_range(W):
-            seen = reach(segments) >= W - 1 - k
-            rows = rows + (tl.where(seen, window[k], 0.0),)
-        return rows
-    else:
-        return window
+    rows = ()
+    for k in tl.static_range(W - 1):
+        rows = rows + (tl.where(reach >= W - 1 - k, window[k], 0.0),)
+    return rows
 
 
 @triton.jit
-def preactivation(window, filter, C: tl.constexpr):
-    """`bias + Σ_k taps[k] · window[k]` in float32."""
+def preactivation(rows, filter, C: tl.constexpr):
+    """`bias + Σ_k taps[k] · rows[k]` in float32."""
     W: tl.constexpr = C.W
     z = filter.bias
     for k in tl.static_range(W):
-        z = tl.fma(window[k], filter.taps[k], z)
+        z = tl.fma(rows[k], filter.taps[k], z)
     return z
 
 
 @triton.jit
-def filter_row(window, filter, segments, C: tl.constexpr):
-    """One row of output in float32, of a window of W rows; zeros for padding."""
-    y = activate(preactivation(within_reach(window, segments, C), filter, C), C)
+def filter_row(window, x, filter, segments, C: tl.constexpr):
+    """One row of output in float32; zeros for padding.
+
+    Args:
+        window: the W-1 float32 rows before row x, oldest first.
+        segments: as of this row, or None.
+    """
     if segments is not None:
-        y = tl.where(reach(segments) >= 0, y, 0.0)
+        window = within_reach(window, segments.visible, C)
+    y = activate(preactivation(window + (x,), filter, C), C)
+    if segments is not None:
+        y = tl.where(segments.last >= 0, y, 0.0)
     return y
 
 
 @triton.jit
-def convolve_rows(
-    row_ptr, out, window, filter, segments, rows, block, C: tl.constexpr
-):
+def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.constexpr):
     """Filters `rows` consecutive rows, the window rolling in registers.
 
     Each element of x is loaded and converted once. Whole groups of GROUP rows first,
@@ -342,7 +335,7 @@ def convolve_rows(
     """
     X: tl.constexpr = C.X
     GROUP: tl.constexpr = C.GROUP
-    cols = columns(block, C)
+    cols = block.cols
     mask = cols < block.limit
     out_ptrs = out.ptr + cols
     if GROUP > 1:
@@ -352,36 +345,40 @@ def convolve_rows(
             row_ptr += GROUP * X
             ahead = load_rows(row_ptr, X, i + 1 < groups, block, C)
             for g in tl.static_range(GROUP):
-                window = window + (widen(fresh[g], C),)
+                x = widen(fresh[g], C)
                 if segments is not None:
-                    segments = next_token(segments, 0, C)
-                y = filter_row(window, filter, segments, C)
+                    segments = next_token(segments, g, C)
+                y = filter_row(window, x, filter, segments, C)
                 y = y.to(out.ptr.dtype.element_ty)
                 tl.store(out_ptrs + g * out.stride, y, mask=mask)
-                window = window[1:]
+                window = (window + (x,))[1:]
             fresh = ahead
             out_ptrs += GROUP * out.stride
+            if segments is not None:
+                segments = count_from(segments, GROUP)
     # One row ahead here, too: the first is asked for together with the window.
     rest = rows % GROUP if GROUP > 1 else rows
-    x = load_row(row_ptr, only_if(rest > 0, block), C)
+    fresh_row = load_row(row_ptr, only_if(rest > 0, block), C)
     for i in range(rest):
         row_ptr += X
-        ahead = load_row(row_ptr, only_if(i + 1 < rest, block), C)
-        window = window + (widen(x, C),)
+        ahead_row = load_row(row_ptr, only_if(i + 1 < rest, block), C)
+        x = widen(fresh_row, C)
         if segments is not None:
             segments = next_token(segments, 0, C)
-        y = filter_row(window, filter, segments, C)
+        y = filter_row(window, x, filter, segments, C)
         tl.store(out_ptrs, y.to(out.ptr.dtype.element_ty), mask=mask)
-        window = window[1:]
-        x = ahead
+        window = (window + (x,))[1:]
+        fresh_row = ahead_row
         out_ptrs += out.stride
+        if segments is not None:
+            segments = count_from(segments, 1)
     return window
 
 
 @triton.jit
 def zero_rows(out, rows, block, C: tl.constexpr):
     """Writes zeros to the first `rows` of `out`."""
-    cols = columns(block, C)
+    cols = block.cols
     out_ptrs = out.ptr + cols
     zeros = tl.full(cols.shape, 0, out.ptr.dtype.element_ty)
     for _ in range(rows):
@@ -413,11 +410,11 @@ def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
         elif slot_ptr.dtype == x_ptr.dtype:
             ptr = tl.where(first > 0, x_ptr - back * C.X, slot_ptr + row * C.D)
             limit = tl.where(first > 0, block.limit, from_slot.limit)
-            raw = load_row(ptr, Block(block.first, limit), C)
+            raw = load_row(ptr, Block(block.first, limit, block.cols), C)
             window = window + (widen(raw, C),)
         else:
             x = load_row(x_ptr - back * C.X, from_x, C)
-            old = load_plain(slot_ptr + row * C.D, from_slot, C).to(tl.float32)
+            old = load_plain(slot_ptr + row * C.D, from_slot).to(tl.float32)
             window = window + (tl.where(first > 0, widen(x, C), old),)
     return window
 
@@ -431,7 +428,7 @@ def store_window(slot_ptr, window, block, C: tl.constexpr):
     bfloat16 goes back by its bits: rounding could change the payload of a NaN.
     """
     W: tl.constexpr = C.W
-    cols = columns(block, C)
+    cols = block.cols
     if C.WARPS > 1:
         tl.debug_barrier()
     for k in tl.static_range(W - 1):
@@ -529,7 +526,7 @@ def zero_uncovered(out, offsets, chunk, block_m, block, C: tl.constexpr):
         if chunk <= (uncovered - 1) // block_m:
             first = chunk * block_m
             last = tl.minimum(first + block_m, uncovered)
-            cols = columns(block, C)
+            cols = block.cols
             zeros = tl.full(cols.shape, 0, out.ptr.dtype.element_ty)
             for i in range(first, last):
                 token = tl.where(i < head, i, tail + (i - head))

@@ -21,7 +21,7 @@ Form = None | int
 _ONE = 0
 
 
-def leaves(record: NamedTuple) -> Iterator[Any]:
+def leaves(record: Iterable[Any]) -> Iterator[Any]:
     """What is present in a record, in order: a field that is a tuple in its parts."""
     for field in record:
         if isinstance(field, tuple):
@@ -30,9 +30,14 @@ def leaves(record: NamedTuple) -> Iterator[Any]:
             yield field
 
 
-def replaced(record: Any, arrays: Iterable[Any]) -> Any:
-    """The record with `arrays` in the place of its leaves that are no ints."""
-    rest = iter(arrays)
+def arrays(record: Any) -> list[Any]:
+    """The leaves that are no numbers."""
+    return [leaf for leaf in leaves(record) if not isinstance(leaf, int)]
+
+
+def replaced(record: Any, others: Iterable[Any]) -> Any:
+    """The record with `others` in the place of its `arrays`."""
+    rest = iter(others)
 
     def of(field: Any) -> Any:
         if isinstance(field, tuple):
@@ -48,15 +53,15 @@ def position(record: NamedTuple, name: str) -> int:
     return len(list(leaves(record[:before])))
 
 
-def entry(kernel: Any, inputs: NamedTuple, outputs: NamedTuple, spare: bool) -> Any:
-    """A Triton function `(*leaves(inputs), *leaves(outputs), [spare], C)`.
+def entry(kernel: Any, inputs: NamedTuple, outputs: NamedTuple, spare: int) -> Any:
+    """A Triton function `(*leaves(inputs), *leaves(outputs), [*spares], C)`.
 
     It is made once for each kernel and form of the records, and has the kernel's name.
 
     Args:
         kernel: a Triton function `(inputs, outputs, C)`.
         inputs, outputs: records with anything in the place of the pointers.
-        spare: whether one more pointer follows, which nobody reads.
+        spare: how many more pointers follow, which nobody reads.
     """
     return _entry(
         kernel, type(inputs), _form(inputs), type(outputs), _form(outputs), spare
@@ -77,7 +82,7 @@ def _entry(
     input_form: tuple[Form, ...],
     outputs: type,
     output_form: tuple[Form, ...],
-    spare: bool,
+    spare: int,
 ) -> Any:
     name = kernel.fn.__name__
     parameters: list[str] = []
@@ -85,7 +90,7 @@ def _entry(
         _construction("Inputs", inputs, input_form, parameters),
         _construction("Outputs", outputs, output_form, parameters),
     ]
-    parameters += ["spare"] * spare
+    parameters += [f"spare_{i}" for i in range(spare)]
     source = (
         f"def {name}({', '.join(parameters)}, C: tl.constexpr):\n"
         f"    kernel({', '.join(records)}, C)\n"
@@ -95,7 +100,7 @@ def _entry(
 
 
 def _construction(
-    name: str, record: type, form: tuple[Form, ...], parameters: list[str]
+    name: str, record: Any, form: tuple[Form, ...], parameters: list[str]
 ) -> str:
     """The call that makes a record of parameters, which it adds to the list."""
     fields = []
@@ -119,5 +124,5 @@ def _compiled(
     filename = f"<{module}.{source.splitlines()[0].removeprefix('def ')}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     scope["__name__"] = module
-    exec(compile(source, filename, "exec"), scope)  # noqa: S102
+    exec(compile(source, filename, "exec"), scope)
     return scope[name]

@@ -27,7 +27,7 @@ from triton.runtime.interpreter import (
     interpreter_builder,
 )
 
-from .entry import entry, leaves, replaced
+from .entry import arrays, entry, leaves, replaced
 from .record import Launch
 
 _stock_patch_tensor = triton_interpreter._patch_lang_tensor
@@ -133,7 +133,7 @@ def run(launch: Launch, inputs: NamedTuple, outputs: NamedTuple) -> None:
         inputs, outputs: records like those of the launch, with NumPy arrays, which the
             programs write to.
     """
-    kernel = entry(launch.kernel, inputs, outputs, spare=False)
+    kernel = entry(launch.kernel, inputs, outputs, spare=0)
     fn = _interpreted(kernel)
     constants = dataclasses.replace(launch.constants, FAST=False)
     operands = [
@@ -151,21 +151,23 @@ def call(launch: Launch) -> tuple[jax.Array, ...]:
     Outputs are filled with NaN first, so that a row which no program writes shows.
     """
     # Parsed now: Python 3.11 may fail to in a device's thread.
-    _interpreted(entry(launch.kernel, launch.inputs, launch.outputs, spare=False))
-    arrays = [a for a in leaves(launch.inputs) if not isinstance(a, int)]
+    _interpreted(entry(launch.kernel, launch.inputs, launch.outputs, spare=0))
     results = list(leaves(launch.outputs))
-    if launch.in_place is not None:
-        updated = getattr(launch.inputs, launch.in_place)
+    first_updated = len(results)
+    for name in launch.in_place:
+        updated = getattr(launch.inputs, name)
         results.append(jax.ShapeDtypeStruct(updated.shape, updated.dtype))
 
     def host(*operands):
         inputs = replaced(launch.inputs, map(np.ascontiguousarray, operands))
         fresh = [np.full(out.shape, np.nan, out.dtype) for out in results]
         outputs = replaced(launch.outputs, fresh)
-        if launch.in_place is not None:
-            fresh[-1][...] = getattr(inputs, launch.in_place)
-            inputs = inputs._replace(**{launch.in_place: fresh[-1]})
+        updated = dict(zip(launch.in_place, fresh[first_updated:], strict=True))
+        for name, buffer in updated.items():
+            buffer[...] = getattr(inputs, name)
+        inputs = inputs._replace(**updated)
         run(launch, inputs, outputs)
         return tuple(fresh)
 
-    return jax.pure_callback(host, tuple(results), *arrays, vmap_method="sequential")
+    operands = arrays(launch.inputs)
+    return jax.pure_callback(host, tuple(results), *operands, vmap_method="sequential")

@@ -157,7 +157,7 @@ def packed(
         grid=table.chunk_seq.shape[0] * constants.COL_BLOCKS,
         num_warps=tiles.num_warps,
         constants=constants,
-        in_place="states",
+        in_place=("states",),
     )
     return *_apart(out, spec.columns), states
 
@@ -180,7 +180,7 @@ def update(
         grid=batch * constants.COL_BLOCKS,
         num_warps=tiles.num_warps,
         constants=constants,
-        in_place="states",
+        in_place=("states",),
     )
     return *_apart(out, spec.columns), states
 

@@ -129,17 +129,17 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
             row_ptr = inputs.x + C.OFFSET + found.start.to(tl.int64) * C.X
             token = (found.start + first).to(tl.int64)
             out = Rows(out.ptr + token * out.stride, out.stride)
-            slot = found.slot
+            slot, history = found.slot, found.history
             if (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID):
                 slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
                 first_ptr = row_ptr + first.to(tl.int64) * C.X
-                window = load_window(first_ptr, slot_ptr, first, found.history, block, C)
+                window = load_window(first_ptr, slot_ptr, first, history, block, C)
                 window = convolve_rows(
                     first_ptr, out, window, filter, None, rows, block, C
                 )
                 if C.WINDOW_IS_SLOT and (chunk == 0) & (length <= block_m):
                     store_window(slot_ptr, window, block, C)
                 elif chunk == 0:
-                    roll_slot(row_ptr, slot_ptr, length, found.history, block, C)
+                    roll_slot(row_ptr, slot_ptr, length, history, block, C)
             else:
                 zero_rows(out, rows, block, C)

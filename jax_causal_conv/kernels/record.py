@@ -21,7 +21,7 @@ class Launch:
         grid: number of programs.
         num_warps: warps a program.
         constants: what is static, a frozen dataclass; see `Constants`.
-        in_place: the field of `inputs` that the kernel updates in place, if any.
+        in_place: the fields of `inputs`, arrays, that the kernel updates in place.
         num_stages: of Triton's software pipelining.
     """
 
@@ -31,12 +31,12 @@ class Launch:
     grid: int
     num_warps: int
     constants: Any
-    in_place: str | None = None
+    in_place: tuple[str, ...] = ()
     num_stages: int = 1
 
 
 Call = Callable[[Launch], Sequence[jax.Array]]
-"""Runs a launch; returns its outputs, in order, then the updated input if any."""
+"""Runs a launch; returns its outputs, in order, then the updated inputs."""
 
 Launches = Generator[Launch, Sequence[jax.Array], _Results]
 """Yields launches, is sent what `Call` returns of each, and returns an op's results."""
@@ -44,7 +44,7 @@ Launches = Generator[Launch, Sequence[jax.Array], _Results]
 
 def run(launches: Launches[_Results], call: Call) -> _Results:
     """Runs all launches of an op through `call`; returns the op's results."""
-    outputs = None
+    outputs: Any = None  # what a generator is sent first
     while True:
         try:
             launch = launches.send(outputs)

@@ -1,6 +1,6 @@
 """Device functions shared by the kernels of the state-space duality. No JAX here.
 
-Conventions: `C` is the launch's record of constants (`ssd_record.SSDConstants`).
+Conventions: `C` is the launch's record of constants (`ssd_record.SsdConstants`).
 Letters as in `ssd_record`. Decays are powers of two: sums of dt·A are kept in units of
 log 2, since `exp2` is one instruction of a GPU.
 """
@@ -263,7 +263,7 @@ def add_tokens(state, x, weight, B, C: tl.constexpr):
 
 @triton.jit
 def load_prefill(inputs, number, C: tl.constexpr):
-    """A row of `SSDInputs.prefills`, of length 0 if a value is out of range."""
+    """A row of `SsdInputs.prefills`, of length 0 if a value is out of range."""
     row = inputs.prefills + number * 5
     begin = tl.load(row)
     length = tl.load(row + 1)

@@ -64,34 +64,41 @@ def _write_sums(inputs, outputs, chunk, block, C: tl.constexpr):
 
 @triton.jit
 def _write_weights(inputs, out, first, head, C: tl.constexpr):
-    """Weights of a stretch's tokens for the state at its end.
+    """Weights of a stretch's tokens for the state at its end, the last ones first.
 
     Returns:
         The exponent of the stretch's whole decay, float64, and where the last run in
         the stretch begins: -1 if there is none, 0 without segments.
     """
     size: tl.constexpr = C.STRETCH * C.CHUNK
-    lanes = tl.arange(0, C.STRETCH_BLOCK)
-    real = lanes < size
-    at = first.to(tl.int64) + lanes
-    dt = tl.load(inputs.dt + at * C.H + head, mask=real, other=0.0)
-    dt = step_size(dt, inputs.dt_bias, head, C)
+    BLOCK: tl.constexpr = C.SUM_BLOCK
+    blocks: tl.constexpr = (size + BLOCK - 1) // BLOCK
+    A = tl.load(inputs.A + head).to(tl.float64)
+    whole = A * 0.0
     last = first * 0
     if inputs.run_start is not None:
-        start = tl.load(inputs.run_start + at, mask=real, other=-1)
-        real = real & (start >= 0)
-        last = largest(start, 0)  # the latest run begins latest
-    A = tl.load(inputs.A + head).to(tl.float64)
-    dt, steps = exponents(tl.where(real, dt, 0.0), A)
-    whole = add_up(steps, 0)
-    after = (whole - running_sum(steps)).to(tl.float32)
-    tl.store(out + lanes, dt * tl.exp2(after), mask=lanes < size)
+        last = last - 1
+    for i in range(blocks):
+        lanes = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        inside = lanes < size
+        at = first.to(tl.int64) + lanes
+        dt = tl.load(inputs.dt + at * C.H + head, mask=inside, other=0.0)
+        dt = step_size(dt, inputs.dt_bias, head, C)
+        real = inside
+        if inputs.run_start is not None:
+            start = tl.load(inputs.run_start + at, mask=inside, other=-1)
+            real = start >= 0
+            last = tl.maximum(last, largest(start, 0))  # the latest run begins latest
+        dt, steps = exponents(tl.where(real, dt, 0.0), A)
+        whole += add_up(steps, 0)
+        after = (whole - running_sum(steps)).to(tl.float32)
+        tl.store(out + lanes, dt * tl.exp2(after), mask=inside)
     return whole, last
 
 
 @triton.jit
 def _write_stretch(inputs, outputs, number, head, block, C: tl.constexpr):
-    """What a stretch adds to the state, see `SSDOutputs.carried`."""
+    """What a stretch adds to the state, see `SsdOutputs.carried`."""
     prefill = tl.load(inputs.stretches + number * 2)
     place = tl.load(inputs.stretches + number * 2 + 1)
     exists = (prefill >= 0) & (prefill < inputs.num_prefills) & (place >= 0)

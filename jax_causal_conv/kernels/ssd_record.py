@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 
-class SSDInputs(NamedTuple):
+class SsdInputs(NamedTuple):
     """What a kernel of the op reads; None is what it does not need or nobody gave.
 
     Attributes:
@@ -16,7 +16,7 @@ class SSDInputs(NamedTuple):
         dt: `(T, H)`.
         A: `(H,)`.
         B, C: `(T, G, K)`.
-        D: `(H,)`, or `(H, P)` as `SSDConstants.D_BY_CHANNEL` says.
+        D: `(H,)`, or `(H, P)` as `SsdConstants.D_BY_CHANNEL` says.
         dt_bias: `(H,)`.
         states: `(S, H, P, K)`, where sequences start from; None is zeros. Those of a
             packed batch are updated in place.
@@ -39,7 +39,7 @@ class SSDInputs(NamedTuple):
         run_start: `(T,)` int32, the place in its row where a token's run begins, -1
             for padding; None without segments.
         y: what `prepare_kernel` has begun, and `chunks_kernel` completes in place.
-        sums, carried, forget: what `prepare_kernel` left, see `SSDOutputs`.
+        sums, carried, forget: what `prepare_kernel` left, see `SsdOutputs`.
         num_tokens, num_seqs, num_slots: T, N, S.
         num_prefills, num_chunks, num_stretches: J, M, Q.
     """
@@ -72,7 +72,7 @@ class SSDInputs(NamedTuple):
     num_stretches: Any = None
 
 
-class SSDOutputs(NamedTuple):
+class SsdOutputs(NamedTuple):
     """What a kernel of the op writes.
 
     Attributes:
@@ -102,11 +102,11 @@ class SSDOutputs(NamedTuple):
 
 DECODE = -1
 SKIP = -2
-"""In `SSDInputs.role`."""
+"""In `SsdInputs.role`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SSDConstants:
+class SsdConstants:
     """What is static about a launch of an SSD kernel, C to the kernels.
 
     Attributes:
@@ -122,9 +122,9 @@ class SSDConstants:
         SCAN: offsets that are looked at together, in `decode_kernel`.
         CHUNK: tokens of a chunk, c; a power of two from 16 on.
         STRETCH: chunks of a stretch; 0 without stretches.
-        STRETCH_BLOCK: tokens of a stretch rounded up to a power of two.
+        SUM_BLOCK: tokens of a stretch that are added up together, a power of two.
         H_BLOCK: heads whose sums a program makes.
-        SUMS: rows of `SSDOutputs.sums`; 5, but 4 where y has the 8 bits of bfloat16.
+        SUMS: rows of `SsdOutputs.sums`; 5, but 4 where y has the 8 bits of bfloat16.
         EXACT: are float32 operands of products kept whole?
         Y_PARTS, STATE_PARTS: terms of 8 bits that stand for a float32 in products for y
             and for the state, see `ssd_device.dot_left`.
@@ -148,7 +148,7 @@ class SSDConstants:
     SCAN: int = 0
     CHUNK: int = 0
     STRETCH: int = 0
-    STRETCH_BLOCK: int = 0
+    SUM_BLOCK: int = 0
     H_BLOCK: int = 0
     SUMS: int = 5
     EXACT: bool = True

@@ -8,7 +8,6 @@ import triton.language as tl
 from .device import (
     Rows,
     channel_block,
-    columns,
     convolve_rows,
     load_filter,
     load_plain,
@@ -46,7 +45,7 @@ def load_ring(slot_ptr, cursor, block, C: tl.constexpr):
     for k in tl.static_range(W - 1):
         row = cursor - (W - 1 - k)
         row = tl.where(row < 0, row + C.L, row)
-        window = window + (load_plain(slot_ptr + row * C.D, block, C).to(tl.float32),)
+        window = window + (load_plain(slot_ptr + row * C.D, block).to(tl.float32),)
     return window
 
 
@@ -59,7 +58,7 @@ def store_ring(row_ptr, slot_ptr, cursor, block, C: tl.constexpr):
     """
     KEPT: tl.constexpr = min(C.Q, C.L)
     tl.debug_barrier()
-    cols = columns(block, C)
+    cols = block.cols
     x_ptrs = row_ptr + (C.Q - KEPT) * C.X + cols
     for q in range(C.Q - KEPT, C.Q):
         x = tl.load(x_ptrs, mask=cols < block.limit, other=0.0)

@@ -295,7 +295,8 @@ def _through_xla(op: Op) -> tuple[Callable, Callable]:
 
     def backward(implementation, spec, operands, cotangents):
         del implementation
-        _, pull_back = jax.vjp(functools.partial(op.xla, spec), operands)
+        function = functools.partial(primitive.run, op, "xla", spec)
+        _, pull_back = jax.vjp(function, operands)
         return pull_back(tuple(cotangents))
 
     return forward, backward

@@ -161,7 +161,7 @@ def _sizes(dimensions: Sequence[Sequence[str]], arrays: Sequence[Any]) -> dict:
 
 
 def _sharding_rule(operands, results, avals) -> tuple[str, list[str], dict[str, int]]:
-    """The rule in Shardy's letters, its factors, and the sizes of those it needs.
+    """The rule in Shardy's letters, its factors, and the sizes that it does not show.
 
     Where a name has several sizes, heads and their groups say, a larger dimension is
     the least size times a factor that cannot be sharded.
@@ -185,7 +185,7 @@ def _sharding_rule(operands, results, avals) -> tuple[str, list[str], dict[str, 
                     continue
                 inner = f"in{size // least}{name.lower()}"
                 factors[inner] = None
-                needed |= {name: least, inner: size // least}
+                needed[inner] = size // least
                 dims.append(f"({name} {inner})")
             side.append(" ".join(dims))
         sides.append(", ".join(side))

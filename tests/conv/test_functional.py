@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.peers import cache_copies
+from benchmarks.programs import cache_copies
 from jax_causal_conv import (
     build_metadata,
     causal_conv1d_fn,

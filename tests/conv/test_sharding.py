@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_causal_conv import build_metadata
-from tests.support import checks, eight_devices, gpu_compiler
+from tests.support import checks, eight_devices, gpu_compiler, quick
 from tests.support.cases import FLOATS
 from tests.support.draws import ints
 from tests.support.gpu_compiler import CompiledProgram, Program
@@ -144,7 +144,8 @@ def compile_on(mesh, run, args, specs, donate=()):
     """(results, compiled program) of a jitted function of sharded arguments."""
     placed = place(mesh, args, specs)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(run, donate_argnums=donate).lower(*placed).compile()
+        lowered = jax.jit(run, donate_argnums=donate).lower(*placed)
+        compiled = lowered.compile(compiler_options=quick.options())
         results = compiled(*placed)
     caches = jax.tree.leaves([placed[i] for i in donate])
     cache_bytes = sum(

@@ -15,11 +15,15 @@ from jax_causal_conv.op.ops import (
     PACKED,
     PACKED_BACKWARD,
     ROWS_BACKWARD,
+    SSD,
+    SSD_PACKED,
     UPDATE,
 )
-from jax_causal_conv.operands import ConvSpec
+from jax_causal_conv.operands import ConvSpec, SSDSpec
 
 T, N, S, L, D, W, B, Q = 23, 5, 7, 6, 12, 4, 3, 2
+H, P, G, K = 6, 5, 3, 7
+CONV_OPS = tuple(op for op in OPS if op not in (SSD, SSD_PACKED))
 COLUMNS = (Columns(), Columns(5), Columns(split=(4, 8)), Columns(5, (4, 4, 4)))
 DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -87,9 +91,50 @@ def operands_of(op, x_dtype, state_dtype, columns, optional: bool):
     return type(op.dims)(**fields | {"x": x, "weight": weight, "bias": bias})
 
 
+def ssd_operands(op, x_dtype, state_dtype, optional: bool):
+    rows = (B, T) if op is SSD else (T,)
+    groups = array(*rows, G, K, dtype=x_dtype)
+    needed = {
+        "x": array(*rows, H, P, dtype=x_dtype),
+        "dt": array(*rows, H, dtype=jnp.float32),
+        "A": array(H, dtype=jnp.float32),
+        "B": groups,
+        "C": groups,
+    }
+    options = {
+        "D": array(H, P, dtype=jnp.float32),
+        "dt_bias": array(H, dtype=x_dtype),
+    }
+    if op is SSD:
+        options["states"] = array(B, H, P, K, dtype=state_dtype)
+        options["segment_ids"] = array(B, T)
+    else:
+        needed["states"] = array(S, H, P, K, dtype=state_dtype)
+        needed["query_start_loc"] = array(N + 1)
+        options["slots"] = array(N)
+        options["has_initial_state"] = array(N, dtype=jnp.bool_)
+    fields = dict.fromkeys(type(op.dims)._fields) | needed
+    return type(op.dims)(**fields | (options if optional else {}))
+
+
+def shapes(results):
+    return [(result.shape, result.dtype) for result in results]
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("op", [SSD, SSD_PACKED], ids=str)
+def test_results_of_the_ssd_have_the_shapes_that_the_record_says(op, optional):
+    for x_dtype, state_dtype in itertools.product(DTYPES, DTYPES):
+        operands = ssd_operands(op, x_dtype, state_dtype, optional)
+        for final in (False, True):
+            spec = SSDSpec(8, max_prefills=2 * optional, final_state=final)
+            done = jax.eval_shape(functools.partial(op.xla, spec), operands)
+            assert shapes(op.result_shapes(spec, operands)) == shapes(done)
+
+
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("columns", COLUMNS, ids=str)
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", CONV_OPS, ids=str)
 def test_results_have_the_shapes_that_the_record_says(op, columns, optional):
     for x_dtype, state_dtype in itertools.product(DTYPES, DTYPES):
         operands = operands_of(op, x_dtype, state_dtype, columns, optional)
@@ -98,19 +143,24 @@ def test_results_have_the_shapes_that_the_record_says(op, columns, optional):
             spec = ConvSpec("silu", columns, final_state_len=final_state_len)
             said = op.result_shapes(spec, operands)
             done = jax.eval_shape(functools.partial(op.xla, spec), operands)
-            assert [(r.shape, r.dtype) for r in said] == [
-                (r.shape, r.dtype) for r in done
-            ]
+            assert shapes(said) == shapes(done)
+
+
+def call_of(op):
+    """A spec and operands of any op, with all that is optional."""
+    if op in CONV_OPS:
+        spec = ConvSpec("silu", final_state_len=L if op is DENSE else None)
+        return spec, operands_of(op, *DTYPES, Columns(), optional=True)
+    return SSDSpec(8, final_state=True), ssd_operands(op, *DTYPES, optional=True)
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_every_dimension_has_a_name(op):
-    operands = operands_of(op, *DTYPES, Columns(), optional=True)
+    spec, operands = call_of(op)
     for name, arrays, dims in zip(op.dims._fields, operands, op.dims, strict=True):
         for leaf in jax.tree.leaves(arrays):
             (names,) = set(jax.tree.leaves(dims))
             assert len(names.split()) == leaf.ndim, name
-    spec = ConvSpec(final_state_len=L if op is DENSE else None)
     results = op.result_shapes(spec, operands)
     assert len(results) == len(op.result_dims)
     for dims, result in zip(op.result_dims, results, strict=True):
@@ -124,8 +174,8 @@ def test_tracing_for_kernels_runs_nothing_of_the_xla_implementation(op, monkeypa
     def must_not_run(*_):
         raise AssertionError("the XLA implementation ran")
 
-    operands = operands_of(op, *DTYPES, Columns(), optional=True)
+    spec, operands = call_of(op)
     monkeypatch.setitem(op.__dict__, "xla", must_not_run)
-    run = functools.partial(primitive.run, op, "triton", ConvSpec("silu"))
+    run = functools.partial(primitive.run, op, "triton", spec)
     results = jax.eval_shape(run, operands)
     assert results[0].shape == operands.x.shape

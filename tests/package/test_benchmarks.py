@@ -1,5 +1,6 @@
 """What benchmarks rest on: exact answers, checks first, failures as rows."""
 
+import ast
 import importlib
 import json
 import sys
@@ -10,14 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import peers, timing
-from benchmarks.peers import OURS, Absent
-from benchmarks.suites import Case, Options, calls_into, run_case
+from benchmarks import (
+    compare_sass,
+    imports,
+    machine_code,
+    peers,
+    programs,
+    ssd_peers,
+    timing,
+    tune,
+)
+from benchmarks.cases import OURS, Case, Options, run_case
+from benchmarks.compare_sass import Code, Key
+from benchmarks.imports import Absent
+from benchmarks.model_shapes import MODELS
+from benchmarks.ssd_workload import SsdWorkload
+from benchmarks.suites import calls_into
 from benchmarks.timing import Prepared
-from benchmarks.tune import Change, applied, changes
+from benchmarks.tune import Change, changes
 from benchmarks.workload import Workload, WrongResult
-from jax_causal_conv.kernels import tiles
-from tests.support import reference
+from tests.support import REPOSITORY, reference, ssd_reference
 
 MIXED = Workload("packed", (1, 7, 1, 12), 40, 3, "float32", slots=9)
 GRADIENT = Workload("gradient", (9, 9), 40, 3, "float32")
@@ -62,18 +75,70 @@ def test_candidates_of_jax_compute_the_workload(op):
     for candidate in peers.CANDIDATES[:3]:
         if candidate.takes(work):
             one = candidate.prepare(work, None)
-            assert work.error(one.view(one.call())) < 1e-4, candidate.name
+            errors = work.errors(one.view(one.call()))
+            assert max(errors.values()) < 1e-4, candidate.name
+            assert one.implementation == "XLA"
+
+
+SSD = {
+    "decode": SsdWorkload("ssd_packed", (1,) * 3, "float32", "float32", 4, 8, 8, 2),
+    "mixed": SsdWorkload("ssd_packed", (1, 1, 9, 5), "float32", "float32", 4, 8, 8, 2),
+    "rows": SsdWorkload("ssd_packed", (7, 7), "float32", "float32", 4, 8, 8, 2),
+    "dense": SsdWorkload("ssd", (7, 7), "float32", "float32", 4, 8, 8, 2),
+}
+
+
+@pytest.mark.parametrize("name", SSD)
+def test_expected_results_of_the_ssd_are_those_of_the_reference(name):
+    work = SSD[name]
+    arrays = [np.asarray(a, np.float64) for a in (work.x, work.dt, work.A)]
+    arrays[1] = np.logaddexp(0, arrays[1] + np.asarray(work.dt_bias, np.float64))
+    arrays += [np.asarray(a, np.float64) for a in (work.B, work.C, work.D)]
+    if work.op == "ssd":
+        rows = [
+            a.reshape(2, 7, *a.shape[1:]) if a.shape[0] == 14 else a for a in arrays
+        ]
+        y, _ = ssd_reference.ssd(*rows)
+        y, states = y.reshape(work.x.shape), None
+    else:
+        y, states = ssd_reference.ssd_packed(
+            *arrays,
+            np.asarray(work.states()),
+            work.offsets,
+            cache_indices=work.cache_indices,
+            has_initial_state=work.has_initial_state,
+        )
+    np.testing.assert_allclose(work.expected["y"], y[:, work.compared], atol=1e-9)
+    if states is not None:
+        left = states[work.cache_indices][:, work.compared]
+        np.testing.assert_allclose(work.expected["states"], left, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SSD)
+def test_the_ssd_computes_its_workload(name):
+    one = ssd_peers.ours(SSD[name], implementation="xla")
+    errors = SSD[name].errors(one.view(one.call()))
+    assert max(errors.values()) < 1e-6 and one.implementation == "XLA"
+    assert ("states" in errors) == ("unused" in errors) == (name != "dense")
+
+
+def test_the_bytes_of_the_ssd_are_counted():
+    state = 4 * 8 * 8 * 4
+    token = (2 * 4 * 8 + 4 + 2 * 2 * 8) * 4
+    assert SSD["decode"].nbytes == 3 * token + 6 * state
+    assert SSD["mixed"].nbytes == 16 * token + 6 * state
+    assert SSD["dense"].nbytes == 14 * token
 
 
 def test_a_wrong_result_is_found():
     got = {"out": MIXED.expected["out"].copy()}
-    assert MIXED.error(got) == 0
+    assert MIXED.errors(got) == {"out": 0}
     for wrong in (np.nan, 1.0):
         got["out"][3, 5] = MIXED.expected["out"][3, 5] + wrong
         with pytest.raises(WrongResult, match="out is off by"):
-            MIXED.error(got)
+            MIXED.errors(got)
     with pytest.raises(WrongResult, match="out is"):
-        MIXED.error({"out": got["out"][1:]})
+        MIXED.errors({"out": got["out"][1:]})
 
 
 def test_failing_peers_are_reported_and_the_others_timed():
@@ -133,26 +198,61 @@ def test_a_file_is_loaded_without_the_package_around_it(tmp_path):
     file.write_text(
         "from absent_package.deep.inside import ANSWER\nimport absent_package.x\n"
     )
-    with peers._stand_in("absent_package", {"ANSWER": 42}):
-        assert peers._import("kernels_of_a_peer", file).ANSWER == 42
+    with imports.stand_in("absent_package", {"ANSWER": 42}):
+        assert imports.load("kernels_of_a_peer", file).ANSWER == 42
     assert not any(name.startswith("absent_package") for name in sys.modules)
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("absent_package")
 
 
-def test_tiles_change_only_within():
-    before = tiles.choose(5376, 4, 3, 32, 2)
-    block_m = tiles.default_block_m(2048, 4)
-    with applied(Change(block_n=512, num_warps=2, block_m=128)):
-        from jax_causal_conv import build_metadata
+def test_files_of_a_package_are_loaded_and_the_rest_of_it_is_stood_in(tmp_path):
+    folder = tmp_path / "half_package" / "ops"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").write_text("raise ImportError('not to be run')")
+    (folder / "real.py").write_text("from half_package.rest import NAME\nX = NAME + 1")
+    with imports.stand_in("half_package", {"NAME": 1}, tmp_path):
+        assert imports.load("half_package.ops.real", tmp_path).X == 2
+    assert "half_package.ops.real" in sys.modules  # Triton looks kernels up there
+    assert "half_package.rest" not in sys.modules
 
-        within = tiles.choose(5376, 4, 3, 32, 2)
-        assert (within.block_n, within.num_warps) == (512, 2)
-        assert within.group == before.group
-        assert build_metadata(np.array([0, 2048]), 2048).block_m == 128
-    assert tiles.choose(5376, 4, 3, 32, 2) == before
-    assert tiles.default_block_m(2048, 4) == block_m
-    assert changes("prefill")[0] == Change()
+
+TUNED = {
+    "packed": Workload("packed", (1, 7, 1, 40), 40, 3, "float32", slots=9),
+    "update": Workload("update", (1,) * 4, 40, 3, "float32", slots=9),
+    "dense": Workload("dense", (40, 40), 40, 3, "float32"),
+    "gradient": Workload("gradient", (40, 40), 40, 3, "float32"),
+}
+
+
+@pytest.mark.parametrize("op", TUNED)
+def test_kernels_with_changed_tiles_compute_the_workload(op):
+    pytest.importorskip("triton")
+    interpreter = pytest.importorskip("jax_causal_conv.kernels.interpreter")
+    work, change = TUNED[op], Change(block_n=16, num_warps=2, block_m=8)
+    chosen = change.of(tune.default_tiles(work))
+    assert (chosen.block_n, chosen.block_m, chosen.num_warps) == (16, 8, 2)
+    launches = []
+
+    def call(launch):
+        launches.append(launch)
+        return interpreter.call(launch)
+
+    one = tune.prepared(work, chosen, call)
+    errors = work.errors(one.view(one.call()))
+    assert max(errors.values()) < 1e-4
+    assert {(launch.num_warps, launch.constants.BLOCK_N) for launch in launches} == {
+        (2, 16)
+    }
+
+
+def test_changed_tiles_are_compiled_without_a_gpu():
+    if reason := machine_code.missing_for_kernels():
+        pytest.skip(reason)
+    (model,) = [m for m in MODELS if m.name == "Mamba2-2.7B"]
+    assert changes("decode")[0] == Change()
+    found = tune.compile_change("decode", model, Change(block_n=256, num_warps=2))
+    assert "0 B spilled" in found
 
 
 def test_python_calls_into_a_folder_are_counted():
@@ -175,3 +275,57 @@ def test_results_are_written_and_drawn(tmp_path):
     cli._draw(result, tmp_path / "plots", console)
     drawn = {path.name for path in (tmp_path / "plots").iterdir()}
     assert drawn == {"metadata.png", "metadata.svg"}
+
+
+def test_benchmarks_import_neither_tests_nor_each_other_in_circles():
+    imported = {}
+    for path in (REPOSITORY / "benchmarks").glob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        assert not [name for name in found if name.split(".")[0] == "tests"], path
+        imported[f"benchmarks.{path.stem}"] = found - {f"benchmarks.{path.stem}"}
+    while leaves := {m for m, found in imported.items() if not found & set(imported)}:
+        for leaf in leaves:
+            del imported[leaf]
+    assert not imported, f"these import each other: {sorted(imported)}"
+
+
+def test_tables_say_whose_kernels_a_program_calls():
+    lowered = jax.jit(jnp.sin).lower(1.0)
+    assert programs.implementation(lowered) == "XLA"
+
+
+OLD = Code("k", 40, 0, 0, 0, 12.0, ("LDG R1, [c[0x0][0x210]]", "STG R1"))
+
+
+@pytest.mark.parametrize(
+    "new, verdict",
+    [
+        (OLD, "identical"),
+        (
+            replace(OLD, sass=("LDG R1, [c[0x0][0x218]]", "STG R1")),
+            "identical but for the order of its operands",
+        ),
+        (replace(OLD, sass=("STG R1",), registers=32), "no worse"),
+        (replace(OLD, sass=("STG R1",), registers=41), "WORSE: registers"),
+        (
+            replace(OLD, sass=("STG R1",), spills=8, per_output=12.5),
+            "WORSE: spilled, instr/output",
+        ),
+    ],
+)
+def test_machine_code_is_compared(new, verdict):
+    (line,) = compare_sass.compare(Key("packed", "model", 90), [OLD], [new])
+    assert line[-1] == verdict
+
+
+def test_a_kernel_that_is_missing_or_fails_is_worse():
+    key = Key("packed", "model", 90)
+    (line,) = compare_sass.compare(key, [OLD], "ImportError: no")
+    assert line[-1] == "WORSE: NEW ImportError: no"
+    _, line = compare_sass.compare(key, [OLD, OLD], [OLD])
+    assert line[-1] == "WORSE: a kernel in OLD alone"

@@ -17,7 +17,9 @@ FLOORS = (
     ("xla", "kernels"),
     ("op",),
     ("packed", "update", "dense", "states", "halo", "metadata", "mamba2.ssd"),
-    ("nnx", "linen", "mamba2"),
+    ("nnx_conv", "linen"),
+    ("mamba2",),
+    ("nnx",),
     ("__init__", "doctor", "__main__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 import jax_causal_conv
-from tests.support import reference
+from tests.support import quick, reference
 from tests.support.cases import Case, DenseShape, PackedShape
 
 SILU_SLOPE = 1.1  # the largest |d silu(y) / dy| is 1.0998
@@ -27,7 +27,7 @@ STATIC = ("activation", "pad_slot_id", "implementation", "return_final_state")
 def jitted(function):
     """One jitted version of a public op, shared by all tests of a process."""
     known = inspect.signature(function).parameters
-    return jax.jit(function, static_argnames=[n for n in STATIC if n in known])
+    return quick.jit(function, static_argnames=[n for n in STATIC if n in known])
 
 
 def to_host(tree):

@@ -182,9 +182,7 @@ def _parse_hlo(hlo: str) -> Iterator[Instruction]:
     for line in hlo.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             computation = header.group(1)
-        elif found := re.match(
-            r"\s+(?:REPOSITORY )?%?[\w.\-]+ = (.*?) ([a-z\-]+)\(", line
-        ):
+        elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+)\(", line):
             yield Instruction(
                 computation, found.group(2), _array_sizes(found.group(1)), line.strip()
             )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_causal_conv
-from tests.support import cases, checks, reference
+from tests.support import cases, checks, quick, reference
 from tests.support.cases import DenseShape, PackedShape, UpdateShape
 from tests.support.draws import draw_dense, draw_packed, draw_update, ints, offsets_of
 
@@ -57,7 +57,7 @@ def jitted_pullback(op, static):
         results, pullback = jax.vjp(run, floats)
         return results, pullback(cotangents)[0]
 
-    return jax.jit(pull)
+    return quick.jit(pull)
 
 
 def pull(case, cotangents, implementation, *, metadata=None):

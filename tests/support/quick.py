@@ -1,0 +1,37 @@
+"""`jax.jit` for sweeps over many shapes, which run each program a few times only.
+
+XLA:CPU then optimises machine code less, which takes a third of the time: the HLO that
+it optimises, and what that means, are the same. As users compile them, the ops run in
+the tests of donation, transformations, layers, meshes, exports and examples.
+"""
+
+import functools
+
+import jax
+
+from tests.support.platforms import ON_CPU
+
+LESS_WORK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_use_fusion_emitters": False,  # jax 0.11 has no such choice any more
+}
+
+
+@functools.cache
+def options() -> dict:
+    """Those of `LESS_WORK` that this XLA knows."""
+    known = {}
+    for name, value in LESS_WORK.items() if ON_CPU else ():
+        trial = jax.jit(lambda x: x + 1, compiler_options={name: value})
+        try:
+            trial.lower(1.0).compile()
+        except jax.errors.JaxRuntimeError:
+            continue
+        known[name] = value
+    return known
+
+
+def jit(function, **how):
+    """As `jax.jit`; not to be called from another jitted function."""
+    return jax.jit(function, **how, compiler_options=options())
