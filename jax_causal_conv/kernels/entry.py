@@ -30,9 +30,14 @@ def leaves(record: Iterable[Any]) -> Iterator[Any]:
             yield field
 
 
-def replaced(record: Any, arrays: Iterable[Any]) -> Any:
-    """The record with `arrays` in the place of its leaves that are no ints."""
-    rest = iter(arrays)
+def arrays(record: Any) -> list[Any]:
+    """The leaves that are no numbers."""
+    return [leaf for leaf in leaves(record) if not isinstance(leaf, int)]
+
+
+def replaced(record: Any, others: Iterable[Any]) -> Any:
+    """The record with `others` in the place of its `arrays`."""
+    rest = iter(others)
 
     def of(field: Any) -> Any:
         if isinstance(field, tuple):

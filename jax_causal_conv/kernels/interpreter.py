@@ -27,7 +27,7 @@ from triton.runtime.interpreter import (
     interpreter_builder,
 )
 
-from .entry import entry, leaves, replaced
+from .entry import arrays, entry, leaves, replaced
 from .record import Launch
 
 _stock_patch_tensor = triton_interpreter._patch_lang_tensor
@@ -152,7 +152,6 @@ def call(launch: Launch) -> tuple[jax.Array, ...]:
     """
     # Parsed now: Python 3.11 may fail to in a device's thread.
     _interpreted(entry(launch.kernel, launch.inputs, launch.outputs, spare=0))
-    arrays = [a for a in leaves(launch.inputs) if not isinstance(a, int)]
     results = list(leaves(launch.outputs))
     first_updated = len(results)
     for name in launch.in_place:
@@ -170,4 +169,5 @@ def call(launch: Launch) -> tuple[jax.Array, ...]:
         run(launch, inputs, outputs)
         return tuple(fresh)
 
-    return jax.pure_callback(host, tuple(results), *arrays, vmap_method="sequential")
+    operands = arrays(launch.inputs)
+    return jax.pure_callback(host, tuple(results), *operands, vmap_method="sequential")

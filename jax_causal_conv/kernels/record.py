@@ -44,9 +44,10 @@ Launches = Generator[Launch, Sequence[jax.Array], _Results]
 
 def run(launches: Launches[_Results], call: Call) -> _Results:
     """Runs all launches of an op through `call`; returns the op's results."""
-    try:
-        launch = next(launches)
-        while True:
-            launch = launches.send(call(launch))
-    except StopIteration as end:
-        return end.value
+    outputs: Any = None  # what a generator is sent first
+    while True:
+        try:
+            launch = launches.send(outputs)
+        except StopIteration as end:
+            return end.value
+        outputs = call(launch)

@@ -150,7 +150,8 @@ class Mamba2Mixer(nnx.Module):
         bias_init: of in_proj's bias; zeros, like all biases.
         out_bias_init: of out_proj's bias.
         conv_bias_init: of the conv's bias.
-        implementation: of the conv, as for `causal_conv1d_fn`.
+        precision: of the SSD's products, as for `ssd`.
+        implementation: of the conv and the SSD, as for `causal_conv1d_fn`.
         rngs: the stream `params` is used.
 
     Raises:
@@ -195,6 +196,7 @@ class Mamba2Mixer(nnx.Module):
         bias_init: Initializer = default_bias_init,
         out_bias_init: Initializer = default_bias_init,
         conv_bias_init: Initializer = default_bias_init,
+        precision: jax.lax.PrecisionLike = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -212,7 +214,10 @@ class Mamba2Mixer(nnx.Module):
         self.n_groups = n_groups
         self.num_shards = num_shards
         self.chunk_size = chunk_size
-        self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
+        self.dt_limit = checks.limits("dt_limit", dt_limit)
+        checks.exact_products(precision)
+        self.precision = precision
+        self.implementation = implementation
 
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.in_proj = nnx.Linear(
@@ -294,14 +299,14 @@ class Mamba2Mixer(nnx.Module):
             TypeError: a dtype is wrong.
             ValueError: a shape is wrong.
         """
-        z, operands, _ = self._ssd_operands(
+        z, arguments, _ = self._ssd_arguments(
             u,
             lambda xbc, **columns: (
                 self.conv(xbc, segment_ids=segment_ids, **columns),
                 None,
             ),
         )
-        y = ssd(*operands, segment_ids=segment_ids, chunk_size=self.chunk_size)
+        y = ssd(**arguments, segment_ids=segment_ids)
         return self._output(y, z)
 
     def packed(
@@ -350,18 +355,17 @@ class Mamba2Mixer(nnx.Module):
             "has_initial_state": has_initial_state,
             "pad_slot_id": pad_slot_id,
         }
-        z, operands, conv_states = self._ssd_operands(
+        z, arguments, conv_states = self._ssd_arguments(
             u,
             lambda xbc, **columns: self.conv.packed(
                 xbc, cache.conv, query_start_loc, metadata=metadata, **slots, **columns
             ),
         )
         y, ssm_states = ssd_packed(
-            *operands,
-            cache.ssm,
-            query_start_loc,
+            ssm_states=cache.ssm,
+            query_start_loc=query_start_loc,
             max_prefills=max_prefills,
-            chunk_size=self.chunk_size,
+            **arguments,
             **slots,
         )
         return self._output(y, z), Mamba2Cache(conv_states, ssm_states)
@@ -412,10 +416,10 @@ class Mamba2Mixer(nnx.Module):
             part.reshape(*rows, size) for part, size in zip(parts, sizes, strict=True)
         ]
 
-    def _ssd_operands(
+    def _ssd_arguments(
         self, u: ArrayLike, conv: Callable[..., tuple[Any, Any]]
-    ) -> tuple[jax.Array, tuple[Any, Any, Any, Any, Any, Any], Any]:
-        """Projects u, runs the conv, and prepares the operands of the SSD.
+    ) -> tuple[jax.Array, dict[str, Any], Any]:
+        """Projects u, runs the conv, and prepares the arguments of the SSD.
 
         Args:
             u: the mixer's input.
@@ -425,7 +429,8 @@ class Mamba2Mixer(nnx.Module):
                 return them: as three arrays, without a copy to cut them apart.
 
         Returns:
-            The gate z; x, dt, A, B, C, D as `ssd` takes them; `conv`'s second value.
+            The gate z; the arguments that `ssd` and `ssd_packed` share; `conv`'s second
+            value.
         """
         projected = self.in_proj(jnp.asarray(u))
         z, xbc, dt = self._split(projected, self._in_proj_sizes)
@@ -437,16 +442,21 @@ class Mamba2Mixer(nnx.Module):
             xbc, conv_states = conv(xbc)
             x, b, c = self._split(xbc, self._conv_sizes)
         rows = x.shape[:-1]
-        dt = jax.nn.softplus(_wide(dt) + _wide(self.dt_bias[...]))
-        operands = (
-            x.reshape(*rows, self.num_heads, self.headdim),
-            jnp.clip(dt, *self.dt_limit),
-            -jnp.exp(_wide(self.A_log[...])),
-            b.reshape(*rows, self.n_groups, self.d_state),
-            c.reshape(*rows, self.n_groups, self.d_state),
-            _wide(self.D[...]),
-        )
-        return z, operands, conv_states
+        arguments = {
+            "x": x.reshape(*rows, self.num_heads, self.headdim),
+            "dt": dt,
+            "A": -jnp.exp(_wide(self.A_log[...])),
+            "B": b.reshape(*rows, self.n_groups, self.d_state),
+            "C": c.reshape(*rows, self.n_groups, self.d_state),
+            "D": _wide(self.D[...]),
+            "dt_bias": _wide(self.dt_bias[...]),
+            "dt_softplus": True,
+            "dt_limit": self.dt_limit,
+            "chunk_size": self.chunk_size,
+            "precision": self.precision,
+            "implementation": self.implementation,
+        }
+        return z, arguments, conv_states
 
     def _output(self, y: Any, z: jax.Array) -> jax.Array:
         """The mixer's output from that of the SSD and the gate."""

@@ -41,6 +41,7 @@ class Block(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
+        precision: jax.lax.PrecisionLike,
         implementation: str | None,
         rngs: nnx.Rngs,
     ):
@@ -68,6 +69,7 @@ class Block(nnx.Module):
             norm_eps=config.norm_eps,
             dtype=dtype,
             param_dtype=param_dtype,
+            precision=precision,
             implementation=implementation,
             rngs=rngs,
         )
@@ -109,7 +111,8 @@ class Mamba2LM(nnx.Module):
         dtype: of the computation; None is `param_dtype`. Norms, step sizes and the
             scan compute in float32 in any case, logits come out in float32.
         param_dtype: of the parameters.
-        implementation: of the conv, as for `causal_conv1d_fn`.
+        precision: of the SSD's products, as for `ssd`.
+        implementation: of conv and SSD, as for `causal_conv1d_fn`.
         rngs: the stream `params` is used.
 
     Example:
@@ -127,6 +130,7 @@ class Mamba2LM(nnx.Module):
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -134,6 +138,7 @@ class Mamba2LM(nnx.Module):
         self.dtype = jnp.dtype(dtype or param_dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        ops: Any = {"precision": precision, "implementation": implementation}
         self.embed = nnx.Embed(
             config.vocab_size,
             config.d_model,
@@ -142,8 +147,7 @@ class Mamba2LM(nnx.Module):
             **dtypes,
         )
         self.layers = nnx.List(
-            Block(config, implementation=implementation, rngs=rngs, **dtypes)
-            for _ in range(config.n_layers)
+            Block(config, rngs=rngs, **dtypes, **ops) for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.d_model, epsilon=config.norm_eps, **dtypes)
         self.lm_head: nnx.Linear | None

@@ -240,9 +240,6 @@ def dense(spec: SSDSpec, operands: SSDOperands):
         cut(C),
     )
     chunks = _chunks(inputs)
-    if initial_state is None:
-        initial_state = jnp.zeros((rows, heads, dim, B.shape[-1]), wide)
-    state = _by_group(initial_state.astype(wide), groups, 1)
 
     def step(state, chunk):
         added, decay, through = chunk
@@ -252,16 +249,22 @@ def dense(spec: SSDSpec, operands: SSDOperands):
     through = None if runs is None else jnp.moveaxis(runs.through, 1, 0)
     added = jnp.moveaxis(_chunk_states(spec.exact, chunks, runs), 1, 0)
     decay = jnp.moveaxis(jnp.exp(chunks.total[..., -1]), 1, 0)
+    if initial_state is None:  # zeros that vary over a mesh as the states will
+        state = jnp.zeros_like(added[0])
+    else:
+        state = _by_group(initial_state.astype(wide), groups, 1)
     state, entering = lax.scan(step, state, (added, decay, through))
     y = _chunk_outputs(spec.exact, chunks, jnp.moveaxis(entering, 0, 1), runs)
     y = y.reshape(rows, count * size, heads, dim)[:, :length]
-    state = state.reshape(initial_state.shape)
+    state = state.reshape(rows, heads, dim, B.shape[-1])
     if D is not None:
         y = y + _past_the_state(D, x)
     if row_runs is not None:
         y, state = _put_back_nonfinite(y, state, nonfinite, row_runs.real)
     y = y.astype(dtype)
-    return (y, state.astype(initial_state.dtype)) if spec.final_state else (y,)
+    if not spec.final_state:
+        return (y,)
+    return y, state if initial_state is None else state.astype(initial_state.dtype)
 
 
 def _runs_of_chunks(row_runs: batch.Runs, size: int, count: int) -> _ChunkRuns:

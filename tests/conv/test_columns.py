@@ -18,7 +18,16 @@ import pytest
 import jax_causal_conv as jcc
 from benchmarks import machine_code
 from jax_causal_conv.columns import Columns
-from tests.support import checks, gpu_compiler
+from jax_causal_conv.op import ops
+from jax_causal_conv.operands import (
+    ConvSpec,
+    DenseOperands,
+    PackedBackwardOperands,
+    PackedOperands,
+    RowsBackwardOperands,
+    UpdateOperands,
+)
+from tests.support import checks, gpu_compiler, quick
 from tests.support.gpu_compiler import Program
 
 pytestmark = pytest.mark.xdist_group("columns")
@@ -98,7 +107,6 @@ CASES = [
     (dense, "odd"),
     (dense, "a single part"),
 ]
-QUICKLY = {"xla_backend_optimization_level": 0}  # half of the time to compile
 
 
 class Drawn:
@@ -158,8 +166,7 @@ def all_of(function, operands):
     cotangents = jax.tree.map(
         lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes
     )
-    compiled = jax.jit(run).lower(operands, cotangents).compile(QUICKLY)
-    return checks.to_host(compiled(operands, cotangents))
+    return checks.to_host(quick.jit(run)(operands, cotangents))
 
 
 def assert_equal(got, want, exact, what):
@@ -205,7 +212,7 @@ def test_vmap_equals_slices_around_the_plain_call(op, layout):
 
     def mapped(function):
         each = jax.vmap(lambda x, states: function(x, weight, bias, states))
-        return checks.to_host(jax.jit(each).lower(*batch).compile(QUICKLY)(*batch))
+        return checks.to_host(quick.jit(each)(*batch))
 
     got, want = mapped(drawn[0].call), mapped(drawn[0].around)
     assert_equal(got, want, False, "result")
@@ -229,7 +236,7 @@ def test_donated_states_are_not_copied(op):
 
 def test_exported_for_two_platforms():
     drawn = Drawn(update, "odd")
-    call = jax.jit(drawn.call)
+    call = quick.jit(drawn.call)
     platforms = ("cpu", "cuda") if gpu_compiler.missing_for_kernels() is None else None
     exported = jax.export.export(
         call,
@@ -325,7 +332,7 @@ def test_wrong_columns(op, change, error, fragments):
 
 
 def kernel_calls(before, behind):
-    """Launches of every kernel: (name, arguments, static arguments, columns)."""
+    """A call of every op of the conv: (op, columns, operands)."""
     rng = np.random.default_rng(4)
     split = (3, 130, 1)
     dim = sum(split)
@@ -339,42 +346,45 @@ def kernel_calls(before, behind):
 
     filters = normal(dim, WIDTH), normal(dim)
     states, history = normal(5, STATE_LEN, dim), normal(4, WIDTH - 1, dim)
-    slots = {"pad_slot_id": -1}
     live = np.array([True, False, True, True])
     dslots = normal(4, STATE_LEN, dim)
     packed_dy = tuple(normal(37, size) for size in split)
     rows_dy = tuple(normal(2, 25, size) for size in split)
     x = wide(37)
-    index = (OFFSETS, SLOTS, SEEN, REJECTED, None)
-    yield "packed", (x, *filters, states, *index), slots, columns
-    index = (None, SLOTS, REJECTED)
-    yield "update", (wide(4, 3), *filters, states, *index), slots, columns
-    index = (dslots, OFFSETS, live, None)
-    yield "packed_backward", (x, *filters, history, packed_dy, *index), {}, columns
+    index = OFFSETS, SLOTS, SEEN, REJECTED
+    yield ops.PACKED, columns, PackedOperands(x, *filters, states, *index)
+    update = UpdateOperands(
+        wide(4, 3), *filters, states, slots=SLOTS, num_rejected=REJECTED
+    )
+    yield ops.UPDATE, columns, update
+    backward = x, *filters, history, packed_dy, dslots, OFFSETS, live
+    yield ops.PACKED_BACKWARD, columns, PackedBackwardOperands(*backward)
     x = wide(2, 25)
-    yield "dense", (x, *filters, states[:2], IDS), {}, columns
-    index = (dslots[:2], None, IDS)
-    yield "rows_backward", (x, *filters, history[:2], rows_dy, *index), {}, columns
+    yield ops.DENSE, columns, DenseOperands(x, *filters, states[:2], IDS)
+    backward = x, *filters, history[:2], rows_dy, dslots[:2], None, IDS
+    yield ops.ROWS_BACKWARD, columns, RowsBackwardOperands(*backward)
 
 
 def check_guarded_launches():
     """What the child process runs: kernels on guarded memory, and on slices."""
-    from jax_causal_conv.kernels import launch
+    from jax_causal_conv.kernels import record
     from tests.support import guard
 
     arena = guard.Arena()
     for at, sides in (("end", (6, 0)), ("start", (0, 5))):
-        for name, arguments, static, columns in kernel_calls(*sides):
-            run = functools.partial(getattr(launch, name), silu=True, **static)
-            x, *rest = jax.tree.map(jnp.asarray, arguments)
-            guarded = guard.guarded_caller(arena, at)
-            got = run(guarded, x, *rest, columns=columns)
-            if "backward" in name:
-                rest[3] = columns.joined(rest[3])
-            want = run(guard.caller(), columns.of(x, len(rest[0])), *rest)
-            if "backward" not in name:
-                want = [*columns.parts(jnp.asarray(want[0])), *want[1:]]
-            assert_equal(*map(checks.to_host, (got, tuple(want))), True, (name, at))
+        for op, columns, given in kernel_calls(*sides):
+            operands = jax.tree.map(jnp.asarray, given)
+            launches = op.launches()(ConvSpec("silu", columns), operands)
+            got = record.run(launches, guard.guarded_caller(arena, at))
+            x = columns.of(operands.x, len(operands.weight))
+            plain = operands._replace(x=x)
+            if "dy" in operands._fields:
+                plain = plain._replace(dy=(columns.joined(operands.dy),))
+            launches = op.launches()(ConvSpec("silu"), plain)
+            want = record.run(launches, guard.caller())
+            if "dy" not in operands._fields:
+                want = *columns.parts(jnp.asarray(want[0])), *want[1:]
+            assert_equal(*map(checks.to_host, (got, want)), True, (op, at))
 
 
 def test_kernels_touch_nothing_beside_their_columns_and_parts():

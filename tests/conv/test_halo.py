@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_causal_conv import causal_conv1d, halo_state
-from tests.support import checks, eight_devices
+from tests.support import checks, eight_devices, quick
 from tests.support.draws import draw_dense
 from tests.support.gpu_compiler import CompiledProgram
 from tests.support.gradients import assert_gradient, expected_gradients
@@ -76,7 +76,7 @@ def sharded(mesh, activation="silu"):
 
     specs = (rows, P(), P(), P(batch), rows)
     mapped = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=rows)
-    jitted = jax.jit(mapped)
+    jitted = quick.jit(mapped)
 
     def run(*args):
         placed = [
@@ -89,7 +89,7 @@ def sharded(mesh, activation="silu"):
     return run
 
 
-@jax.jit
+@quick.jit
 def unsharded(x, weight, bias, initial_state, segment_ids):
     return causal_conv1d(
         x, weight, bias, initial_state=initial_state, segment_ids=segment_ids
@@ -197,7 +197,7 @@ def gradients(mesh, activation):
 
         return jax.vjp(of, floats)[1](cotangent)[0]
 
-    return jax.jit(pull)
+    return quick.jit(pull)
 
 
 @CHECKS.over((None, 5), ("TIME", "BOTH"))

@@ -14,7 +14,7 @@ from jax_causal_conv import (
     causal_conv1d_fn,
     validate_batch,
 )
-from tests.support import cases, checks, reference
+from tests.support import cases, checks, quick, reference
 from tests.support.cases import INT_MAX, INT_MIN
 from tests.support.draws import draw_packed, ints, offsets_of
 
@@ -29,7 +29,7 @@ def random_offsets(rng, num_tokens, num_seqs):
 def test_host_and_graph_build_the_same_table_as_a_loop(block_m):
     for num_tokens, num_seqs in ((0, 0), (0, 3), (5, 0), (17, 1), (40, 7), (64, 30)):
         rng = np.random.default_rng([num_tokens, num_seqs, block_m])
-        in_graph = jax.jit(
+        in_graph = quick.jit(
             lambda q, num_tokens=num_tokens: build_metadata(
                 q, num_tokens, block_m=block_m
             )
@@ -57,7 +57,7 @@ def test_default_block_gives_the_same_table_on_host_and_in_graph():
         rng = np.random.default_rng(num_tokens)
         offsets = np.sort(rng.integers(0, num_tokens + 1, num_seqs + 1)).astype("int32")
         host = build_metadata(offsets, num_tokens)
-        graph = jax.jit(lambda q, t=num_tokens: build_metadata(q, t))(offsets)
+        graph = quick.jit(lambda q, t=num_tokens: build_metadata(q, t))(offsets)
         seq, offset = reference.build_metadata(offsets, num_tokens, host.block_m)
         assert graph.block_m == host.block_m
         for metadata in (host, graph):
@@ -102,7 +102,7 @@ def test_offsets_of_any_integer_dtype(dtype):
         seq, offset = reference.build_metadata(offsets, 20, 8)
         host = build_metadata(offsets, 20, block_m=8)
         with jax.enable_x64(True):
-            graph = jax.jit(lambda q: build_metadata(q, 20, block_m=8))(offsets)
+            graph = quick.jit(lambda q: build_metadata(q, 20, block_m=8))(offsets)
         for metadata in (host, graph):
             np.testing.assert_array_equal(metadata.chunk_seq, seq)
             np.testing.assert_array_equal(metadata.chunk_offset, offset)
@@ -127,7 +127,7 @@ def test_metadata_is_a_pytree_of_two_arrays_with_a_static_block():
 def test_one_compilation_serves_every_batch_of_a_bucket(implementation):
     traces = []
 
-    @jax.jit
+    @quick.jit
     def step(x, weight, states, q, metadata):
         traces.append(q)
         first, states = causal_conv1d_fn(

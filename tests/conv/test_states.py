@@ -13,12 +13,12 @@ from jax_causal_conv import (
     layer_slots,
     varlen_conv_states,
 )
-from tests.support import cases, checks, reference
+from tests.support import cases, checks, quick, reference
 from tests.support.cases import FLOATS, INT_MAX, INT_MIN
 from tests.support.draws import WIDE, draw_packed, ints, offsets_of
 
 HISTORY = ("conv_states", "cache_indices", "has_initial_state", "num_rejected_tokens")
-JITTED = jax.jit(varlen_conv_states, static_argnums=2)
+JITTED = quick.jit(varlen_conv_states, static_argnums=2)
 
 
 def history_of(case):
@@ -191,7 +191,7 @@ def test_layers_scan_over_one_big_cache(implementation):
     cache = cases.floats(rng, (layers * num_slots, 5, 16), FLOATS[0])
     weights = cases.floats(rng, (layers, 16, 4), FLOATS[0])
 
-    @jax.jit
+    @quick.jit
     def model(x, cache):
         def layer(carry, inputs):
             x, cache = carry

@@ -13,7 +13,7 @@ import pytest
 
 import jax_causal_conv
 from jax_causal_conv import build_metadata, causal_conv1d, causal_conv1d_fn
-from tests.support import checks
+from tests.support import checks, quick
 from tests.support.draws import draw_dense, draw_packed, ints, offsets_of
 from tests.support.gradients import (
     EACH_OP,
@@ -118,7 +118,7 @@ def test_scan_over_time_chunks_carries_the_state(implementation, state_len, rema
         out = outs.swapaxes(0, 1).reshape(2, 12, 6)
         return weighted((out, state), (dout, dstate)), (out, state)
 
-    got, results = jax.jit(jax.grad(loss, has_aux=True))(split(case)[0])
+    got, results = quick.jit(jax.grad(loss, has_aux=True))(split(case)[0])
     assert_values(results, case)
     assert_gradients(checks.to_host(got), case, cotangents)
 
@@ -140,7 +140,7 @@ def test_scan_over_decode_steps_carries_the_cache(implementation):
         results = outs.swapaxes(0, 1), state
         return weighted(results, cotangents), results
 
-    got, results = jax.jit(jax.grad(loss, has_aux=True))(floats)
+    got, results = quick.jit(jax.grad(loss, has_aux=True))(floats)
     assert_values(results, case)
     assert_gradients(checks.to_host(got), case, cotangents)
 
@@ -170,7 +170,7 @@ def integers_of(number):
 @EACH_OP
 def test_vmap_over_every_array(implementation, number):
     batch = integers_of(number)
-    run = jax.jit(jax.vmap(function(batch[0], implementation)))
+    run = quick.jit(jax.vmap(function(batch[0], implementation)))
     results = run(*stack([split(case) for case in batch]))
     for i, case in enumerate(batch):
         assert_values(pick(results, i), case, f"example {i}\n{case}")
@@ -180,7 +180,7 @@ def test_vmap_over_every_array(implementation, number):
 def test_vmap_of_gradients_over_every_array(implementation, number):
     batch = integers_of(number)
     cotangents = [draw_cotangents(case, i) for i, case in enumerate(batch)]
-    gradient = jax.jit(jax.vmap(jax.grad(loss_of(batch[0], implementation))))
+    gradient = quick.jit(jax.vmap(jax.grad(loss_of(batch[0], implementation))))
     floats, rest = stack([split(case) for case in batch])
     got = gradient(floats, rest, stack(cotangents))
     for i, case in enumerate(batch):
@@ -201,7 +201,7 @@ def test_gradient_through_vmap_with_shared_parameters(implementation, number):
     floats |= shared
     axes = {name: None if name in shared else 0 for name in floats}
     run = jax.vmap(function(batch[0], implementation), in_axes=(axes, 0))
-    gradient = jax.jit(jax.grad(lambda *args: weighted(run(*args[:2]), args[2])))
+    gradient = quick.jit(jax.grad(lambda *args: weighted(run(*args[:2]), args[2])))
     got = checks.to_host(gradient(floats, rest, stack(cotangents)))
     want = [
         expected_gradients(case, c) for case, c in zip(batch, cotangents, strict=True)
@@ -232,7 +232,7 @@ def test_vmap_over_one_array_alone(number):
             part | {k: a for k, a in mapped.items() if k == name}
             for part, mapped in zip(parts, stacked, strict=True)
         )
-        results = jax.jit(jax.vmap(function(first, None), in_axes=axes))(*args)
+        results = quick.jit(jax.vmap(function(first, None), in_axes=axes))(*args)
         for i, case in enumerate(batch):
             assert_values(pick(results, i), case, f"{name}, example {i}")
 
@@ -244,7 +244,7 @@ def test_nested_vmap_and_map_of_cached_ops(number, outer):
     run = function(batch[0], None)
     rows = stack([split(case) for case in batch])
     pairs = jax.tree.map(lambda a: np.stack([a, a[::-1]]), rows)
-    results = jax.jit(outer(jax.vmap(lambda args: run(*args))))(pairs)
+    results = quick.jit(outer(jax.vmap(lambda args: run(*args))))(pairs)
     for row, order in enumerate((batch, batch[::-1])):
         for i, case in enumerate(order):
             assert_values(pick(pick(results, row), i), case, f"row {row}, {i}")
@@ -266,7 +266,7 @@ def test_vmap_of_the_dense_op_over_some_arrays(implementation, mapped):
     }
     static = options(first, implementation)
     run = jax.vmap(lambda a: causal_conv1d(**a, **static), in_axes=(axes,))
-    results = jax.jit(run)(arrays)
+    results = quick.jit(run)(arrays)
     for i, case in enumerate(batch):
         assert_values(pick(results, i), case, f"example {i} of {mapped}")
 
@@ -288,7 +288,7 @@ def test_nested_vmap_over_batch_and_weights(implementation):
     loss = loss_of(grid[0][0], implementation)
     inner = jax.vmap(jax.grad(loss))
     axes = {name: None if name in ("weight", "bias") else 0 for name in floats}
-    outer = jax.jit(jax.vmap(inner, in_axes=(axes, 0, 0)))
+    outer = quick.jit(jax.vmap(inner, in_axes=(axes, 0, 0)))
     got = outer(floats, rest, stack([stack(row) for row in cotangents]))
     for i, row in enumerate(grid):
         for j, case in enumerate(row):
@@ -320,7 +320,7 @@ def test_vmap_over_another_axis(implementation, axis):
         np.stack([c.arrays[name] for c in batch], axis)
         for name in ("x", "initial_state")
     )
-    results = jax.jit(mapped)(xs, states)
+    results = quick.jit(mapped)(xs, states)
     results = jax.tree.map(lambda leaf: np.moveaxis(np.asarray(leaf), axis, 0), results)
     for i, case in enumerate(batch):
         assert_values(pick(results, i), case, f"example {i}")
@@ -347,7 +347,7 @@ def test_vmap_of_gradients_over_metadata(implementation, shared):
     metadata = stack(tables)
     if shared:
         axes, rest, metadata = (0, None, None, 0), pick(rest, 0), tables[0]
-    gradient = jax.jit(jax.vmap(jax.grad(loss), in_axes=axes))
+    gradient = quick.jit(jax.vmap(jax.grad(loss), in_axes=axes))
     got = gradient(floats, rest, metadata, stack(cotangents))
     for i, case in enumerate(batch):
         assert_gradients(pick(got, i), case, cotangents[i])
@@ -367,7 +367,7 @@ def test_forward_mode_on_xla_is_the_transpose_of_reverse_mode(number):
         rng = np.random.default_rng(9)
         tangents = jax.tree.map(lambda a: rng.standard_normal(a.shape), floats)
         run = function(case, "xla")
-        _, pushed = jax.jit(lambda f, t: jax.jvp(lambda f: run(f, rest), (f,), (t,)))(
+        _, pushed = quick.jit(lambda f, t: jax.jvp(lambda f: run(f, rest), (f,), (t,)))(
             floats, tangents
         )
         forward = float(weighted(pushed, cotangents))
@@ -389,8 +389,8 @@ def test_forward_mode_on_xla_under_vmap_and_scan(number):
     def push(direction):
         return jax.jvp(lambda f: run(f, rest), (floats,), (direction,))[1]
 
-    mapped = jax.jit(jax.vmap(push))(directions)
-    looped = jax.jit(functools.partial(jax.lax.map, push))(directions)
+    mapped = quick.jit(jax.vmap(push))(directions)
+    looped = quick.jit(functools.partial(jax.lax.map, push))(directions)
     for a, b in zip(mapped, looped, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -407,7 +407,7 @@ def test_hessian_on_xla_is_the_difference_of_gradients(number):
         def of_weight(weight):
             return loss(floats | {"weight": weight}, rest, cotangents)
 
-        hessian = np.asarray(jax.jit(jax.hessian(of_weight))(weight))
+        hessian = np.asarray(quick.jit(jax.hessian(of_weight))(weight))
         size = weight.size
         hessian = hessian.reshape(size, size)
         np.testing.assert_allclose(hessian, hessian.T, rtol=1e-10, atol=1e-10)
@@ -440,7 +440,7 @@ def test_forward_mode_elsewhere_raises_what_jax_says(number, chosen):
     floats, rest = split(case)
     run = function(case, chosen)
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jit(lambda f: jax.jvp(lambda f: run(f, rest), (f,), (f,)))(floats)
+        quick.jit(lambda f: jax.jvp(lambda f: run(f, rest), (f,), (f,)))(floats)
 
 
 @EACH_OP
@@ -495,7 +495,7 @@ def test_two_layers_share_one_donated_cache(implementation):
     second = second.replace(cache_indices=slots)
     cache = first.arrays["conv_states"]
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(quick.jit, donate_argnums=0)
     @functools.partial(jax.value_and_grad, has_aux=True)
     def step(cache, xs):
         outs = []
@@ -537,7 +537,7 @@ def test_gradient_of_a_layer_loop_with_scan(implementation):
         out, inputs = forward(weights, x)
         return out.sum(), inputs
 
-    got, inputs = jax.jit(jax.grad(loss, has_aux=True))(weights, x)
+    got, inputs = quick.jit(jax.grad(loss, has_aux=True))(weights, x)
     cotangent = np.ones_like(x, dtype=np.float64)
     for i in (2, 1, 0):
         # Layers are linear: the chain rule in float64 on the inputs that they saw.
@@ -571,7 +571,7 @@ def test_packed_gradient_without_metadata_equals_that_with_it(implementation):
         def loss(floats, metadata):
             return weighted(run(**floats, **rest, metadata=metadata), cotangents)
 
-        got = jax.jit(jax.grad(loss))(floats, metadata)
+        got = quick.jit(jax.grad(loss))(floats, metadata)
         assert_gradients(checks.to_host(got), case, cotangents)
 
 

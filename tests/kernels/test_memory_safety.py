@@ -15,6 +15,8 @@ if not sys.platform.startswith("linux"):
     pytest.skip("the harness calls Linux's mmap", allow_module_level=True)
 
 from jax_causal_conv import ConvMetadata
+from jax_causal_conv.op.ops import PACKED_BACKWARD
+from jax_causal_conv.operands import ConvSpec, PackedBackwardOperands
 from tests.support import cases, checks, fuzz, guard
 from tests.support.cases import INT_MAX, INT_MIN, PackedShape
 
@@ -110,9 +112,18 @@ def run_chunks_of_empty_sequences():
             x = np.ones((24, 3), np.float32)
             history, live = np.ones((3, 3, 3), np.float32), np.ones(3, bool)
             offsets = case.arrays["query_start_loc"]
-            filters = np.ones((3, 4), np.float32), None
-            args = (x, *filters, history, x, None, offsets, live, metadata)
-            guard.InnerCase("packed_backward", args, True).launch(call)
+            operands = PackedBackwardOperands(
+                x,
+                np.ones((3, 4), np.float32),
+                None,
+                history,
+                (x,),
+                None,
+                offsets,
+                live,
+                metadata,
+            )
+            guard.InnerCase(PACKED_BACKWARD, ConvSpec("silu"), operands).launch(call)
 
 
 def test_chunk_of_an_empty_sequence_is_a_no_op():

@@ -14,6 +14,7 @@ import contextlib
 import mmap
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from jax_causal_conv import build_metadata, xla, xla_backward
+from jax_causal_conv import build_metadata
 from jax_causal_conv.kernels import (
     backward,
     dense,
@@ -33,14 +34,25 @@ from jax_causal_conv.kernels import (
     interpreter,
     launch,
     packed,
+    record,
     tiles,
     update,
 )
+from jax_causal_conv.kernels.entry import arrays, replaced
+from jax_causal_conv.operands import (
+    ConvSpec,
+    DenseOperands,
+    PackedOperands,
+    RowsBackwardOperands,
+    UpdateOperands,
+)
+from jax_causal_conv.xla import backward as xla_backward
+from jax_causal_conv.xla import forward as xla
 from tests.support import checks, guard, reference
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ELEMENTS = 2**31
-SILU = {"silu": True, "pad_slot_id": -1}
+SILU = ConvSpec("silu")
 
 
 def sparse(shape, dtype):
@@ -85,27 +97,22 @@ def loops_count_in_int32():
 
 
 def in_place_caller(programs=None, *given):
-    """A `call` that runs some programs (None: all) on the arrays themselves.
+    """A `Call` that runs some programs (None: all) on the arrays themselves.
 
     Outputs are `given` where they have to be sparse.
     """
 
-    def call(
-        kernel, arrays, scalars, outputs, *, grid, num_warps, constants, in_place=None
-    ):
-        del num_warps
-        chosen = range(grid) if programs is None else programs
-        chosen = [program % grid for program in chosen]  # -1 is the last one
-        results = list(given) or [np.full(o.shape, np.nan, o.dtype) for o in outputs]
-        for result, like in zip(results, outputs, strict=True):
-            assert (result.shape, result.dtype) == (like.shape, like.dtype)
-        buffers = [np.asarray(array) for array in arrays]
-        if in_place is not None:
-            results.append(buffers[in_place])
-        with guard.program_order(chosen):
-            operands = [*buffers, *scalars, *results]
-            interpreter.run(kernel, operands, len(chosen), **constants)
-        return tuple(results)
+    def call(wanted):
+        chosen = range(wanted.grid) if programs is None else programs
+        chosen = [program % wanted.grid for program in chosen]  # -1 is the last one
+        inputs, like = wanted.inputs, arrays(wanted.outputs)
+        inputs = replaced(inputs, map(np.asarray, arrays(inputs)))
+        results = list(given) or [np.full(o.shape, np.nan, o.dtype) for o in like]
+        for result, out in zip(results, like, strict=True):
+            assert (result.shape, result.dtype) == (out.shape, out.dtype)
+        outputs = replaced(wanted.outputs, results)
+        guard.run_programs(wanted, inputs, outputs, chosen)
+        return guard.results_of(wanted, inputs, outputs)
 
     return call
 
@@ -164,8 +171,10 @@ def test_packed_tokens_at_the_far_end(elements):
     out[sample] = np.nan
 
     call = in_place_caller(programs, out)
-    arguments = (x, weight, bias, states, offsets, slots, seen, None)
-    launch.packed(call, *arguments, metadata, **SILU)
+    operands = PackedOperands(
+        x, weight, bias, states, offsets, slots, seen, metadata=metadata
+    )
+    record.run(launch.packed(SILU, operands), call)
 
     first = long - 7
     want = outputs_of(x[first - 3 : first], x[first:long], weight, bias)
@@ -197,9 +206,10 @@ def test_packed_uncovered_tokens_and_skipped_chunks_at_the_far_end():
     programs = programs_of(metadata, (-1, (head + 2) // block_m), (0, 1))
     out[head - 6 : head + 1] = out[tail - 4 :] = np.nan
     call = in_place_caller(programs, out)
-    launch.packed(
-        call, x, weight, bias, states, offsets, slots, seen, None, metadata, **SILU
+    operands = PackedOperands(
+        x, weight, bias, states, offsets, slots, seen, metadata=metadata
     )
+    record.run(launch.packed(SILU, operands), call)
     zeros = [*range(head - 5, head), *range(tail - 3, tokens)]
     np.testing.assert_array_equal(out[zeros].astype(np.float32), 0)
     assert np.isnan(out[[head - 6, head, tail - 4]].astype(np.float32)).all()
@@ -220,19 +230,8 @@ def test_packed_slots_at_the_far_end(elements):
     offsets = np.array([0, 2, 5, 8], np.int32)
     slots = np.array([far, far - 1, slots_count], np.int32)
     seen, rejected = np.ones(3, bool), np.array([0, 4, 0], np.int32)
-    out, states = launch.packed(
-        in_place_caller(),
-        x,
-        weight,
-        bias,
-        states,
-        offsets,
-        slots,
-        seen,
-        rejected,
-        None,
-        **SILU,
-    )
+    operands = PackedOperands(x, weight, bias, states, offsets, slots, seen, rejected)
+    out, states = record.run(launch.packed(SILU, operands), in_place_caller())
     shifted = reference.without_rejected(old[1], 4)
     assert_outputs(out[:2], outputs_of(old[2], x[:2], weight, bias), width, "slot -1")
     assert_outputs(
@@ -266,7 +265,8 @@ def test_update_rows_and_slots_at_the_far_end(elements, circular):
     extra[-3:] = 2**31 - 1, 0, 2  # positions, or rejected rows
     call = in_place_caller([-1, -2, -3], out)
     seqlens, rejected = (extra, None) if circular else (None, extra)
-    launch.update(call, x, weight, bias, states, seqlens, slots, rejected, **SILU)
+    operands = UpdateOperands(x, weight, bias, states, slots, seqlens, rejected)
+    record.run(launch.update(SILU, operands), call)
     want_out, want = reference.causal_conv1d_update(
         tokens,
         old,
@@ -318,7 +318,8 @@ def test_a_slot_of_almost_two_to_the_31_elements(circular):
 
 def update_wide_row(rng, width, state_len, dim, query, circular):
     """Decodes the last of two requests, in the last block of channels."""
-    block_n = tiles.choose(dim, width, state_len, query, itemsize=2).block_n
+    filters = tiles.Filters(dim, width, itemsize=2, alignment=dim)
+    block_n = tiles.update(filters, state_len, query).block_n
     blocks = -(-dim // block_n)
     last = slice((blocks - 1) * block_n, dim)
     x, out = (sparse((2, query, dim), BFLOAT16) for _ in range(2))
@@ -330,7 +331,8 @@ def update_wide_row(rng, width, state_len, dim, query, circular):
     out[:, :, last] = np.nan
     positions = np.array([0, 6], np.int32) if circular else None
     call = in_place_caller([-1], out)
-    launch.update(call, x, weight, bias, states, positions, None, None, **SILU)
+    operands = UpdateOperands(x, weight, bias, states, cache_seqlens=positions)
+    record.run(launch.update(SILU, operands), call)
     ring = {"cache_seqlens": [6]} if circular else {}
     exact, want = reference.causal_conv1d_update(
         tokens, old, weight[last], bias[last], "silu", **ring
@@ -364,34 +366,38 @@ def test_dense_tokens_at_the_far_end(segments):
     end = slice(1, 2), slice(-tail, None)  # the same, of a row that is short
     short = None if ids is None else ids[end]
 
-    launch.dense(in_place_caller([-1], out), x, weight, bias, None, ids, silu=True)
-    (want,) = xla.dense(*map(as_jax, (x[end], weight, bias, None, short)), silu=True)
+    operands = DenseOperands(x, weight, bias, segment_ids=ids)
+    record.run(launch.dense(SILU, operands), in_place_caller([-1], out))
+    operands = DenseOperands(x[end], weight, bias, segment_ids=short)
+    (want,) = xla.dense(SILU, jax.tree.map(jnp.asarray, operands))
     written = ~np.isnan(out[1, -tail:].astype(np.float32)).all(axis=1)
     rows = np.flatnonzero(written)
     assert 0 < len(rows) < tail - 10
     assert rows.tolist() == list(range(tail - len(rows), tail))
     assert_near(out[1, -tail:][rows], want[0][rows])
 
-    block_n = tiles.choose_backward(dim, width, length).block_n
-    chunks = -(-length // tiles.backward_block_m(2 * length, dim, block_n))
+    filters = tiles.Filters(dim, width, itemsize=2, alignment=dim)
+    plain = ids is None
+    chunks = -(-length // tiles.rows_backward(filters, dim, 2, length, plain).block_m)
     partial = sparse((2 * chunks, width + 1, dim), np.dtype("float32"))
     dhistory = np.zeros((2, width - 1, dim), np.float32)
     call = in_place_caller([-1], dx, dhistory, partial)
-    args = x, weight, bias, history, dy, None, None, ids
-    _, dweight, dbias, _ = launch.rows_backward(call, *args, silu=True)
-    args = x[end], weight, bias, history[1:], dy[end], None, None, short
-    want = xla_backward.rows_backward(*map(as_jax, args), silu=True)
+    operands = RowsBackwardOperands(x, weight, bias, history, (dy,), segment_ids=ids)
+    _, dweight, dbias, _ = record.run(launch.rows_backward(SILU, operands), call)
+
+    def expected():
+        operands = RowsBackwardOperands(
+            x[end], weight, bias, history[1:], (dy[end],), segment_ids=short
+        )
+        return xla_backward.rows_backward(SILU, jax.tree.map(jnp.asarray, operands))
+
+    want = expected()
     assert_near(dx[1, -tail:][rows], want[0][0][rows])
     assert np.isnan(dx[1, -tail:][: rows[0]].astype(np.float32)).all()
     dy[1, -tail : -len(rows)] = 0  # the sums are those of this program's own tokens
-    args = x[end], weight, bias, history[1:], dy[end], None, None, short
-    want = xla_backward.rows_backward(*map(as_jax, args), silu=True)
+    want = expected()
     np.testing.assert_allclose(dweight, want[1], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(dbias, want[2], rtol=1e-3, atol=1e-3)
-
-
-def as_jax(array):
-    return None if array is None else jnp.asarray(array)
 
 
 def assert_near(got, want):

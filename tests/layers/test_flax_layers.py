@@ -16,7 +16,7 @@ from flax import linen, nnx
 import jax_causal_conv
 import jax_causal_conv.linen
 import jax_causal_conv.nnx
-from tests.support import checks, reference
+from tests.support import checks, quick, reference
 
 BATCH, TOKENS, DIM, WIDTH = 2, 11, 6, 4
 bf16 = jnp.dtype("bfloat16")
@@ -180,7 +180,7 @@ def test_gradients_of_float32_parameters_under_bfloat16_inputs(kind):
     else:
         module, variables = conv.unbind()
 
-        @jax.jit
+        @quick.jit
         @jax.grad
         def gradient(variables):
             y = module.apply(variables, x)

@@ -25,6 +25,7 @@ from jax_causal_conv.mamba2 import (
     SamplingParams,
     sample,
 )
+from tests.support import quick
 
 pytestmark = pytest.mark.xdist_group("mamba2_engine")
 
@@ -145,7 +146,7 @@ def some_requests(count, seed=0):
     ]
 
 
-jitted_sample = jax.jit(sample)
+jitted_sample = quick.jit(sample)
 
 
 def draw_one(logits, sampling, position):

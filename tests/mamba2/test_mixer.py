@@ -20,7 +20,7 @@ from flax import nnx
 
 from jax_causal_conv import PAD_SLOT_ID, build_metadata
 from jax_causal_conv.nnx import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
-from tests.support import checks, reference
+from tests.support import checks, quick, reference
 
 D_MODEL, HEADDIM, D_STATE, WIDTH = 16, 8, 5, 4  # 4 heads
 SIZES = {"d_state": D_STATE, "headdim": HEADDIM, "d_conv": WIDTH, "chunk_size": 4}
@@ -122,7 +122,7 @@ class Definition:
         return y * gate if self.norm_first else y
 
 
-def jitted_step(mixer, **options):
+def jitted_step(mixer, jit=quick.jit, **options):
     graphdef, params = nnx.split(mixer)
 
     def step(cache, u, offsets, slots, seen, metadata=None):
@@ -136,7 +136,7 @@ def jitted_step(mixer, **options):
             **options,
         )
 
-    return jax.jit(step, donate_argnums=0)
+    return jit(step, donate_argnums=0)
 
 
 def assert_close(got, want):
@@ -259,7 +259,7 @@ def test_gradients_equal_finite_differences():
         graphdef, params = nnx.split(mixer)
         u = jnp.asarray(np.random.default_rng(5).standard_normal((1, 8, D_MODEL)))
 
-        @jax.jit
+        @quick.jit
         def loss(params, u):
             return jnp.sin(nnx.merge(graphdef, params)(u, segment_ids=ids)).sum()
 
@@ -302,7 +302,7 @@ def test_norm_of_bfloat16_is_computed_wider_and_rounded_once(norm_before_gate):
     scale = rng.standard_normal(12, np.float32)
     norm.scale[...] = jnp.asarray(scale)
     y, z = rng.standard_normal((2, 50, 12)).astype(jnp.bfloat16)
-    got = np.asarray(jax.jit(norm)(y, z))
+    got = np.asarray(quick.jit(norm)(y, z))
     y, z = y.astype(np.float64), z.astype(np.float64)
     gate = z * sigmoid(z)
     want = (y if norm_before_gate else y * gate).reshape(50, 3, 4)
@@ -380,8 +380,8 @@ def test_donated_cache_is_not_copied():
         jax.ShapeDtypeStruct((8,), jnp.int32),
         jax.ShapeDtypeStruct((8,), jnp.bool_),
     )
-    compiled = jitted_step(mixer, max_prefills=2).lower(cache, *batch)
-    compiled = compiled.compile()
+    lowered = jitted_step(mixer, jax.jit, max_prefills=2).lower(cache, *batch)
+    compiled = lowered.compile()
     size = sum(a.size * a.dtype.itemsize for a in cache)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == size

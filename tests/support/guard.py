@@ -2,9 +2,8 @@
 
 Triton's interpreter follows real addresses. So arrays are placed in address space
 that allows no access, each flush against forbidden pages, and an access that misses
-them ends the process with SIGSEGV. Inputs are read-only, pointers of absent
-arguments lead nowhere. The parent process starts a child, sees it die, and names the
-seed of the case:
+them ends the process with SIGSEGV. Inputs are read-only. The parent process starts a
+child, sees it die, and names the seed of the case:
 
     python -m tests.support.guard --cases 200  # sweep, in a child
     python -m tests.support.guard --seed 123   # replay one, with the kernel's stack
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -33,29 +32,23 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import interpreter_builder
 
-from jax_causal_conv import dispatch, gradients
-from jax_causal_conv.kernels import interpreter, launch
+from jax_causal_conv.kernels import interpreter, record
+from jax_causal_conv.kernels.entry import arrays, replaced
+from jax_causal_conv.kernels.record import Call, Launch
+from jax_causal_conv.op import gradients
+from jax_causal_conv.op.ops import DENSE, PACKED_BACKWARD, ROWS_BACKWARD
+from jax_causal_conv.op.record import Op
+from jax_causal_conv.operands import (
+    ConvSpec,
+    DenseOperands,
+    PackedBackwardOperands,
+    RowsBackwardOperands,
+)
 from tests.support import REPOSITORY, cases, checks, reference
 from tests.support.cases import Case, choose
 
 CASES_PER_CONFIGURATION = 8  # consecutive seeds share a shape, thus one compilation
 PLACEMENTS = ("end", "start")
-
-# The flags without which a pointer is a mere stand-in that no kernel may follow.
-PRESENT_IF = {
-    "bias_ptr": ("HAS_BIAS",),
-    "slot_ptr": ("HAS_SLOTS",),
-    "has_initial_state_ptr": ("HAS_INITIAL_STATE",),
-    "num_rejected_ptr": ("HAS_REJECTED",),
-    "cache_seqlens_ptr": ("CIRCULAR",),
-    "initial_state_ptr": ("HAS_INITIAL_STATE",),
-    "segment_ids_ptr": ("HAS_SEGMENTS",),
-    "dslots_ptr": ("HAS_SLOTS",),
-    "live_ptr": ("HAS_LIVE",),
-    "state_start_ptr": ("HAS_SLOTS", "HAS_SEGMENTS"),
-    "state_end_ptr": ("HAS_SLOTS", "HAS_SEGMENTS"),
-}
-
 
 # Running kernels.
 
@@ -71,48 +64,57 @@ def program_order(programs: Sequence[int]):
         yield
 
 
-def caller(order: Callable[[int], Sequence[int]] = range) -> Callable:
-    """A `call` for `launch`'s functions that runs the kernel now, on a copied state.
+def buffers(launch: Launch) -> tuple[Any, Any]:
+    """A launch's inputs as NumPy arrays, and outputs full of NaN."""
+    results = [np.full(out.shape, np.nan, out.dtype) for out in arrays(launch.outputs)]
+    inputs = replaced(launch.inputs, map(np.asarray, arrays(launch.inputs)))
+    return inputs, replaced(launch.outputs, results)
+
+
+def results_of(launch: Launch, inputs: Any, outputs: Any) -> tuple[np.ndarray, ...]:
+    """What a `Call` returns."""
+    return *arrays(outputs), *(getattr(inputs, name) for name in launch.in_place)
+
+
+def run_programs(
+    launch: Launch, inputs: Any, outputs: Any, programs: Sequence[int]
+) -> None:
+    """Runs some programs of a launch on these buffers, in this order."""
+    with program_order(programs):
+        some = dataclasses.replace(launch, grid=len(programs))
+        interpreter.run(some, inputs, outputs)
+
+
+def caller(order: Callable[[int], Sequence[int]] = range) -> Call:
+    """A `Call` that runs a launch now, on a copy of what is updated in place.
 
     Args:
         order: from the number of programs to the programs to run, in order.
     """
 
-    def call(
-        kernel, arrays, scalars, outputs, *, grid, num_warps, constants, in_place=None
-    ) -> tuple[np.ndarray, ...]:
-        del num_warps
-        buffers = [np.asarray(array) for array in arrays]
-        results = [np.full(out.shape, np.nan, out.dtype) for out in outputs]
-        if in_place is not None:
-            buffers[in_place] = buffers[in_place].copy()
-            results.append(buffers[in_place])
-        programs = order(grid)
-        with program_order(programs):
-            operands = [*buffers, *scalars, *results]
-            interpreter.run(kernel, operands, len(programs), **constants)
-        return tuple(results)
+    def call(launch: Launch) -> tuple[np.ndarray, ...]:
+        inputs, outputs = buffers(launch)
+        updated = {name: getattr(inputs, name).copy() for name in launch.in_place}
+        inputs = inputs._replace(**updated)
+        run_programs(launch, inputs, outputs, order(launch.grid))
+        return results_of(launch, inputs, outputs)
 
     return call
 
 
-def call_now(case: Case, call: Callable, *, metadata=None) -> tuple:
+def call_now(case: Case, call: Call, *, metadata=None) -> tuple:
     """A case by the public op, whose kernels are launched at once through `call`."""
+    traced = gradients.call
 
-    def launched(op, original):
-        def run(implementation, *args, **static):
-            if implementation != "interpret":  # no state, no kernel
-                return original(implementation, *args, **static)
-            return op(call, *args, **static)
-
-        return run
+    def run(op, implementation, spec, operands):
+        if implementation != "interpret":  # no state, no kernel
+            return traced(op, implementation, spec, operands)
+        operands = jax.tree.map(jnp.asarray, operands)
+        return record.run(op.launches()(spec, operands), call)
 
     with (
-        mock.patch.multiple(
-            gradients,  # the layer between checks and dispatch, where tracing begins
-            packed=launched(launch.packed, gradients.packed),
-            update=launched(launch.update, gradients.update),
-        ),
+        # Between the checks and the primitive, where tracing begins.
+        mock.patch.object(gradients, "call", run),
         mock.patch.object(checks, "jitted", lambda function: function),
     ):
         return checks.call(case, "interpret", metadata=metadata)
@@ -195,41 +197,28 @@ class Arena:
             _check(_libc.mprotect(address, pages, mmap.PROT_READ))
         return copy
 
-    def nowhere(self, like: np.ndarray) -> np.ndarray:
-        """An array of which no element may be touched."""
-        address = self._middle_of_next_place(mmap.PAGESIZE)
-        self.used.append((address, mmap.PAGESIZE))
-        return _array_at(address, like)
-
 
 def _array_at(address: int, like: np.ndarray) -> np.ndarray:
     memory = (ctypes.c_char * like.nbytes).from_address(address)
     return np.ndarray(like.shape, like.dtype, memory)
 
 
-def guarded_caller(arena: Arena, at: str) -> Callable:
+def guarded_caller(arena: Arena, at: str) -> Call:
     """As `caller`, on guarded memory."""
 
-    def call(
-        kernel, arrays, scalars, outputs, *, grid, num_warps, constants, in_place=None
-    ) -> tuple[np.ndarray, ...]:
-        del num_warps
+    def call(launch: Launch) -> tuple[np.ndarray, ...]:
+        inputs, outputs = buffers(launch)
+        updated = {id(getattr(inputs, name)) for name in launch.in_place}
+
+        def placed(array, writable=True):
+            return arena.place(array, at, writable=writable)
+
         with arena:
-            buffers = []
-            for name, value in zip(kernel.arg_names, arrays, strict=False):
-                array, flags = np.asarray(value), PRESENT_IF.get(name, ())
-                if all(constants.get(flag, True) for flag in flags):
-                    writable = len(buffers) == in_place
-                    buffers.append(arena.place(array, at, writable=writable))
-                else:
-                    buffers.append(arena.nowhere(array))
-            empty = [np.full(out.shape, np.nan, out.dtype) for out in outputs]
-            results = [arena.place(array, at, writable=True) for array in empty]
-            operands = [*buffers, *scalars, *results]
-            if in_place is not None:  # kernels use the first pointer only
-                operands.append(arena.nowhere(buffers[in_place]))
-                results.append(buffers[in_place])
-            interpreter.run(kernel, operands, grid, **constants)
+            given = [placed(a, id(a) in updated) for a in arrays(inputs)]
+            inputs = replaced(inputs, given)
+            outputs = replaced(outputs, map(placed, arrays(outputs)))
+            interpreter.run(launch, inputs, outputs)
+            results = results_of(launch, inputs, outputs)
             return tuple(result.copy() for result in results)
 
     return call
@@ -277,39 +266,39 @@ def _with_foreign_metadata(case: Case, rng) -> tuple[Case, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class InnerCase:
-    """Arguments of an op that the public ones call: dense, or a backward pass.
+    """A call of an op that the public ones call: dense, or a backward pass.
 
     Attributes:
-        op: its name in `dispatch.OPS` and in `launch`.
         own: whether metadata, if any, belongs to the case.
     """
 
-    op: str
-    args: tuple
-    silu: bool
+    op: Op
+    spec: ConvSpec
+    operands: Any
     own: bool = True
 
-    def launch(self, call: Callable) -> list[np.ndarray]:
-        args = jax.tree.map(jnp.asarray, self.args)
-        results = getattr(launch, self.op)(call, *args, silu=self.silu)
+    def launch(self, call: Call) -> list[np.ndarray]:
+        operands = jax.tree.map(jnp.asarray, self.operands)
+        results = record.run(self.op.launches()(self.spec, operands), call)
         return [np.asarray(result) for result in results]
 
     def __str__(self):
-        sizes = [getattr(array, "shape", array) for array in self.args]
-        return f"{self.op}{sizes}, silu={self.silu}"
+        sizes = jax.tree.map(lambda array: array.shape, self.operands)
+        return f"{self.op}{sizes}, {self.spec}"
 
 
 def inner_case(seed: int) -> InnerCase:
     """A random inner case; consecutive seeds share a shape."""
     configuration, index = divmod(seed, CASES_PER_CONFIGURATION)
     rng = np.random.default_rng([6, configuration])
-    op = choose(rng, ("dense", "packed_backward", "rows_backward"))
+    op = choose(rng, (DENSE, PACKED_BACKWARD, ROWS_BACKWARD))
     width, dim = int(rng.integers(1, 7)), int(choose(rng, (1, 3, 17, 33)))
     if rng.random() < 0.1:
         width, dim = 33, 65  # several blocks of channels
     tokens, count = int(choose(rng, (1, 7, 20, 41))), int(rng.integers(1, 4))
     state_len = max(width - 1, 1) + int(rng.integers(4))
     silu, has_bias, has_slots, has_segments, has_live = rng.random(5) < 0.6
+    spec = ConvSpec("silu" if silu else None)
 
     rng = np.random.default_rng([7, configuration, index])
 
@@ -318,7 +307,7 @@ def inner_case(seed: int) -> InnerCase:
 
     filters = (normal(dim, width), normal(dim) if has_bias else None)
     dslots = normal(count, state_len, dim) if has_slots else None
-    if op == "packed_backward":
+    if op is PACKED_BACKWARD:
         from tests.support import fuzz
 
         block_m = max(width - 1, 8)
@@ -333,8 +322,11 @@ def inner_case(seed: int) -> InnerCase:
         lengths = np.diff(reference.clean_offsets(offsets, tokens))
         live = (rng.random(count) < 0.8) & (lengths > 0)
         x, dy = normal(tokens, dim), normal(tokens, dim)
-        args = (x, *filters, normal(count, width - 1, dim), dy, dslots, offsets, live)
-        return InnerCase(op, (*args, metadata), bool(silu), metadata is None)
+        history = normal(count, width - 1, dim)
+        operands = PackedBackwardOperands(
+            x, *filters, history, (dy,), dslots, offsets, live, metadata
+        )
+        return InnerCase(op, spec, operands, metadata is None)
 
     segments = None
     if has_segments:
@@ -344,23 +336,25 @@ def inner_case(seed: int) -> InnerCase:
         run = np.maximum.accumulate(np.where(starts, np.arange(tokens), 0), axis=1)
         segments = np.take_along_axis(ids, run, axis=1).astype(np.int32)
     x, dy = normal(count, tokens, dim), normal(count, tokens, dim)
-    if op == "dense":
+    if op is DENSE:
         initial = normal(count, state_len, dim) if has_slots else None
-        return InnerCase(op, (x, *filters, initial, segments), bool(silu))
+        return InnerCase(op, spec, DenseOperands(x, *filters, initial, segments))
     live = rng.random(count) < 0.7 if has_live else None
-    args = (x, *filters, normal(count, width - 1, dim), dy, dslots, live, segments)
-    return InnerCase(op, args, bool(silu))
+    history = normal(count, width - 1, dim)
+    operands = RowsBackwardOperands(x, *filters, history, (dy,), dslots, live, segments)
+    return InnerCase(op, spec, operands)
 
 
 @functools.cache
-def _xla_twin(op: str, silu: bool) -> Callable:
-    return jax.jit(functools.partial(dispatch.OPS[op], silu=silu))
+def _xla_twin(op: Op, spec: ConvSpec) -> Callable:
+    return jax.jit(functools.partial(op.xla, spec))
 
 
 def check_inner_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
     """As `check_case`, for `inner_case`."""
     case = inner_case(seed)
-    want = [np.asarray(array) for array in _xla_twin(case.op, case.silu)(*case.args)]
+    twin = _xla_twin(case.op, case.spec)
+    want = [np.asarray(array) for array in twin(case.operands)]
     for at in placements:
         print(f"case {seed} {at}", flush=True)
         got = case.launch(guarded_caller(arena, at))
@@ -396,41 +390,49 @@ def check_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
 # Planted bugs, to show that the harness sees what it is for.
 
 
-@triton.jit
-def _reads_before_start(x_ptr, out_ptr, FAST: tl.constexpr):
-    tl.store(out_ptr, tl.load(x_ptr - 1))
+class One(NamedTuple):
+    array: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PlantedConstants:
+    FAST: bool = True
 
 
 @triton.jit
-def _reads_after_end(x_ptr, out_ptr, FAST: tl.constexpr):
-    tl.store(out_ptr, tl.load(x_ptr + 8))
+def _reads_before_start(inputs, outputs, C: tl.constexpr):
+    tl.store(outputs.array, tl.load(inputs.array - 1))
 
 
 @triton.jit
-def _masks_one_lane_too_many(x_ptr, out_ptr, FAST: tl.constexpr):
+def _reads_after_end(inputs, outputs, C: tl.constexpr):
+    tl.store(outputs.array, tl.load(inputs.array + 8))
+
+
+@triton.jit
+def _masks_one_lane_too_many(inputs, outputs, C: tl.constexpr):
     cols = tl.arange(0, 16)
-    tl.store(out_ptr + cols, tl.load(x_ptr + cols, mask=cols < 8), mask=cols < 9)
+    tl.store(
+        outputs.array + cols, tl.load(inputs.array + cols, mask=cols < 8), mask=cols < 9
+    )
 
 
 @triton.jit
-def _writes_far_away(x_ptr, out_ptr, FAST: tl.constexpr):
-    tl.store(out_ptr + (1 << 33), tl.load(x_ptr))
+def _writes_far_away(inputs, outputs, C: tl.constexpr):
+    tl.store(outputs.array + (1 << 33), tl.load(inputs.array))
 
 
 @triton.jit
-def _writes_an_input(x_ptr, out_ptr, FAST: tl.constexpr):
-    tl.store(x_ptr, 1.0)
+def _writes_an_input(inputs, outputs, C: tl.constexpr):
+    tl.store(inputs.array, 1.0)
 
 
 @triton.jit
-def _follows_an_absent_pointer(bias_ptr, out_ptr, FAST: tl.constexpr):
-    tl.store(out_ptr, tl.load(bias_ptr))
-
-
-@triton.jit
-def _correct(x_ptr, out_ptr, FAST: tl.constexpr):
+def _correct(inputs, outputs, C: tl.constexpr):
     cols = tl.arange(0, 16)
-    tl.store(out_ptr + cols, tl.load(x_ptr + cols, mask=cols < 8), mask=cols < 8)
+    tl.store(
+        outputs.array + cols, tl.load(inputs.array + cols, mask=cols < 8), mask=cols < 8
+    )
 
 
 PLANTED = {  # kernel, and the placement that shows its bug
@@ -439,7 +441,6 @@ PLANTED = {  # kernel, and the placement that shows its bug
     "masks_one_lane_too_many": (_masks_one_lane_too_many, "end"),
     "writes_far_away": (_writes_far_away, "start"),
     "writes_an_input": (_writes_an_input, "start"),
-    "follows_an_absent_pointer": (_follows_an_absent_pointer, "end"),
     "correct": (_correct, "end"),
 }
 
@@ -448,15 +449,8 @@ def run_planted(name: str, arena: Arena) -> None:
     kernel, at = PLANTED[name]
     x = np.arange(8, dtype=np.float32)
     print(f"case {name} {at}", flush=True)
-    guarded_caller(arena, at)(
-        kernel,
-        [x],
-        [],
-        [x],
-        grid=1,
-        num_warps=1,
-        constants={"HAS_BIAS": False},  # of use to follows_an_absent_pointer
-    )
+    launch = Launch(kernel, One(x), One(x), 1, 1, PlantedConstants())
+    guarded_caller(arena, at)(launch)
 
 
 # The child, and its parent.
