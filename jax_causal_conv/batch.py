@@ -69,6 +69,15 @@ def sequences(
     return Sequences(start, length, slot, history, live)
 
 
+def surplus_prefills(seqs: Sequences, limit: int):
+    """Which sequences an SSD op skips, `(N,)`: it serves `limit` prefills, in order.
+
+    A prefill is a live sequence of more than one token.
+    """
+    prefill = seqs.live & (seqs.length > 1)
+    return prefill & (jnp.cumsum(prefill) > limit)
+
+
 def first_after(ends, query):
     """The first index whose entry of sorted `ends` exceeds `query`; N if none does.
 
@@ -91,7 +100,7 @@ def tokens_of(seqs: Sequences, num_tokens: int) -> Tokens:
     """The tokens of packed sequences."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     end = seqs.start + seqs.length
-    # The first sequence that ends behind the token; N for an uncovered tail.
+    # The first sequence that ends behind the token; N if the token comes after all.
     owner = first_after(end, token)
     covered = (owner < end.shape[0]) & (token >= seqs.start[0])
     live = covered & take_rows(seqs.live, owner)
@@ -106,14 +115,16 @@ def accumulator(x) -> jnp.dtype:
 
 
 def take_rows(table, *index):
-    """Rows of `table` at (clamped) indices: one gather."""
+    """Rows of `table` at indices, which are clamped, by one gather."""
     return table.at[index].get(mode="clip")
 
 
-def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
-    """For `row_by_row`: each row's slot in a cache of its own (0, or -1 to skip).
+def slots_one_by_one(slots, batch: int, num_slots: int, pad_slot_id: int):
+    """The slot numbers of rows that `row_by_row` takes apart, or None.
 
-    None where rows and slots do not correspond.
+    Where the caller names no slots and there are as many as rows, slot i belongs to
+    row i. Of a batch of row i and slot i alone the slot's number is 0, or -1 if the row
+    is to be skipped. Otherwise the rows cannot be taken apart.
     """
     if slots is not None or batch != num_slots:
         return None
@@ -121,10 +132,10 @@ def own_slots(slots, batch: int, num_slots: int, pad_slot_id: int):
 
 
 def row_by_row(function):
-    """`function` of a batch as a vmap over batches of one.
+    """`function` of a batch, as a vmap of itself over batches of one row.
 
-    Gathers then stay inside a row by construction, and a batch sharded over devices
-    stays where it is.
+    So XLA sees that no gather leaves its row, and keeps a batch that is sharded over
+    devices where it is.
     """
 
     def of_row(*row):
@@ -139,7 +150,7 @@ class Runs(NamedTuple):
 
     Attributes:
         start: position in the row at which the token's run starts.
-        real: False for padding.
+        real: False for tokens that are padding.
     """
 
     start: jax.Array
@@ -158,7 +169,12 @@ def runs_of(segment_ids, batch: int, length: int) -> Runs:
 
 
 def tokens_of_runs(runs: Runs) -> Tokens:
-    """Tokens, all `(B, T)`, whose history is entry 0 of their row's, or 1: zeros."""
+    """The tokens of dense rows; all fields are `(B, T)`.
+
+    A row has two histories: number 0 is what came before the row, and belongs to the
+    run at position 0; number 1 is zeros, and belongs to all later runs. The owner of a
+    token is the number of its history.
+    """
     owner = jnp.where(runs.start == 0, 0, 1)
     position = jnp.arange(runs.start.shape[1], dtype=jnp.int32) - runs.start
     return Tokens(owner, position, runs.real)
@@ -167,7 +183,8 @@ def tokens_of_runs(runs: Runs) -> Tokens:
 def last_runs(runs: Runs, state_len: int) -> Sequences:
     """The last run of real tokens of each row, as a sequence of the row's tokens.
 
-    An empty one at position 0, with all its history, where a row is only padding.
+    A row of nothing but padding has an empty one at position 0, which keeps all of the
+    row's history.
     """
     batch, length = runs.start.shape
     position = jnp.arange(length, dtype=jnp.int32)

@@ -134,6 +134,31 @@ def static_int(name: str, value: Any, minimum: int | None = None) -> int:
     return result
 
 
+def offsets(query_start_loc: Any, num_tokens: int) -> Any:
+    """Checked `query_start_loc` `(N+1,)`, for T tokens."""
+    array = index_array(
+        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
+    )
+    at_least_one_offset(array)
+    return array
+
+
+def has_initial_state(value: Any, num_seqs: int) -> jax.Array | None:
+    """Checked `has_initial_state` `(N,)`, or None."""
+    if value is None:
+        return None
+    return bool_array("has_initial_state", value, (num_seqs,), "(N,)")
+
+
+def num_rejected_tokens(value: Any, count: int, letter: str, state_len: int) -> Any:
+    """Checked `num_rejected_tokens` `(count,)`, or None."""
+    if value is None:
+        return None
+    return index_array(
+        "num_rejected_tokens", value, (count,), f"({letter},)", 0, state_len
+    )
+
+
 def at_least_one_offset(offsets: Any) -> None:
     """Raises where there is not even the offset 0 of an empty batch."""
     if offsets.shape[0] == 0:
@@ -163,14 +188,15 @@ def host_integers(name: str, value: Any) -> np.ndarray:
     return array
 
 
-ACTIVATIONS = {None: None, False: None, "silu": "silu", "swish": "silu", True: "silu"}
+# What callers may say, and the canonical name by which implementations know it.
+_ACTIVATIONS = {None: None, False: None, "silu": "silu", "swish": "silu", True: "silu"}
 
 
 def activation_name(activation: Any) -> str | None:
     """The canonical name of an activation, None for none."""
     known = activation is None or isinstance(activation, (bool, np.bool_, str))
-    if known and activation in ACTIVATIONS:
-        return ACTIVATIONS[activation]
+    if known and activation in _ACTIVATIONS:
+        return _ACTIVATIONS[activation]
     raise ValueError(
         f'activation must be None, "silu", "swish", True or False, got {activation!r}'
     )

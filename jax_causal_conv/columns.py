@@ -21,7 +21,8 @@ who know which of the two they asked for."""
 class Columns:
     """The columns of an op's input and the parts of its output.
 
-    Inside the ops outputs are always a flat tuple of parts; callers see `output`.
+    Inside the package an output is always a tuple of its parts, even of a single one.
+    `output` makes of it what the caller asked for.
 
     Attributes:
         offset: the first column of x; None if x has the conv's D channels alone.
@@ -65,11 +66,9 @@ class Columns:
             return (out,)
         return tuple(lax.split(out, self.sizes(out.shape[-1]), axis=-1))
 
-    def joined(self, out: Output) -> jax.Array:
-        """The array of all channels, from `output(parts)`."""
-        if not isinstance(out, tuple):
-            return out
-        return out[0] if len(out) == 1 else jnp.concatenate(out, axis=-1)
+    def joined(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """The array of all channels, from its parts."""
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
     def output(self, parts: Sequence[jax.Array]) -> Output:
         """What a caller sees of the parts."""

@@ -5,6 +5,7 @@ Names say what a version can do, so that its number is compared here alone.
 
 import functools
 import importlib.metadata
+import re
 
 import jax
 
@@ -16,8 +17,8 @@ _JAX = jax.__version_info__
 CPU_LOOPS_UPDATE_IN_PLACE = _JAX >= (0, 11)
 """Does XLA:CPU update a cache in a loop in place, after reads of it before the loop?
 
-Before jax 0.11 it copies the cache then (and a bfloat16 one in any loop, at every
-trip), so what is needed of the cache must be read by the loop itself.
+Before jax 0.11 it copies the cache in that case, so what is needed of the cache must be
+read by the loop itself. A bfloat16 cache it copies in any loop, at every trip.
 """
 
 CPU_CONVERTS_IN_EVERY_LOOP = _JAX >= (0, 11)
@@ -33,16 +34,21 @@ def kernel_compilers() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax-triton", "triton")}
 
 
-@functools.cache
-def _jax_triton() -> tuple[int, ...]:
-    return tuple(int(n) for n in kernel_compilers()["jax-triton"].split(".")[:2])
+def _at_least(version: str, *wanted: int) -> bool:
+    numbers = re.findall(r"\d+", version)[: len(wanted)]
+    return tuple(map(int, numbers)) >= wanted
 
 
 def jax_triton_passes_updated_twice() -> bool:
     """Does a kernel get an array that it updates in place behind its outputs, too?"""
-    return _jax_triton() < (0, 4)
+    return not _at_least(kernel_compilers()["jax-triton"], 0, 4)
 
 
 def jax_triton_has_backend_options() -> bool:
     """Do compiler options go to jax-triton in a record, and results as `out_type`?"""
-    return _jax_triton() >= (0, 4)
+    return _at_least(kernel_compilers()["jax-triton"], 0, 4)
+
+
+def jax_triton_wants_newer(jax_triton: str, triton: str) -> bool:
+    """Does this version of jax-triton fail while lowering, with this one of Triton?"""
+    return _at_least(jax_triton, 0, 4) and not _at_least(triton, 3, 7)

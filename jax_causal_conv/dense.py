@@ -51,7 +51,7 @@ def causal_conv1d(
         initial_state: `(B, L, D)`, the last L >= W-1 inputs before the row, oldest
             first. None is zeros.
         segment_ids: `(B, T)` integers. None is one document a row.
-        activation: None, "silu" or "swish"; True is silu, False is None.
+        activation: as for `causal_conv1d_fn`.
         return_final_state: also return what a continuation of each row's last run
             that is not padding needs.
         channel_offset: the first column of an x wider than D, and

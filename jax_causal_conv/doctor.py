@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import causal_conv1d_fn, causal_conv1d_update, target_compute_capability
+from .compat import __version__, jax_triton_wants_newer
 from .kernels.lowered import LoweredKernel, lowered_kernels
 from .op.primitive import DEFAULT_COMPUTE_CAPABILITY, visible_compute_capability
 
@@ -136,7 +137,7 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         if name == "jax-causal-conv":  # run from a source tree
-            return f"{importlib.import_module('jax_causal_conv').__version__} (source)"
+            return f"{__version__} (source)"
         return None
 
 
@@ -171,7 +172,7 @@ def _packed(x, weight, bias, states, offsets, slots, implementation):
     )
 
 
-def _update(x, weight, bias, states, offsets, slots, implementation):
+def _update(x, weight, bias, states, _offsets, slots, implementation):
     return causal_conv1d_update(
         x[: slots.shape[0]],
         states,
@@ -387,17 +388,12 @@ def _explain(error: str, versions: dict[str, str | None]) -> Trouble:
         if re.search(pattern, error):
             return Trouble(words, cure)
     jax_triton, triton = versions.get("jax-triton"), versions.get("triton")
-    if jax_triton and triton and _at_least(jax_triton, 0, 4) > _at_least(triton, 3, 7):
+    if jax_triton and triton and jax_triton_wants_newer(jax_triton, triton):
         return Trouble(*_OLD_TRITON)
     return Trouble(
         f"The kernels fail: {error}",
         'unknown to this program; please report it. implementation="xla" avoids it',
     )
-
-
-def _at_least(version: str, *wanted: int) -> bool:
-    numbers = re.findall(r"\d+", version)[: len(wanted)]
-    return tuple(map(int, numbers)) >= wanted
 
 
 def render(facts: Facts, troubles: list[Trouble]) -> str:

@@ -72,7 +72,7 @@ def halo_state(
     halo = from_left(inputs[:, last])
     if segment_ids is not None:
         differs = from_left(segment_ids[:, last]) != segment_ids[:, :1]
-        # A row is seen if no row from it to the end is of another run.
+        # A row is of the same run if all rows from it to the halo's end have its id.
         hidden = jax.lax.cummax(differs.astype(jnp.int32), axis=1, reverse=True)
         halo = jnp.where((hidden == 0)[..., None], halo, 0)
     if initial_state is not None:

@@ -43,7 +43,7 @@ class CausalConv1d(nn.Module):
         features: D, the number of channels.
         kernel_size: W, the width of the filter, an int >= 1.
         use_bias: whether there is a bias.
-        activation: None, "silu" or "swish".
+        activation: as for `causal_conv1d_fn`.
         dtype: of the computation and of outputs; None infers it from x and params.
         param_dtype: of the params.
         kernel_init: called with shape `(D, W)`: fan-in is the last axis.

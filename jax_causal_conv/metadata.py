@@ -37,10 +37,7 @@ def build_metadata(
         ([0, 0, 1, -1, -1], [0, 1, 0, 0, 1])
     """
     num_tokens = checks.static_int("num_tokens", num_tokens, minimum=0)
-    offsets = checks.index_array(
-        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
-    )
-    checks.at_least_one_offset(offsets)
+    offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs = offsets.shape[0] - 1
     if block_m is None:
         block_m = default_block_m(num_tokens, num_seqs)

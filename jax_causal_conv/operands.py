@@ -2,8 +2,8 @@
 
 Both travel whole from the public op to the implementation. A spec is known while jax
 traces. The other records are pytrees: one field per operand, None where the caller
-gave none; what stands for an operand may be an array, its shape, its sharding, its
-cotangent, or the names of its dimensions.
+gave none. A record of the same type also holds what there is one of per operand:
+shapes, cotangents, the names of dimensions.
 """
 
 import math
@@ -134,8 +134,8 @@ class RowsBackwardOperands(NamedTuple):
         bias: `(D,)`.
         history: `(B, W-1, D)`, the rows before each row's first token.
         dy: a tuple with the cotangent of each part of the output.
-        dslots: `(B, L, D)`, the cotangent of what the last run of real tokens of each
-            row left in its slot; None is zeros.
+        dslots: `(B, L, D)`, the cotangent of the state after each row, which holds
+            the last tokens of the row's last run that is not padding; None is zeros.
         live: `(B,)` bool, the rows that were not skipped; None is all.
         segment_ids: `(B, T)` int32; None is one document a row.
     """
@@ -173,6 +173,7 @@ class SSDSpec:
     pad_slot_id: int = PAD_SLOT_ID
     final_state: bool = False
 
+    # The SSD reads all of x and returns one array; what serves all ops asks for it.
     columns: ClassVar[Columns] = ALL
 
     @property

@@ -119,39 +119,29 @@ def causal_conv1d_fn(
     width = taps.shape[1]
     states = checks.state_array("conv_states", conv_states, dim, width)
     num_slots, state_len = states.shape[:2]
-    offsets = checks.index_array(
-        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
-    )
-    checks.at_least_one_offset(offsets)
+    offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs = offsets.shape[0] - 1
     slots = checks.slots_array(
         "cache_indices", cache_indices, states, "conv_states", num_seqs, "N"
     )
-    if has_initial_state is not None:
-        has_initial_state = checks.bool_array(
-            "has_initial_state", has_initial_state, (num_seqs,), "(N,)"
-        )
-    if num_rejected_tokens is not None:
-        num_rejected_tokens = checks.index_array(
-            "num_rejected_tokens",
-            num_rejected_tokens,
-            (num_seqs,),
-            "(N,)",
-            0,
-            state_len,
-        )
+    has_initial_state = checks.has_initial_state(has_initial_state, num_seqs)
+    num_rejected = checks.num_rejected_tokens(
+        num_rejected_tokens, num_seqs, "N", state_len
+    )
     spec = ConvSpec(
         checks.activation_name(activation),
         columns,
         checks.pad_slot(pad_slot_id, num_slots),
     )
-    block_m = 1 if metadata is None else _checked(metadata, num_tokens, num_seqs, width)
+    block_m = 1
+    if metadata is not None:
+        block_m = _checked_block_m(metadata, num_tokens, num_seqs, width)
     checks.token_count("T", num_tokens, block_m)
 
     if 0 in (num_tokens, dim, num_seqs, num_slots):
         zeros = jnp.zeros((num_tokens, dim), inputs.dtype)
         return columns.output(columns.parts(zeros)), states
-    if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
+    if state_len == 0:  # W = 1: there is no state that a kernel could update in place
         implementation = "xla"
     operands = PackedOperands(
         inputs,
@@ -161,14 +151,14 @@ def causal_conv1d_fn(
         offsets,
         slots=slots,
         has_initial_state=has_initial_state,
-        num_rejected=num_rejected_tokens,
+        num_rejected=num_rejected,
         metadata=metadata,
     )
     *out, states = gradients.call(PACKED, implementation, spec, operands)
     return columns.output(out), states
 
 
-def _checked(metadata, num_tokens: int, num_seqs: int, width: int) -> int:
+def _checked_block_m(metadata, num_tokens: int, num_seqs: int, width: int) -> int:
     """The `block_m` of metadata that fits the batch's sizes, or an error."""
     if not isinstance(metadata, ConvMetadata):
         raise TypeError(

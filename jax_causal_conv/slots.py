@@ -25,7 +25,7 @@ def differentiate_as(value, twin):
 
 @differentiate_as.defjvp
 def _(primals, tangents):
-    # Of higher orders, too, the derivative is that of the twin.
+    # The recursion makes derivatives of higher orders those of the twin as well.
     return differentiate_as(*primals), tangents[1].astype(primals[0].dtype)
 
 
@@ -35,7 +35,10 @@ def wide_slots(states, seqs: Sequences, dtype):
 
 
 def slot_rows(states, wide, seqs: Sequences, row, dtype):
-    """`states[slot, row]` as `dtype` for `(N, K)` rows, clamped."""
+    """`states[slot, row]` as `dtype`, for `row` `(N, K)`; numbers are clamped.
+
+    `wide` is `wide_slots(states)`.
+    """
     each = jnp.arange(row.shape[0])[:, None]
     value = take_rows(states, seqs.slot[:, None], row).astype(dtype)
     return differentiate_as(value, take_rows(wide, each, row).astype(dtype))
@@ -67,17 +70,21 @@ def token_rows(x, wide, token, dtype):
 
 
 def slots_after(rows, slots, seqs: Sequences, state_len: int, dtype, length=None):
-    """The last `state_len` of `concat(history, x[start:start+length])`, `(N, ·, D)`.
+    """The last `state_len` rows of `concat(history, x[start:start+length])`.
 
-    Zero rows in front of the first known one.
+    Where these are fewer, rows of zeros come in front.
 
     Args:
         rows: x `(T, D)`, and the same in the accumulator's dtype.
-        slots: the states `(S, L, D)`, and `wide_slots` of them; Nones: no history.
+        slots: the states `(S, L, D)`, and `wide_slots` of them; two Nones if there is
+            no history.
         seqs: whose tokens and slots they are.
         state_len: rows of the result.
         dtype: that of the result.
         length: `(N,)`, how many tokens of each sequence are taken; None is all.
+
+    Returns:
+        `(N, state_len, D)`.
     """
     (x, wide_x), (states, wide) = rows, slots
     length = seqs.length if length is None else length
@@ -103,9 +110,9 @@ def store_rows(states, seqs: Sequences, row, rows):
 
 
 def read_before(states, reads):
-    """Orders what was read of `states` before an update of the result.
+    """The same arrays, of which `states` may be updated only after all of `reads`.
 
-    XLA then updates a donated cache in place instead of copying it.
+    So XLA updates a donated cache in place, rather than keep a copy for later reads.
     """
     return lax.optimization_barrier((states, reads))
 
@@ -117,12 +124,12 @@ def final_states(x, initial_state, segment_ids, state_len: int):
 
 
 def final_states_of(rows, states, runs: Runs, state_len: int):
-    """`final_states`, of arrays in pairs: as they are, and in the accumulator's dtype.
+    """`final_states` of arrays that were converted to the accumulator's dtype before.
 
     Args:
-        rows: two of x `(B, T, D)`.
-        states: two of the initial state `(B, L, D)`, or Nones.
-        runs: of the rows.
+        rows: x `(B, T, D)`, and the same in the accumulator's dtype.
+        states: the initial state `(B, L, D)`, likewise; two Nones if there is none.
+        runs: those of the rows.
         state_len: rows of the result.
     """
     dtype = rows[0].dtype if states[0] is None else states[0].dtype

@@ -50,10 +50,7 @@ def varlen_conv_states(
     inputs = checks.float_array("x", x, (None, None), "(T, D)")
     num_tokens, dim = inputs.shape
     state_len = checks.static_int("state_len", state_len, minimum=0)
-    offsets = checks.index_array(
-        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
-    )
-    checks.at_least_one_offset(offsets)
+    offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs = offsets.shape[0] - 1
     if conv_states is None:
         states, dtype = None, inputs.dtype
@@ -68,19 +65,10 @@ def varlen_conv_states(
         cache_indices = checks.slots_array(
             "cache_indices", cache_indices, states, "conv_states", num_seqs, "N"
         )
-    if has_initial_state is not None:
-        has_initial_state = checks.bool_array(
-            "has_initial_state", has_initial_state, (num_seqs,), "(N,)"
-        )
-    if num_rejected_tokens is not None:
-        num_rejected_tokens = checks.index_array(
-            "num_rejected_tokens",
-            num_rejected_tokens,
-            (num_seqs,),
-            "(N,)",
-            0,
-            history_len,
-        )
+    has_initial_state = checks.has_initial_state(has_initial_state, num_seqs)
+    num_rejected = checks.num_rejected_tokens(
+        num_rejected_tokens, num_seqs, "N", history_len
+    )
     if ends is not None:
         ends = checks.index_array("ends", ends, (num_seqs,), "(N,)", 0, num_tokens)
 
@@ -91,7 +79,7 @@ def varlen_conv_states(
         offsets,
         cache_indices,
         has_initial_state,
-        num_rejected_tokens,
+        num_rejected,
         (num_slots, history_len),
         PAD_SLOT_ID,
     )

@@ -43,7 +43,7 @@ def causal_conv1d_update(
         conv_state: `(S, L, D)` cache, L >= W-1, oldest input first.
         weight: `(D, W)`; `weight[:, W-1]` meets the current token.
         bias: `(D,)` or None.
-        activation: None, "silu" or "swish"; True is silu, False is None.
+        activation: as for `causal_conv1d_fn`.
         cache_seqlens: `(B,)` integers c: the slot is a *circular buffer*. History is
             the W-1 rows before position c mod L; input q goes to row `(c + q) mod L`;
             only those rows are written, and of Q > L inputs the last L survive. The
@@ -92,10 +92,9 @@ def causal_conv1d_update(
         cache_seqlens = checks.ring_position(
             "cache_seqlens", cache_seqlens, batch, state_len
         )
-    if num_rejected_tokens is not None:
-        num_rejected_tokens = checks.index_array(
-            "num_rejected_tokens", num_rejected_tokens, (batch,), "(B,)", 0, state_len
-        )
+    num_rejected = checks.num_rejected_tokens(
+        num_rejected_tokens, batch, "B", state_len
+    )
     spec = ConvSpec(
         checks.activation_name(activation),
         columns,
@@ -106,7 +105,7 @@ def causal_conv1d_update(
     if 0 in (batch, query, dim, num_slots):
         zeros = jnp.zeros((*shape[:-1], dim), inputs.dtype)
         return columns.output(columns.parts(zeros)), state
-    if state_len == 0:  # W = 1: no state, nothing for a kernel to do in place
+    if state_len == 0:  # W = 1: there is no state that a kernel could update in place
         implementation = "xla"
     operands = UpdateOperands(
         inputs.reshape(batch, query, shape[-1]),
@@ -115,7 +114,7 @@ def causal_conv1d_update(
         state,
         slots=slots,
         cache_seqlens=cache_seqlens,
-        num_rejected=num_rejected_tokens,
+        num_rejected=num_rejected,
     )
     *out, state = gradients.call(UPDATE, implementation, spec, operands)
     out = [part.reshape(*shape[:-1], part.shape[-1]) for part in out]

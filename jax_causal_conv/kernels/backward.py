@@ -30,7 +30,7 @@ from .device import (
 
 
 class RowsBackwardInputs(NamedTuple):
-    """Arrays of `RowsBackwardOperands`; the last run of each row; its chunks.
+    """The arrays of `RowsBackwardOperands`, and where the last run of each row is.
 
     Attributes:
         live: int32.
@@ -55,7 +55,12 @@ class RowsBackwardInputs(NamedTuple):
 
 
 class PackedBackwardInputs(NamedTuple):
-    """Arrays of `PackedBackwardOperands` and its metadata; T, N; tokens of a chunk."""
+    """The arrays of `PackedBackwardOperands` and its metadata; numbers T and N.
+
+    Attributes:
+        live: int32.
+        block_m: tokens of a chunk.
+    """
 
     x: Any
     weight: Any
@@ -137,7 +142,7 @@ def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
     W: tl.constexpr = C.W
     rows = walk.window + (x,)
     if segments is not None:
-        # Padding sees nothing, not even itself: it may hold anything.
+        # Padding uses no rows, not even its own, which may hold anything.
         real = segments.last >= 0
         reach = tl.where(real, segments.visible, -1)
         rows = within_reach(walk.window, reach, C) + (tl.where(real, x, 0.0),)
@@ -152,7 +157,8 @@ def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
     dx = ()
     for k in tl.static_range(W):
         sums = sums + (tl.fma(counted, rows[k], walk.sums.taps[k]),)
-        # Selected behind the product: even a tap that is NaN reaches only what it may.
+        # What is out of reach is selected from the product, not multiplied with zero,
+        # which a tap that is NaN would turn into NaN.
         if segments is not None:
             back = tl.where(reach >= W - 1 - k, filter.taps[k] * dz, 0.0)
             dx = dx + (walk.pending[k] + back if k < W - 1 else back,)
@@ -305,8 +311,8 @@ def backward_chunk(
     if segments is not None:
         segments = count_from(segments, W - 1)
 
-    # Whole groups of the chunk's own tokens, of none of which the slot holds a copy,
-    # need no masks; the next group's loads are in flight meanwhile.
+    # Whole groups of the chunk's own tokens need no masks, as long as the slot holds no
+    # copies of them. While one group is computed, the next one's loads are in flight.
     plain = chunk.rows
     if dslot is not None:
         if chunk.first < dslot.end:
@@ -413,10 +419,10 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
         )
         store_sums(partial_rows(outputs, program, C), sums, block, C)
     else:
-        zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block, C)
+        zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block)
         if first == 0:
-            zero_rows(Rows(dhistory_ptr, C.D), C.W - 1, block, C)
-        zero_rows(partial_rows(outputs, program, C), C.W + 1, block, C)
+            zero_rows(Rows(dhistory_ptr, C.D), C.W - 1, block)
+        zero_rows(partial_rows(outputs, program, C), C.W + 1, block)
 
 
 # The same on the grid of the packed forward: program -> (sequence, chunk) through the
@@ -430,7 +436,7 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
     block_m = inputs.block_m
     offsets = Offsets(inputs.query_start_loc, inputs.num_tokens, num_seqs)
     partial = partial_rows(outputs, program, C)
-    zero_rows(partial, C.W + 1, block, C)
+    zero_rows(partial, C.W + 1, block)
 
     seq = tl.load(inputs.chunk_seq + program)
     chunk = tl.load(inputs.chunk_offset + program)
@@ -468,7 +474,8 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
                     block,
                     C,
                 )
-                tl.debug_barrier()  # behind the zeros above
+                # The sums overwrite the zeros, which other threads may have written.
+                tl.debug_barrier()
                 store_sums(partial, sums, block, C)
             else:
-                zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block, C)
+                zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block)

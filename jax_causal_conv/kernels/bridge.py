@@ -10,9 +10,10 @@ from .. import compat
 from .entry import entry, leaves, position
 from .record import Launch
 
-# The oldest PTX version that knows the target. Triton would emit the newest one of its
-# own ptxas, which the (older) ptxas or driver that XLA finds may reject; a version that
-# does not know the target would end the process, so others are left to Triton.
+# The oldest PTX version that knows each compute capability. By itself Triton emits the
+# newest one that its own ptxas knows, which an older ptxas or driver that XLA finds may
+# reject. For a capability that is not listed here Triton decides, since a version that
+# does not know the target would end the process.
 _PTX_VERSION = {80: 80, 86: 80, 89: 80, 90: 80, 100: 86, 103: 88, 120: 87, 121: 88}
 
 
@@ -44,6 +45,7 @@ def call(launch: Launch, *, compute_capability: int) -> tuple[jax.Array, ...]:
         C=launch.constants,
     )
     with warnings.catch_warnings():
-        # Aliases by index are deprecated for Refs, which need a jit around them.
+        # jax-triton deprecates aliases by index in favour of Refs, but these only work
+        # under a jit.
         warnings.simplefilter("ignore", DeprecationWarning)
         return jax_triton.triton_call(*inputs, **options)

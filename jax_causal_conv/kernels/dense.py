@@ -16,7 +16,11 @@ from .device import (
 
 
 class DenseInputs(NamedTuple):
-    """Arrays of `DenseOperands`; how a row is cut into chunks."""
+    """The arrays of `DenseOperands`.
+
+    Attributes:
+        row_len, chunks, block_m: tokens and chunks of a row, tokens of a chunk.
+    """
 
     x: Any
     weight: Any
@@ -36,8 +40,8 @@ class DenseOutputs(NamedTuple):
 
 # One program filters block_m tokens of one row for BLOCK_N channels; the grid is 1-D,
 # rows x chunks x blocks of channels, channels fastest. It writes its rows of out and
-# nothing else, so programs are independent. Where segments end inside a row is found
-# from the ids of the token and its W-1 predecessors, while the window rolls.
+# nothing else, so programs are independent. Which of the W-1 tokens before a token are
+# of its segment is known from their ids, which are read while the window rolls.
 @triton.jit
 def dense_kernel(inputs, outputs, C: tl.constexpr):
     block, out = channel_block(outputs.out, C)

@@ -1,10 +1,10 @@
 """Device functions shared by the conv's kernels, and what they hand to each other.
 
-Conventions: rows of the input are C.X apart, rows of a part of the output as far as its
-`Rows` say, all others C.D. Pointers to the input and to parts are where column 0 would
-be. Row pointers are 64-bit bases plus columns, so a product of sizes never overflows.
-A record of constants that is called C is static; its fields have capital letters.
-No JAX here.
+Conventions: rows of the input are C.X elements apart, rows of a part of the output as
+many as its `Rows` say, all others C.D. A pointer to a row of the input, or of a part of
+the output, points to where channel 0 is or would be. Pointers to rows are computed in
+64 bits, so that no product of sizes overflows. C is a static record of constants, whose
+fields have capital letters. No JAX here.
 """
 
 from dataclasses import dataclass
@@ -135,8 +135,9 @@ class Offsets(NamedTuple):
 def channel_block(parts, C: tl.constexpr):
     """The channels of this program, and the part they lie in.
 
-    Blocks are counted part by part, so that none spans two of them. Only scalars
-    depend on the part, so the code is one for all; of a single part none is left.
+    Blocks are counted part by part, so that none spans two of them. Only scalars depend
+    on the part, so that the same code serves all parts, and of the choice nothing is
+    left where there is a single one.
 
     Args:
         parts: a tuple of pointers to the parts `(rows, C.SPLIT[i])` of an array.
@@ -356,7 +357,8 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
             out_ptrs += GROUP * out.stride
             if segments is not None:
                 segments = count_from(segments, GROUP)
-    # One row ahead here, too: the first is asked for together with the window.
+    # Here a row is loaded while the one before it is filtered. The first one's load is
+    # issued at once, beside those of the window.
     rest = rows % GROUP if GROUP > 1 else rows
     fresh_row = load_row(row_ptr, only_if(rest > 0, block), C)
     for i in range(rest):
@@ -376,7 +378,7 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
 
 
 @triton.jit
-def zero_rows(out, rows, block, C: tl.constexpr):
+def zero_rows(out, rows, block):
     """Writes zeros to the first `rows` of `out`."""
     cols = block.cols
     out_ptrs = out.ptr + cols
@@ -402,7 +404,7 @@ def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
     for k in tl.static_range(W - 1):
         back = W - 1 - k
         row = history - back
-        # No channel passes where a row must not be seen.
+        # Where a row must not be seen, no channel of it is loaded.
         from_slot = only_if((first == 0) & (row >= 0), block)
         if slot_ptr is None:
             raw = load_row(x_ptr - back * C.X, from_x, C)
@@ -423,9 +425,9 @@ def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
 def store_window(slot_ptr, window, block, C: tl.constexpr):
     """Makes the slot the W-1 rows of `window`, all of which had the slot's dtype.
 
-    One warp's reads of the slot are before its writes; of more, behind a barrier.
+    A single warp reads the slot and writes it in order; several need a barrier.
 
-    bfloat16 goes back by its bits: rounding could change the payload of a NaN.
+    bfloat16 is written by its bits, since rounding could change the payload of a NaN.
     """
     W: tl.constexpr = C.W
     cols = block.cols
@@ -489,7 +491,8 @@ def offset_bound(offsets, last, C: tl.constexpr):
 
     Well-formed offsets need no maximum, but any vector of integers has a meaning,
     and a scan of a few cached lines, SCAN at a time, is cheaper than a second kernel.
-    Four offsets are one access; the array's last ones, which fill no four, are others.
+    Offsets are loaded four at a time. The last ones of the array, where fewer than four
+    are left, are loaded apart.
     """
     SCAN: tl.constexpr = C.SCAN
     lanes = tl.arange(0, SCAN)
@@ -512,12 +515,13 @@ def offset_bound(offsets, last, C: tl.constexpr):
 def zero_uncovered(out, offsets, chunk, block_m, block, C: tl.constexpr):
     """Writes zeros to chunk `chunk` of the tokens that no sequence covers.
 
-    They are numbered head first (before the first sequence), then tail.
+    These tokens are numbered from 0: first the head, before the first sequence, then
+    the tail, behind the last one.
     """
     num_tokens = offsets.num_tokens
     head = _clip(tl.load(offsets.ptr), num_tokens)
-    # The scan can only find a later end than the last offset and the first: most
-    # programs behind the last chunk have nothing to do, and see it here.
+    # The last sequence ends where the last offset says, or later. So most programs
+    # behind the last chunk, which have nothing to do, see that without the scan.
     end = _clip(tl.load(offsets.ptr + offsets.num_seqs), num_tokens)
     end = tl.maximum(end, head)
     if chunk <= (head + (num_tokens - end) - 1) // block_m:

@@ -32,7 +32,8 @@ from .record import Launch
 
 _stock_patch_tensor = triton_interpreter._patch_lang_tensor
 
-# The interpreter replaces parts of triton.language while it runs.
+# The interpreter replaces parts of triton.language while it runs, so that only one
+# kernel can be interpreted at a time.
 _LOCK = threading.RLock()
 
 _TYPE_NAMES = {
@@ -150,7 +151,8 @@ def call(launch: Launch) -> tuple[jax.Array, ...]:
 
     Outputs are filled with NaN first, so that a row which no program writes shows.
     """
-    # Parsed now: Python 3.11 may fail to in a device's thread.
+    # The kernel's source is parsed here, in the caller's thread: in the thread of a
+    # device, where the callback runs, Python 3.11 may fail to parse it.
     _interpreted(entry(launch.kernel, launch.inputs, launch.outputs, spare=0))
     results = list(leaves(launch.outputs))
     first_updated = len(results)

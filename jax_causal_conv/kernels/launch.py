@@ -38,8 +38,8 @@ from .record import Launch, Launches
 from .tiles import Tiles
 from .update import UpdateInputs, UpdateOutputs, update_kernel
 
-# What is split into more parts is one array to the kernels, and cut or joined outside:
-# each part is one pointer more, and a choice in each program.
+# An output of more parts is one array to the kernels, and is cut or joined outside:
+# each part costs a pointer, and a choice in each program.
 _MAX_PARTS = 4
 
 Arrays = tuple[jax.Array, ...]
@@ -259,7 +259,7 @@ def packed_backward(
     )
     dhistory = dhistory[:, : layout.taps - 1]
     dhistory = jnp.where(live[:, None, None], dhistory, 0)
-    return dx, *_filter_gradient(partial), dhistory
+    return dx, *_dweight_and_dbias(partial), dhistory
 
 
 def rows_backward(
@@ -306,7 +306,7 @@ def rows_backward(
         num_warps=tiles.num_warps,
         constants=constants,
     )
-    return dx, *_filter_gradient(partial), dhistory[:, : layout.taps - 1]
+    return dx, *_dweight_and_dbias(partial), dhistory[:, : layout.taps - 1]
 
 
 def _table(
@@ -324,7 +324,8 @@ def _slot_constants(
 ) -> dict[str, Any]:
     """What is static about the slots of a forward kernel."""
     x, weight, states = operands.x, operands.weight, operands.states
-    # Are the last W-1 rows that a program met, as float32, the new slot to the bit?
+    # A program holds the rows that it met as float32. float32 and bfloat16 come back
+    # from there bit by bit, but a NaN in float16 may not.
     same_bits = x.dtype == states.dtype and x.dtype != jnp.float16
     return {
         "L": states.shape[1],
@@ -345,7 +346,7 @@ def _rows_of(dslots: Any) -> int:
 
 
 def _some_rows(history: jax.Array) -> jax.Array:
-    """The history; W = 1 has none, but a buffer needs rows."""
+    """The history; for W = 1, where it is empty, one row that no kernel reads."""
     if history.shape[1] == 0:
         return jnp.zeros((history.shape[0], 1, history.shape[2]), history.dtype)
     return history
@@ -363,7 +364,7 @@ def _gradient_shapes(
     )
 
 
-def _filter_gradient(partial: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Dweight `(D, W)` and dbias `(D,)`: the second, deterministic reduction."""
+def _dweight_and_dbias(partial: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Dweight `(D, W)` and dbias `(D,)`: all chunks' sums, added in a fixed order."""
     sums = partial.sum(axis=0)
     return sums[:-1].T, sums[-1]

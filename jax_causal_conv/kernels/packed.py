@@ -21,7 +21,11 @@ from .device import (
 
 
 class PackedInputs(NamedTuple):
-    """Arrays of `PackedOperands` and its metadata; T, N, S; tokens of a chunk."""
+    """The arrays of `PackedOperands` and its metadata; numbers T, N and S.
+
+    Attributes:
+        block_m: tokens of a chunk.
+    """
 
     x: Any
     weight: Any
@@ -62,12 +66,12 @@ class Sequence(NamedTuple):
 
 @triton.jit
 def sequence(seq, inputs, offsets, C: tl.constexpr):
-    """The `Sequence` of number `seq`. All the loads overlap."""
+    """The `Sequence` of number `seq`; none of its loads waits for another."""
     end = tl.load(offsets.ptr + seq + 1)
     slot = seq
     if inputs.slots is not None:
         slot = tl.load(inputs.slots + seq)
-    history = seq * 0  # a tensor, as below
+    history = seq * 0  # a tensor, as it is if a branch below sets it
     if inputs.has_initial_state is not None:
         has_history = tl.load(inputs.has_initial_state + seq)
         history = tl.where(has_history, C.L, 0)
@@ -107,12 +111,13 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
     block_m = inputs.block_m
     offsets = Offsets(inputs.query_start_loc, inputs.num_tokens, num_seqs)
 
-    # Needed last, asked for first.
+    # The filter is needed last, but its loads are issued first, to overlap with others.
     filter = load_filter(inputs.weight, inputs.bias, block, C)
     seq = tl.load(inputs.chunk_seq + program)
     chunk = tl.load(inputs.chunk_offset + program)
-    # Where decodes come first, program i serves sequence i: what is known of that one
-    # is asked for at once, not after one more wait for memory.
+    # Where decodes come first in a batch, program i serves sequence i. So it loads what
+    # describes that sequence at once, and only if the guess was wrong it waits for
+    # memory once more.
     found = Sequence(program, program, program, program)
     if program < num_seqs:
         found = sequence(program, inputs, offsets, C)
@@ -142,4 +147,4 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
                 elif chunk == 0:
                     roll_slot(row_ptr, slot_ptr, length, history, block, C)
             else:
-                zero_rows(out, rows, block, C)
+                zero_rows(out, rows, block)

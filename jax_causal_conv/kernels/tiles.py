@@ -96,7 +96,7 @@ def rows_backward(
             flight.
     """
     tile = _backward(filters, 0, rows=length)
-    if plain and filters.width == 4 and length >= 128:  # as was measured
+    if plain and filters.width == 4 and length >= 128:  # see benchmarks/NOTES.md
         tile = dataclasses.replace(tile, group=2 * filters.width)
     block_m = max(_rows_block_m(batch * length, dim, tile.block_n), filters.width - 1)
     return dataclasses.replace(tile, block_m=block_m)
@@ -190,8 +190,8 @@ def _rows_block_m(num_tokens: int, dim: int, block_n: int) -> int:
 def few_rows(num_tokens: int, num_seqs: int) -> bool:
     """Have most programs of a packed batch so few rows that groups of them do not pay?
 
-    These are busy with waiting for their sequence's slot, not with a loop: they want
-    few registers, so that many run at a time.
+    Such a program mostly waits for its sequence's slot. It should take few registers,
+    so that many of them wait at the same time.
     """
     return num_tokens <= 3 * num_seqs
 

@@ -19,7 +19,7 @@ from .device import (
 
 
 class UpdateInputs(NamedTuple):
-    """Arrays of `UpdateOperands`; S."""
+    """The arrays of `UpdateOperands`, and S, the number of slots."""
 
     x: Any
     weight: Any
@@ -53,8 +53,8 @@ def load_ring(slot_ptr, cursor, block, C: tl.constexpr):
 def store_ring(row_ptr, slot_ptr, cursor, block, C: tl.constexpr):
     """Writes the Q rows at `row_ptr` to a circular buffer, from row `cursor` on.
 
-    Of more than L rows only the last L are written. They are behind a barrier, the
-    caller's reads of the buffer before it.
+    Of more than L rows only the last L are written. A barrier puts the writes behind
+    the reads of the buffer that the caller has issued.
     """
     KEPT: tl.constexpr = min(C.Q, C.L)
     tl.debug_barrier()
@@ -70,9 +70,9 @@ def store_ring(row_ptr, slot_ptr, cursor, block, C: tl.constexpr):
 
 # One program advances one request by its Q tokens for BLOCK_N channels; the grid is
 # 1-D, rows x blocks of channels, channels fastest. It alone reads and writes its part
-# of the request's slot, and reads all it needs of it before the first write (with a
-# barrier in between, or none where one warp does both in order), so
-# updating a donated buffer in place is race-free.
+# of the request's slot, and reads all it needs of it before the first write. Several
+# warps have a barrier in between; a single one reads and writes in order. So updating a
+# donated buffer in place is race-free.
 #
 # With cache_seqlens slots are circular buffers: history is the W-1 rows before the
 # cursor, input q goes to row (cursor + q) mod L.
@@ -81,7 +81,7 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
     request = tl.program_id(0) // C.COL_BLOCKS
     block, out = channel_block(outputs.out, C)
 
-    # Needed last, asked for first.
+    # The filter is needed last, but its loads are issued first, to overlap with others.
     filter = load_filter(inputs.weight, inputs.bias, block, C)
     slot = request
     if inputs.slots is not None:
@@ -92,7 +92,8 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
         slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
         if inputs.cache_seqlens is not None:
             cursor = tl.load(inputs.cache_seqlens + request) % C.L
-            cursor = tl.where(cursor < 0, cursor + C.L, cursor)  # floored
+            # The remainder has the sign of the dividend.
+            cursor = tl.where(cursor < 0, cursor + C.L, cursor)
             window = load_ring(slot_ptr, cursor, block, C)
             convolve_rows(row_ptr, out, window, filter, None, C.Q, block, C)
             store_ring(row_ptr, slot_ptr, cursor, block, C)
@@ -108,4 +109,4 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
             else:
                 roll_slot(row_ptr, slot_ptr, C.Q, history, block, C)
     else:
-        zero_rows(out, C.Q, block, C)
+        zero_rows(out, C.Q, block)

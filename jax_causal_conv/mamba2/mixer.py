@@ -139,7 +139,7 @@ class Mamba2Mixer(nnx.Module):
             transformers that normalise over the whole of d_inner want 1; for
             `n_groups=1` there is no difference.)
         norm_eps: the norm's epsilon.
-        activation: of the conv: None, "silu" or "swish".
+        activation: of the conv, as for `causal_conv1d_fn`.
         num_shards: blocks of the columns, for tensor parallelism.
         dtype: of the computation; None infers it from u and parameters.
         param_dtype: of all parameters.
@@ -477,10 +477,7 @@ def _without_surplus(
     requests whose SSM states stay behind.
     """
     num_tokens, num_slots = jnp.shape(u)[0], cache.ssm.shape[0]
-    offsets = checks.index_array(
-        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
-    )
-    checks.at_least_one_offset(offsets)
+    offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs = offsets.shape[0] - 1
     limit = checks.static_int("max_prefills", max_prefills, minimum=0)
     slots = checks.slots_array(
@@ -491,14 +488,12 @@ def _without_surplus(
     offsets = batch.sanitize_offsets(jnp.asarray(offsets), num_tokens)
     pad = checks.pad_slot(pad_slot_id, num_slots)
     seqs = batch.sequences(offsets, slots, None, None, (num_slots, 1), pad)
-    prefill = seqs.live & (seqs.length > 1)
-    surplus = prefill & (jnp.cumsum(prefill) > limit)
-    return jnp.where(surplus, PAD_SLOT_ID, slots)
+    return jnp.where(batch.surplus_prefills(seqs, limit), PAD_SLOT_ID, slots)
 
 
 def _wide(array: jax.Array) -> jax.Array:
     """In float32, or in float64 if that is its dtype."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(batch.accumulator(array))
 
 
 def _divides(name: str, value: int, whole_name: str, whole: int) -> None:

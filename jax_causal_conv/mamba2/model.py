@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from ..batch import sanitize_offsets
 from ..metadata import ConvMetadata, build_metadata
 from ..operands import PAD_SLOT_ID
 from .config import Mamba2Config
@@ -230,10 +231,9 @@ class Mamba2LM(nnx.Module):
                 pad_slot_id=pad_slot_id,
             )
             new_cache.append(new)
-        # The meaning of any offsets is cummax(clip(q, 0, T)); T >= 1, so that `last`
-        # is a token even where a sequence is empty.
-        ends = jax.lax.cummax(jnp.clip(jnp.asarray(query_start_loc), 0, num_tokens))
-        last = jnp.maximum(ends[1:] - 1, 0)
+        # T >= 1, so that `last` is a token even where a sequence is empty.
+        offsets = sanitize_offsets(jnp.asarray(query_start_loc), num_tokens)
+        last = jnp.maximum(offsets[1:] - 1, 0)
         return self._logits(hidden[last]), tuple(new_cache)
 
     def init_cache(

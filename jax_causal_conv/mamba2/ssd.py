@@ -222,18 +222,12 @@ def ssd_packed(
     bias = _heads_or_none("dt_bias", dt_bias, heads)
     shape = (None, heads, dim, parameters.B.shape[2])
     states = checks.float_array("ssm_states", ssm_states, shape, "(S, H, P, K)")
-    offsets = checks.index_array(
-        "query_start_loc", query_start_loc, (None,), "(N+1,)", 0, num_tokens
-    )
-    checks.at_least_one_offset(offsets)
+    offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs, num_slots = offsets.shape[0] - 1, states.shape[0]
     slots = checks.slots_array(
         "cache_indices", cache_indices, states, "ssm_states", num_seqs, "N"
     )
-    if has_initial_state is not None:
-        has_initial_state = checks.bool_array(
-            "has_initial_state", has_initial_state, (num_seqs,), "(N,)"
-        )
+    has_initial_state = checks.has_initial_state(has_initial_state, num_seqs)
     most = min(num_seqs, num_tokens // 2)  # more prefills do not fit
     if max_prefills is not None:
         most = min(most, checks.static_int("max_prefills", max_prefills, minimum=0))

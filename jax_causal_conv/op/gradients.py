@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from ..batch import (
     Sequences,
     last_runs,
-    own_slots,
     row_by_row,
     runs_of,
     sanitize_offsets,
     sequences,
+    slots_one_by_one,
 )
 from ..operands import (
     PAD_SLOT_ID,
@@ -31,7 +31,7 @@ from ..operands import (
     RowsBackwardOperands,
     UpdateOperands,
 )
-from ..slots import history_before, ring_before, wide_slots
+from ..slots import history_before, read_before, ring_before, wide_slots
 from . import primitive, sharding
 from .ops import (
     DENSE,
@@ -61,10 +61,16 @@ def call(
     return sharding.on_mesh(function, op, spec, operands)
 
 
-def _filter_gradients(implementation, spec, op: Op, operands):
-    """Cotangents of x, weight and bias as a dict, and that of the history."""
+def _conv_cotangents(implementation, spec, op: Op, operands):
+    """Runs a backward op.
+
+    Returns:
+        The cotangents of x, weight and bias, in their dtypes and as a dict; and that of
+        the history, in the accumulator's dtype.
+    """
     x, weight, bias, *_ = operands
-    spec = ConvSpec(spec.activation, spec.columns)  # all that the backward ops read
+    # Only what the backward ops read, so that calls which differ in the rest are one.
+    spec = ConvSpec(spec.activation, spec.columns)
     dx, dweight, dbias, dhistory = primitive.run(op, implementation, spec, operands)
     gradients = {
         "x": spec.columns.widen(dx, x.shape[-1]),
@@ -74,14 +80,9 @@ def _filter_gradients(implementation, spec, op: Op, operands):
     return gradients, dhistory
 
 
-def _cotangents(operands, **gradients):
-    """Those of a record of operands: None is no cotangent."""
+def _record_of_cotangents(operands, **gradients):
+    """A record like `operands`, of the cotangents that there are, else None."""
     return type(operands)(*[None] * len(operands))._replace(**gradients)
-
-
-def _keep_before_update(history, states):
-    """Orders the gather of `history` before an in-place update of `states`."""
-    return jax.lax.optimization_barrier((history, states))
 
 
 def _state_cotangent(dstates, dslots, dhistory, seqs: Sequences, source):
@@ -94,7 +95,7 @@ def _state_cotangent(dstates, dslots, dhistory, seqs: Sequences, source):
         dhistory: `(N, W-1, D)` the same through the convolution.
         seqs: the sequences.
         source: `(N, W-1)` the row of the slot that each history row was; out of
-            bounds where it was none.
+            bounds if it was a row of zeros.
     """
     row = jnp.arange(dslots.shape[0])[:, None]
     dtype = jnp.promote_types(dslots.dtype, dhistory.dtype)
@@ -111,7 +112,10 @@ def _slots_of(dstates, seqs: Sequences):
 
 
 def _through_roll(dslots, seqs: Sequences):
-    """Cotangent of old slot rows through `slots_after`, where row m went to row l."""
+    """The cotangent of old slots, from that of what `slots_after` made of them.
+
+    Of an old slot only the rows survive that have not moved out in front.
+    """
     state_len = dslots.shape[1]
     old = jnp.arange(state_len)
     row = old - seqs.history[:, None] + state_len - seqs.length[:, None]
@@ -121,7 +125,7 @@ def _through_roll(dslots, seqs: Sequences):
 
 
 def _history_rows(seqs: Sequences, count: int, state_len: int):
-    """The slot row of each history row; out of bounds where there is none."""
+    """The `source` that `_state_cotangent` wants, of slots that are no rings."""
     row = seqs.history[:, None] - count + jnp.arange(count)
     return jnp.where(row >= 0, row, state_len)
 
@@ -138,7 +142,7 @@ def _packed_forward(implementation, spec, operands: PackedOperands):
     )
     wide = wide_slots(states, seqs, states.dtype)  # as stored
     history = history_before(states, wide, seqs, operands.weight.shape[1] - 1)
-    history, states = _keep_before_update(history, states)
+    states, history = read_before(states, history)
     operands = operands._replace(states=states)
     results = primitive.run(PACKED, implementation, spec, operands)
     return results, (operands._replace(states=None), history, seqs)
@@ -148,7 +152,7 @@ def _packed_backward(implementation, spec, residuals, cotangents):
     operands, history, seqs = residuals
     *dy, dstates = cotangents
     dslots = _slots_of(dstates, seqs)
-    gradients, dhistory = _filter_gradients(
+    gradients, dhistory = _conv_cotangents(
         implementation,
         spec,
         PACKED_BACKWARD,
@@ -171,18 +175,26 @@ def _packed_backward(implementation, spec, residuals, cotangents):
         seqs,
         _history_rows(seqs, history.shape[1], dslots.shape[1]),
     )
-    return (_cotangents(operands, states=dstates, **gradients),)
+    return (_record_of_cotangents(operands, states=dstates, **gradients),)
 
 
-def _update_history(count: int, query: int, pad_slot_id: int, rows: UpdateOperands):
-    """The sequences of an update, their ring positions, and history as stored.
+def _update_history(count: int, query: int, pad_slot_id: int, operands: UpdateOperands):
+    """What the gradient of an update has to keep of its states.
 
-    Of `rows`, x and the filter are not looked at.
+    Args:
+        count: W-1.
+        query: Q.
+        pad_slot_id: the slot number that means "skip".
+        operands: their x and filter are not looked at; slots are given.
+
+    Returns:
+        The sequences, their positions in circular buffers or None, and their history
+        `(B, W-1, D)` in the dtype of the states.
     """
-    offsets = jnp.arange(rows.slots.shape[0] + 1, dtype=jnp.int32) * query
-    states, cursor = rows.states, rows.cache_seqlens
+    offsets = jnp.arange(operands.slots.shape[0] + 1, dtype=jnp.int32) * query
+    states, cursor = operands.states, operands.cache_seqlens
     seqs = sequences(
-        offsets, rows.slots, True, rows.num_rejected, states.shape, pad_slot_id
+        offsets, operands.slots, True, operands.num_rejected, states.shape, pad_slot_id
     )
     wide = wide_slots(states, seqs, states.dtype)
     if cursor is None:
@@ -193,17 +205,17 @@ def _update_history(count: int, query: int, pad_slot_id: int, rows: UpdateOperan
 
 def _update_forward(implementation, spec, operands: UpdateOperands):
     (batch, query, _), states = operands.x.shape, operands.states
-    own = own_slots(operands.slots, batch, states.shape[0], spec.pad_slot_id)
+    slots = slots_one_by_one(operands.slots, batch, states.shape[0], spec.pad_slot_id)
     gather = functools.partial(_update_history, operands.weight.shape[1] - 1, query)
-    rows = operands._replace(x=None, weight=None, bias=None)
-    if own is not None:
+    read = operands._replace(x=None, weight=None, bias=None)
+    if slots is not None:
         of_row = row_by_row(functools.partial(gather, PAD_SLOT_ID))
-        seqs, cursor, history = of_row(rows._replace(slots=own))
+        seqs, cursor, history = of_row(read._replace(slots=slots))
     else:
-        if rows.slots is None:
-            rows = rows._replace(slots=jnp.arange(batch, dtype=jnp.int32))
-        seqs, cursor, history = gather(spec.pad_slot_id, rows)
-    history, states = _keep_before_update(history, states)
+        if read.slots is None:
+            read = read._replace(slots=jnp.arange(batch, dtype=jnp.int32))
+        seqs, cursor, history = gather(spec.pad_slot_id, read)
+    states, history = read_before(states, history)
     operands = operands._replace(states=states)
     results = primitive.run(UPDATE, implementation, spec, operands)
     return results, (operands._replace(states=None), history, seqs, cursor)
@@ -214,8 +226,8 @@ def _update_backward(implementation, spec, residuals, cotangents):
     *dy, dstates = cotangents
     (batch, query, _), state_len = operands.x.shape, dstates.shape[1]
     count = history.shape[1]
-    own = operands.slots is None and batch == dstates.shape[0]
-    by_row = row_by_row if own else lambda function: function
+    one_by_one = operands.slots is None and batch == dstates.shape[0]
+    by_row = row_by_row if one_by_one else lambda function: function
     dslots = by_row(_slots_of)(dstates, seqs)
     if cursor is None:
         into_tokens, through = dslots, _through_roll(dslots, seqs)
@@ -228,7 +240,7 @@ def _update_backward(implementation, spec, residuals, cotangents):
         written = jnp.mod(row - cursor[:, None], state_len) < query
         through = jnp.where(written[..., None], 0, dslots)
         source = jnp.mod(cursor[:, None] - count + jnp.arange(count), state_len)
-    gradients, dhistory = _filter_gradients(
+    gradients, dhistory = _conv_cotangents(
         implementation,
         spec,
         ROWS_BACKWARD,
@@ -243,7 +255,7 @@ def _update_backward(implementation, spec, residuals, cotangents):
         ),
     )
     dstates = by_row(_state_cotangent)(dstates, through, dhistory, seqs, source)
-    return (_cotangents(operands, states=dstates, **gradients),)
+    return (_record_of_cotangents(operands, states=dstates, **gradients),)
 
 
 def _dense_forward(implementation, spec, operands: DenseOperands):
@@ -254,7 +266,7 @@ def _dense_backward(implementation, spec, operands: DenseOperands, cotangents):
     x, weight, bias, states, segment_ids = operands
     parts = spec.columns.num_parts
     dy, dfinal = cotangents[:parts], (*cotangents[parts:], None)[0]
-    if dfinal is not None and dfinal.shape[1] == 0:  # W = 1
+    if dfinal is not None and dfinal.shape[1] == 0:  # without rows, as for W = 1
         dfinal = None
     (batch, length, _), (dim, width) = x.shape, weight.shape
     count = width - 1
@@ -262,7 +274,7 @@ def _dense_backward(implementation, spec, operands: DenseOperands, cotangents):
         history = jnp.zeros((batch, count, dim), x.dtype)
     else:
         history = states[:, states.shape[1] - count :]
-    gradients, dhistory = _filter_gradients(
+    gradients, dhistory = _conv_cotangents(
         implementation,
         spec,
         ROWS_BACKWARD,
@@ -284,11 +296,14 @@ def _dense_backward(implementation, spec, operands: DenseOperands, cotangents):
             last = last_runs(runs_of(segment_ids, batch, length), states.shape[1])
             dstates = dstates + _through_roll(dfinal.astype(dhistory.dtype), last)
         dstates = dstates.astype(states.dtype)
-    return (_cotangents(operands, states=dstates, **gradients),)
+    return (_record_of_cotangents(operands, states=dstates, **gradients),)
 
 
 def _through_xla(op: Op) -> tuple[Callable, Callable]:
-    """The rule of an op that has no backward of its own: that of XLA, computed anew."""
+    """The rule of an op without a backward op: XLA differentiates its implementation.
+
+    Only the operands are kept; the backward pass runs the forward again, in XLA.
+    """
 
     def forward(implementation, spec, operands):
         return primitive.run(op, implementation, spec, operands), operands

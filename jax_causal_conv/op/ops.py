@@ -76,24 +76,27 @@ def _gradients(
 
 
 def _rows_and_slots(spec: ConvSpec, operands: UpdateOperands) -> dict[str, str]:
-    """Rows that own their slots one to one may be sharded together; no others."""
+    """Where slot i belongs to row i, both are sharded alike; else neither can be."""
     as_many = operands.x.shape[0] == operands.states.shape[0]
-    own = operands.slots is None and as_many and spec.pad_slot_id == PAD_SLOT_ID
-    return {"S": "B"} if own else {"S": "s", "B": "b"}
+    one_by_one = operands.slots is None and as_many and spec.pad_slot_id == PAD_SLOT_ID
+    return {"S": "B"} if one_by_one else {"S": "s", "B": "b"}
 
 
 def _groups(spec: SSDSpec, operands: SSDOperands | SSDPackedOperands) -> dict[str, str]:
-    """Groups are sharded as their heads are; a single one is everybody's."""
+    """Groups are sharded like their heads; a single one, which all share, is not."""
     del spec
     return {"G": "g" if operands.B.shape[-2] == 1 else "H"}
 
 
 def _fold_rows(*shared: str) -> Callable[..., Any]:
-    """The fold of an op on rows: vmap over all but the `shared` fields adds rows."""
+    """The `fold` of an op on rows of equal length, all of which use `shared` fields.
+
+    Mapped rows become more rows of one call, unless the shared fields are mapped too.
+    """
 
     def fold(spec: Any, operands: Any, axes: Any, size: int) -> Any:
         del spec
-        rows = operands.x.shape[axes.x : axes.x + 2]
+        rows = operands.x.shape[axes.x : axes.x + 2]  # B, T; axes.x: is x mapped?
         if any(getattr(axes, name) for name in shared):
             return None
         if not 0 < size * math.prod(rows) < 2**31:

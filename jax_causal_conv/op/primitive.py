@@ -21,7 +21,8 @@ from . import sharding
 from .record import Op
 
 DEFAULT_COMPUTE_CAPABILITY = 90
-# A context of jax's own kind is part of the cache key of tracing and lowering.
+# jax makes the value of such a context part of the keys of its caches, so that a change
+# of the target traces and lowers anew.
 _target = jax.make_user_context(default_value=None)
 
 
@@ -67,7 +68,8 @@ def run(op: Op, implementation: str | None, spec: Any, operands: Any) -> tuple:
     """Runs `op` on checked operands."""
     if implementation in ("xla", "interpret"):
         out = _jitted(op, implementation, spec)(operands)
-        return sharding.varying_alike((operands, out))[1]  # a callback forgets it
+        # The interpreter's callback has results that vary over no axis of a mesh.
+        return sharding.varying_alike((operands, out))[1]
     leaves, tree = jax.tree.flatten(operands)
     out = causal_conv_p.bind(
         *leaves,
@@ -100,9 +102,10 @@ def _launched(op: Op, spec: Any, call: Callable) -> Callable:
     return lambda operands: record.run(launches(spec, operands), call)
 
 
-# Params of the primitive: `op`, with its static `spec`; `tree`, the record of operands
-# that the primitive's own operands are; `required`, whether Triton must run it;
-# `batched`, outermost vmap first, which operands have that vmap's axis (in front).
+# The primitive's operands are the leaves of the op's record of operands. Its params:
+# `op` and `spec`, what is called; `tree`, how the leaves become a record again;
+# `required`, whether the kernels must run it, or XLA may; `batched`, for each vmap
+# around the call, the outermost first, which operands have its axis (in front).
 causal_conv_p = Primitive("causal_conv")
 causal_conv_p.multiple_results = True
 sharding.needs_devices(causal_conv_p)
@@ -139,7 +142,7 @@ def _vmapped(function, axes):
 
 
 def _looped(function, axes):
-    """Vmap by a loop, for functions that have no batching rule."""
+    """Vmap by a loop, since jax-triton's primitive has no batching rule."""
 
     def loop(*leaves):
         def step(mapped):
@@ -221,8 +224,9 @@ def _lower_to_triton(ctx, *leaves, **params):
         _warn_once(f"causal conv uses XLA on CUDA: {error}. For the kernels, {cure}")
         return _lower_to_xla(ctx, *leaves, **params)
     shapes = [aval.shape for aval in ctx.avals_in]
+    # Grids and tiles are chosen from sizes, which must be numbers by now.
     if any(map(jax.export.is_symbolic_dim, itertools.chain(*shapes))):
-        raise NotImplementedError(  # grids and tiles are numbers, known by now
+        raise NotImplementedError(
             f"the Triton kernels need static sizes, got operands of shapes {shapes}: "
             'export one program per size, or use implementation="xla"'
         )

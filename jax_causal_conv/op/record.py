@@ -13,25 +13,26 @@ class Op:
     spec is hashable and static, and operands a NamedTuple with None for what is absent.
 
     Attributes:
-        name: for people, and for keys of caches.
+        name: for people, and part of the keys of caches.
         xla: the implementation in XLA.
         launches: gives the function that makes the kernels' launches; Triton is
             imported when it is called.
-        dims: the operands' record, with the names of each array's dimensions. Those
-            in capitals may be sharded: each device then runs the op on its share. X
-            are the columns of x and Y those of the output, which are the channels D
-            as well, unless x is wider or the output is split: then none of the three
-            can be sharded.
-        result_dims: the names of each result's dimensions; one with Y is a result per
-            part of the output.
+        dims: a record like the operands, with the names of each array's dimensions.
+            Dimensions with a capital letter may be sharded: each device then runs the
+            op on its share. X names the columns of x, and Y those of the output. These
+            are the channels D as well, unless x is wider or the output is split: then
+            none of the three can be sharded.
+        result_dims: the names of each result's dimensions. What has a Y stands for as
+            many results as the output has parts.
         result_shapes: `(spec, operands) -> list` of `jax.ShapeDtypeStruct`, from
             anything with a shape and a dtype.
-        rename: `(spec, operands) -> dict`, other names for dimensions in this call:
-            two that are sharded alike get one name, of which all sizes are then
-            multiples of the least. None renames nothing.
-        fold: `(spec, operands, axes, size) -> operands or None`, the op under vmap as
-            one call: operands with the mapped axis (in front where `axes` is True)
-            folded into rows, or None where that cannot be.
+        rename: `(spec, operands) -> dict`, other names for dimensions in this call.
+            Dimensions of one name are sharded alike; if they differ in size, each must
+            be a multiple of the smallest. None renames nothing.
+        fold: `(spec, operands, axes, size) -> operands or None`, what makes one call
+            of the op under vmap. `axes` is a record like the operands, True where an
+            array has the mapped axis, of `size`, in front. The result is the operands
+            with that axis folded into rows, or None if that is impossible.
     """
 
     name: str

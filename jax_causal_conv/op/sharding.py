@@ -62,7 +62,7 @@ def on_mesh(function: Callable, op: Op, spec: Any, operands: Any) -> tuple:
 def result_types(shapes: Sequence[Any], avals: Sequence[Any]) -> list:
     """Types of results: inside `shard_map` they vary as the most varying operand does.
 
-    x is one that varies over the union of all axes; see `on_mesh`.
+    That is the union of all axes over which operands vary: `on_mesh` has cast them.
     """
     most = max(avals, key=lambda aval: len(aval.manual_axis_type.varying))
     return [
@@ -134,10 +134,11 @@ def partitioned(
 
         return mesh, share, *(tuple(map(sharding, d)) for d in (results, operands))
 
-    # Until XLA has divided it the call shows nothing of what it will do, and programs
-    # are cached by what they show: an operand that nobody reads says it for them.
-    says = repr((sorted(params.items()), *target)).encode()
-    stamp = np.array([zlib.crc32(says)], np.uint32)
+    # Compiled programs are cached under a hash of their text. That text does not hold
+    # the kernels until XLA has divided the call among devices: a hash of all that they
+    # depend on, as one more operand which nobody reads, stands in the text for them.
+    kernels = repr((sorted(params.items()), *target)).encode()
+    stamp = np.array([zlib.crc32(kernels)], np.uint32)
 
     divided = custom_partitioning(lambda _, *leaves: tuple(function(*leaves)))
     avals = [jax.ShapeDtypeStruct((1,), np.uint32), *ctx.avals_in, *ctx.avals_out]
@@ -161,10 +162,10 @@ def _sizes(dimensions: Sequence[Sequence[str]], arrays: Sequence[Any]) -> dict:
 
 
 def _sharding_rule(operands, results, avals) -> tuple[str, list[str], dict[str, int]]:
-    """The rule in Shardy's letters, its factors, and the sizes that it does not show.
+    """The rule as Shardy wants it, its factors, and sizes that the rule does not show.
 
-    Where a name has several sizes, heads and their groups say, a larger dimension is
-    the least size times a factor that cannot be sharded.
+    Where dimensions of one name have several sizes (heads and their groups, say), the
+    larger ones are that name times another factor, which cannot be sharded.
     """
     sizes = _sizes([*operands, *results], avals)
     factors: dict[str, None] = {}  # in the order of their first appearance
@@ -195,8 +196,9 @@ def _sharding_rule(operands, results, avals) -> tuple[str, list[str], dict[str, 
 def _names(op: Op, spec: Any, operands: Any) -> tuple[list, list]:
     """Names of the dimensions of each array of the operands, and of each result.
 
-    X and Y become D, or other names where x is wider or the output is split; the op
-    may have more to say. An array of fewer dimensions has the first of them.
+    X and Y become D, or other names where x is wider or the output is split, and
+    `op.rename` may change more. An array with fewer dimensions than names has the
+    first ones.
     """
     columns = spec.columns
     parts, rename = ["Y"], {"X": "D", "Y": "D"}

@@ -36,7 +36,7 @@ class _Rows(NamedTuple):
     Attributes:
         x: `(T, D)`, the op's own columns.
         dy: `(T, D)`, the cotangent of the output.
-        history: `(N or more, W-1, D)`, rows that tokens own.
+        history: `(·, W-1, D)`, the histories that the tokens' owners are numbers of.
         copied: `(T, D)` cotangent of the slot row that each token became, or 0.
         tokens: where each token stands.
         start: `(N,)` first token of each sequence.
@@ -59,8 +59,8 @@ def _column_sums(rows):
     return blocks.sum(axis=axes) + rows[..., whole:, :].sum(axis=axes)
 
 
-def _filter_gradients(dz, products):
-    """Dweight `(D, W)` and dbias `(D,)` from `_backward`'s terms."""
+def _dweight_and_dbias(dz, products):
+    """Dweight `(D, W)` and dbias `(D,)`: `_backward`'s terms summed over the tokens."""
     return jnp.stack(list(map(_column_sums, products)), axis=1), _column_sums(dz)
 
 
@@ -143,7 +143,7 @@ def packed_backward(
     dy = spec.columns.joined(operands.dy)
     rows = _Rows(x, dy, operands.history, copied, tokens, seqs.start)
     dx, dz, products, dhistory = _backward(weight, bias, rows, spec.activation)
-    return dx, *_filter_gradients(dz, products), dhistory
+    return dx, *_dweight_and_dbias(dz, products), dhistory
 
 
 def rows_backward(
@@ -182,4 +182,4 @@ def rows_backward(
         row,
         tokens_of_runs(runs),
     )
-    return dx, *_filter_gradients(dz, products), dhistory[:, 0]
+    return dx, *_dweight_and_dbias(dz, products), dhistory[:, 0]

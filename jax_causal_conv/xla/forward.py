@@ -17,11 +17,11 @@ from ..batch import (
     Sequences,
     Tokens,
     accumulator,
-    own_slots,
     row_by_row,
     runs_of,
     sanitize_offsets,
     sequences,
+    slots_one_by_one,
     take_rows,
     tokens_of,
     tokens_of_runs,
@@ -70,8 +70,8 @@ def _convolve(x, weight, bias, history, tokens: Tokens, activation: str | None):
     x, history and the result are of the accumulator's dtype.
     """
     width = weight.shape[1]
-    # Each tap a vector, made before the loop over tokens: inside of it XLA:CPU would
-    # gather and convert W numbers that lie side by side for each output again.
+    # The barrier makes each tap a vector before the loop over tokens. Inside the loop
+    # XLA:CPU would gather and convert the W neighbouring numbers again for each output.
     filter_taps = lax.optimization_barrier(
         [weight[:, k].astype(x.dtype) for k in range(width)]
     )
@@ -101,7 +101,7 @@ def _convolve_parts(spec: ConvSpec, x, filters, history, tokens: Tokens, dtype):
     )
 
 
-class _Inputs(NamedTuple):
+class _SlotSources(NamedTuple):
     """What the new rows of slots come from.
 
     Attributes:
@@ -117,7 +117,7 @@ class _Inputs(NamedTuple):
     wide: Any
 
 
-def _advance(inputs: _Inputs, seqs: Sequences, columns: Columns, outputs_of):
+def _advance(sources: _SlotSources, seqs: Sequences, columns: Columns, outputs_of):
     """Convolves, and makes each live sequence's slot its last inputs.
 
     `outputs_of(states, wide, seqs)` are the parts of the output, given a cache, its
@@ -126,70 +126,81 @@ def _advance(inputs: _Inputs, seqs: Sequences, columns: Columns, outputs_of):
     Returns:
         The parts of the output, then the states.
     """
-    num_seqs, num_slots = seqs.slot.shape[0], inputs.states.shape[0]
-    # A row of its own (`row_by_row`) is one of many: no loop for each.
+    num_seqs, num_slots = seqs.slot.shape[0], sources.states.shape[0]
+    # A batch of one row and one slot comes from `row_by_row`, which maps over many of
+    # them; a loop inside each would only be in the way.
     looped = not num_seqs == num_slots == 1
     if not CPU_LOOPS_UPDATE_IN_PLACE:
-        looped = looped and inputs.states.dtype != jnp.bfloat16
-    keeps = looped and not CPU_LOOPS_UPDATE_IN_PLACE
-    scatter = functools.partial(_scatter_slots, seqs, columns, keeps)
-    if not keeps:
-        parts = outputs_of(inputs.states, inputs.wide, seqs)
-        states, parts = read_before(inputs.states, parts)
-        inputs = inputs._replace(states=states)
-    twin, _ = scatter(*inputs)
+        looped = looped and sources.states.dtype != jnp.bfloat16
+    # Where a read before the loop would cost a copy of the cache, the loop keeps the
+    # old slots, and the outputs are computed from these, after it.
+    keeps_old = looped and not CPU_LOOPS_UPDATE_IN_PLACE
+    scatter = functools.partial(_scatter_slots, seqs, columns, keeps_old)
+    if not keeps_old:
+        parts = outputs_of(sources.states, sources.wide, seqs)
+        states, parts = read_before(sources.states, parts)
+        sources = sources._replace(states=states)
+    scattered, _ = scatter(*sources)
     if not looped:
-        return *parts, twin
+        return *parts, scattered
     # On a CPU a loop that rolls one slot a trip spares an array of all new rows. On a
-    # GPU it would be a chain of tiny kernels.
-    rolled, kept = lax.platform_dependent(
-        *lax.stop_gradient(inputs),
-        cpu=functools.partial(_roll_slots, seqs, columns, keeps),
+    # GPU it would be a chain of tiny kernels. Derivatives are those of the scatter.
+    rolled, old_slots = lax.platform_dependent(
+        *lax.stop_gradient(sources),
+        cpu=functools.partial(_roll_slots, seqs, columns, keeps_old),
         default=scatter,
     )
-    if keeps:
-        own = seqs._replace(slot=jnp.arange(num_seqs, dtype=jnp.int32))
-        parts = outputs_of(kept, inputs.wide, own)
-    return *parts, differentiate_as(rolled, twin)
+    if keeps_old:
+        of_old = seqs._replace(slot=jnp.arange(num_seqs, dtype=jnp.int32))
+        parts = outputs_of(old_slots, sources.wide, of_old)
+    return *parts, differentiate_as(rolled, scattered)
 
 
-def _scatter_slots(seqs: Sequences, columns: Columns, keeps: bool, *inputs):
-    """The states with all live slots rolled at once; if `keeps`, the old slots too."""
-    states, x, wide_x, wide = inputs
+def _scatter_slots(seqs: Sequences, columns: Columns, keeps_old: bool, *sources):
+    """The states with all live slots rolled at once.
+
+    Also, if `keeps_old`, each sequence's old slot, else None.
+    """
+    states, x, wide_x, wide = sources
     state_len, dim = states.shape[1:]
     rows = slots_after(
         (columns.of(x, dim), wide_x), (states, wide), seqs, state_len, states.dtype
     )
-    kept = take_rows(states, seqs.slot) if keeps else None
-    states, (rows, kept) = read_before(states, (rows, kept))
-    return store_rows(states, seqs, jnp.arange(state_len, dtype=jnp.int32), rows), kept
+    old_slots = take_rows(states, seqs.slot) if keeps_old else None
+    states, (rows, old_slots) = read_before(states, (rows, old_slots))
+    row = jnp.arange(state_len, dtype=jnp.int32)
+    return store_rows(states, seqs, row, rows), old_slots
 
 
-def _roll_slots(seqs: Sequences, columns: Columns, keeps: bool, states, x, *_):
+def _roll_slots(seqs: Sequences, columns: Columns, keeps_old: bool, states, x, *_):
     """`_scatter_slots` by a loop over the sequences."""
     num_seqs, (_, state_len, dim) = seqs.slot.shape[0], states.shape
     row = jnp.arange(state_len, dtype=jnp.int32)
-    kept = states[:1].repeat(num_seqs, axis=0) if keeps else None
+    old_slots = states[:1].repeat(num_seqs, axis=0) if keeps_old else None
 
     def step(i, carry):
-        states, kept = carry
-        own = Sequences(*(lax.dynamic_slice_in_dim(a, i, 1) for a in seqs))
-        # A slice would gather all of a cache whose slots are sharded.
-        old = take_rows(states, own.slot)
-        if keeps:
-            kept = lax.dynamic_update_slice_in_dim(kept, old, i, 0)
-            old = lax.dynamic_slice_in_dim(kept, i, 1)
-        # Cut out of x before the loop, our columns of it would be a copy.
-        behind = own.start + own.length - state_len
-        last = columns.of(take_rows(x, jnp.maximum(behind + row, 0)), dim)
-        here = own._replace(start=state_len - own.length, slot=jnp.zeros_like(own.slot))
+        states, old_slots = carry
+        one = Sequences(*(lax.dynamic_slice_in_dim(a, i, 1) for a in seqs))
+        # Not a slice, for which XLA gathers all of a cache whose slots are sharded.
+        old = take_rows(states, one.slot)
+        if keeps_old:
+            old_slots = lax.dynamic_update_slice_in_dim(old_slots, old, i, 0)
+            old = lax.dynamic_slice_in_dim(old_slots, i, 1)
+        # The last rows of the sequence that the slot has room for. The op's columns are
+        # cut out of them here, since cut out of x before the loop they would be a copy.
+        token = one.start + one.length - state_len + row
+        last = columns.of(take_rows(x, jnp.maximum(token, 0)), dim)
+        # In `last` the sequence ends at row L, in `old` its slot is number 0.
+        here = one._replace(start=state_len - one.length, slot=jnp.zeros_like(one.slot))
         new = slots_after((last, last), (old, old), here, state_len, states.dtype)
-        new = jnp.where(own.live[:, None, None], new, old)
-        return lax.dynamic_update_slice_in_dim(states, new, own.slot[0], 0), kept
+        new = jnp.where(one.live[:, None, None], new, old)
+        states = lax.dynamic_update_slice_in_dim(states, new, one.slot[0], 0)
+        return states, old_slots
 
-    # A number that XLA does not know: it would unroll a loop of one trip, and copy.
+    # The barrier hides the number from XLA, which would unroll a loop of one trip, and
+    # then copy the cache.
     trips = lax.optimization_barrier(jnp.int32(num_seqs))
-    return lax.fori_loop(0, trips, step, (states, kept))
+    return lax.fori_loop(0, trips, step, (states, old_slots))
 
 
 def packed(spec: ConvSpec, operands: PackedOperands) -> tuple[jax.Array, ...]:
@@ -213,7 +224,7 @@ def packed(spec: ConvSpec, operands: PackedOperands) -> tuple[jax.Array, ...]:
     if state_len == 0:  # W = 1
         return *outputs(jnp.zeros((seqs.slot.shape[0], 0, dim), wide_x.dtype)), states
     return _advance(
-        _Inputs(states, x, wide_x, wide_slots(states, seqs, wide_x.dtype)),
+        _SlotSources(states, x, wide_x, wide_slots(states, seqs, wide_x.dtype)),
         seqs,
         spec.columns,
         lambda states, wide, seqs: outputs(
@@ -225,8 +236,8 @@ def packed(spec: ConvSpec, operands: PackedOperands) -> tuple[jax.Array, ...]:
 def update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
     """`causal_conv1d_update` on checked arguments; x is `(B, Q, D)`."""
     batch, num_slots = operands.x.shape[0], operands.states.shape[0]
-    own = own_slots(operands.slots, batch, num_slots, spec.pad_slot_id)
-    if own is None:
+    slots = slots_one_by_one(operands.slots, batch, num_slots, spec.pad_slot_id)
+    if slots is None:
         return _update(spec, operands)
     spec = ConvSpec(spec.activation, spec.columns, PAD_SLOT_ID)
     weight, bias = operands.weight, operands.bias
@@ -234,7 +245,7 @@ def update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
     def of_row(row):
         return _update(spec, row._replace(weight=weight, bias=bias))
 
-    return row_by_row(of_row)(operands._replace(weight=None, bias=None, slots=own))
+    return row_by_row(of_row)(operands._replace(weight=None, bias=None, slots=slots))
 
 
 def _update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
@@ -262,26 +273,28 @@ def _update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
     wide = wide_slots(states, seqs, wide_x.dtype)
     if operands.cache_seqlens is None:
         return _advance(
-            _Inputs(states, flat, wide_x, wide),
+            _SlotSources(states, flat, wide_x, wide),
             seqs,
             spec.columns,
             lambda states, wide, seqs: outputs(
                 history_before(states, wide, seqs, width - 1)
             ),
         )
-    cursor = jnp.mod(operands.cache_seqlens, state_len)  # first: cannot overflow
+    # Reduced before anything is added to it, so that no sum overflows.
+    cursor = jnp.mod(operands.cache_seqlens, state_len)
     history = ring_before(states, wide, seqs, cursor, width - 1)
-    kept = min(query, state_len)  # each row is written once
-    kept_from = jnp.arange(query - kept, query)
-    row = (cursor[:, None] + kept_from) % state_len
-    token = jnp.arange(batch)[:, None] * query + kept_from
+    # Of more than L inputs only the last L are stored, so that none of the buffer's
+    # rows is written twice.
+    stored = jnp.arange(query - min(query, state_len), query)
+    row = (cursor[:, None] + stored) % state_len
+    token = jnp.arange(batch)[:, None] * query + stored
     rows = token_rows(spec.columns.of(flat, dim), wide_x, token, states.dtype)
     states, parts = read_before(states, outputs(history))
     return *parts, store_rows(states, seqs, row, rows)
 
 
 def with_zeros(history):
-    """`(B, 2, W-1, D)`: each row's history, and one of zeros for its later runs."""
+    """Each row's two histories, `(B, 2, W-1, D)`; see `tokens_of_runs`."""
     return jnp.stack([history, jnp.zeros_like(history)], axis=1)
 
 

@@ -411,9 +411,9 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     seqs = batch.sequences(
         offsets, slots, has_initial_state, None, (num_slots, 1), spec.pad_slot_id
     )
+    surplus = batch.surplus_prefills(seqs, spec.max_prefills)
+    seqs = seqs._replace(live=seqs.live & ~surplus)
     prefill = seqs.live & (seqs.length > 1)
-    surplus = prefill & (jnp.cumsum(prefill) > spec.max_prefills)
-    prefill, seqs = prefill & ~surplus, seqs._replace(live=seqs.live & ~surplus)
     # States of another dtype stay out of the single pass over all slots. It would also
     # convert those that no sequence names, and back; on a CPU not all keep their bits.
     in_one_pass = states.dtype == x.dtype and _every_slot_may_change(

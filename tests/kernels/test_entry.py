@@ -185,8 +185,3 @@ def test_an_error_of_a_launch_is_not_the_end_of_the_launches():
 
     with pytest.raises(StopIteration, match="the caller's own"):
         record.run(launches(), call)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_triton_functions_take_few_parameters(name):
-    assert len(FUNCTIONS[name].arg_names) <= 12, FUNCTIONS[name].arg_names

@@ -1,4 +1,4 @@
-"""Imports inside the package go down only, so that no room knows who uses it."""
+"""How the package is built: imports go down only, and functions take few parameters."""
 
 import ast
 import pathlib
@@ -29,6 +29,13 @@ MODULES = {
 }
 
 
+# What travels together is one record. Public ops and the constructors of layers and
+# engines are exempt: their parameters are what callers say by name.
+MOST_PARAMETERS = 12
+MOST_OF_A_TRITON_FUNCTION = 16
+PUBLIC_OPS = {"causal_conv1d_fn", "ssd", "ssd_packed"}
+
+
 def room_of(module: str) -> str:
     return module if module in FLOOR else module.partition(".")[0]
 
@@ -55,6 +62,40 @@ def imports_of(module: str) -> set[str]:
                 if candidate in MODULES and candidate != "__init__":
                     found.add(candidate)
     return found - {module}
+
+
+def functions_of(module: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    tree = ast.parse(MODULES[module].read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def number_of_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    starred = (arguments.vararg, arguments.kwarg)
+    return len(named) + sum(argument is not None for argument in starred)
+
+
+def is_triton(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(node) for node in function.decorator_list)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_take_few_parameters(module):
+    too_many = {}
+    for function in functions_of(module):
+        if function.name in PUBLIC_OPS | {"__init__"}:
+            continue
+        most = MOST_OF_A_TRITON_FUNCTION if is_triton(function) else MOST_PARAMETERS
+        if (number := number_of_parameters(function)) > most:
+            too_many[f"{function.name} (line {function.lineno})"] = number
+    assert not too_many, f"{module} has functions of too many parameters: {too_many}"
+
+
+def test_triton_functions_are_recognised():
+    found = {module for module in MODULES if any(map(is_triton, functions_of(module)))}
+    assert {"kernels.packed", "kernels.device", "kernels.backward"} <= found
 
 
 @pytest.mark.parametrize("module", MODULES)
