@@ -112,7 +112,7 @@ def _construction(
         stem = f"{name.lower()}_{field}"  # a field of both records, or called C
         names = [stem] if parts == _ONE else [f"{stem}_{i}" for i in range(parts)]
         parameters += names
-        several = "".join(f"{name}, " for name in names)
+        several = ", ".join(names) + "," * bool(names)
         fields.append(stem if parts == _ONE else f"({several})")
     return f"{name}({', '.join(fields)})"
 
