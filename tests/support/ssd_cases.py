@@ -318,10 +318,12 @@ def random_rows_shape(rng) -> RowsShape:
     return dataclasses.replace(shape, state=cases.maybe(rng, shape.state, 0.7))
 
 
-def random_case(shape: Any, rng) -> Case:
-    """A shape filled with values of every kind."""
+def random_case(shape: Any, rng, *, malformed: bool | None = None) -> Case:
+    """A shape filled with values of every kind; None: half of the time malformed."""
     if isinstance(shape, PackedShape):
-        case = draw_packed(rng, shape=shape, malformed=rng.random() < 0.5)
+        if malformed is None:
+            malformed = rng.random() < 0.5
+        case = draw_packed(rng, shape=shape, malformed=malformed)
         slots = case.arrays["cache_indices"]
         if slots is not None and len(slots) > 1 and rng.random() < 0.1:
             slots = slots.copy()  # perhaps two live sequences on one slot
@@ -370,8 +372,8 @@ class Expected:
     """The reference's results of a case, and which of them are specified.
 
     Not specified are: what two live sequences on one slot compute, and leave there; and
-    in a sequence or run that meets NaN or inf, whatever the recurrence makes finite. But
-    where runs share a row, tokens before the first of them are.
+    in a sequence or run that meets NaN or inf, whatever the recurrence makes finite.
+    But where runs share a row, tokens before the first of them are.
 
     Attributes:
         y, states: in float64.

@@ -1,4 +1,4 @@
-"""The SSD's launches of a case, to be run in a way and with tiles that a test chooses."""
+"""The SSD's launches of a case, in a way and with tiles that a test chooses."""
 
 import dataclasses
 from typing import Any
