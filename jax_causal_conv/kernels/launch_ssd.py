@@ -136,27 +136,6 @@ def _dense_table(rows: int, length: int, tile: SsdTiles) -> _Table:
     return _Table(None, None, prefills, chunks, stretches)
 
 
-def deal_out(size: int) -> tuple[np.ndarray, np.ndarray]:
-        each = -(-length // size)
-        place = np.arange(each, dtype=np.int32)
-        return np.repeat(row, each), np.tile(place, rows)
-
-    owner, place = deal_out(tile.chunk)
-    count = np.minimum(length - place * tile.chunk, tile.chunk)
-    first = row * np.int32(len(owner) // rows)
-    prefills = [row * length, np.full_like(row, length), row, np.ones_like(row), first]
-    stretches = None
-    if tile.stretch:
-        stretches = np.stack(deal_out(tile.chunk * tile.stretch), 1)
-    return _Table(
-        None,
-        None,
-        np.stack(prefills, 1).astype(np.int32),
-        np.stack([owner * length + place * tile.chunk, count], 1).astype(np.int32),
-        stretches,
-    )
-
-
 def _constants(
     spec: SSDSpec, operands: SSDOperands | SSDPackedOperands, tile: SsdTiles
 ) -> SsdConstants:
