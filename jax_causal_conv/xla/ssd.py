@@ -24,6 +24,7 @@ from jax import lax
 
 from .. import batch
 from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
+from ..slots import differentiate_as
 
 _LOWEST_LOG_DECAY = -1000.0
 """The exponential of this, and of anything below, is 0 in every dtype."""
@@ -155,26 +156,6 @@ def _chunks(inputs: _Inputs) -> _Chunks:
     return _Chunks(x * dt[..., None], log_decay, total, error, B, C)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiated_as(linear: Callable, values, results):
-    """`results`, which have the derivative of `linear(values)`.
-
-    Both are sums of the same values. The results come from differences of running sums,
-    whose own derivative is no good: it adds the cotangent of `total[t] - total[r]` to
-    one sum and subtracts it from another, and all that a value before r or after t gets
-    of it has to cancel. In floating point it cancels up to rounding only, and what is
-    left hides the gradient of a head that forgets fast, which is small. The derivative
-    of sums of just the values after r up to t has no such terms.
-    """
-    del linear, values
-    return results
-
-
-@_differentiated_as.defjvp
-def _differentiated_as_jvp(linear: Callable, primals, tangents):
-    return primals[1], linear(tangents[0])
-
-
 def _sums_to_last(values):
     """The sum of the values after each place of `(..., c)`, in the same shape."""
     axis = values.ndim - 1
@@ -206,13 +187,19 @@ def _sums_between(values):
 def _decay(chunks: _Chunks, late, early, linear: Callable, mask):
     """`exp(s(late, early))`, where both index the places of a chunk; 0 where masked.
 
-    `linear` computes `s(late, early)` from the log-decays, for the derivative. The
-    exponent is masked as well: an infinite exponential in a masked place would make its
-    gradient NaN.
+    `linear` computes `s(late, early)` from the log-decays, for the derivative. That of
+    differences of running sums is no good: it adds the cotangent of `total[t] -
+    total[r]` to one sum and subtracts it from another, and all that a value before r or
+    after t gets of it has to cancel. In floating point it cancels up to rounding only,
+    and what is left hides the gradient of a head that forgets fast, which is small. The
+    derivative of sums of just the values after r up to t has no such terms.
+
+    The exponent is masked as well: an infinite exponential in a masked place would make
+    its gradient NaN.
     """
     total, error = chunks.total, chunks.error
     between = (total[late] - total[early]) + (error[late] - error[early])
-    between = _differentiated_as(linear, chunks.log_decay, between)
+    between = differentiate_as(between, linear(chunks.log_decay))
     if mask is None:
         return jnp.exp(between)
     return jnp.where(mask, jnp.exp(jnp.where(mask, between, 0)), 0)
