@@ -196,7 +196,9 @@ def packed(
     )
     y = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if spec.max_prefills == 0:
-        tile = tile or tiles.ssd_decode(x.shape[1:], operands.B.shape[-1], num_seqs)
+        tile = tile or tiles.ssd_decode(
+            x.shape[1:], operands.B.shape[-1], states.dtype.itemsize, num_seqs
+        )
         C = _constants(spec, operands, tile)
         results = yield Launch(
             decode_kernel,

@@ -41,7 +41,8 @@ def tile_of(op: Any, spec: Any, operands: Any, **changes) -> Any:
     shape, size = operands.x.shape, operands.B.shape[-1]
     prefills = spec.max_prefills if op.name == "ssd_packed" else shape[0]
     tokens = shape[0] if op.name == "ssd_packed" else shape[0] * shape[1]
-    chosen = tiles.ssd_chunks(shape[-2:], size, tokens, prefills)
+    bytes_ = max(a.dtype.itemsize for a in (operands.x, operands.B, operands.C))
+    chosen = tiles.ssd_chunks(shape[-2:], size, bytes_, tokens, prefills)
     return dataclasses.replace(chosen, **changes)
 
 
