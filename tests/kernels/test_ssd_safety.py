@@ -92,7 +92,7 @@ def test_no_interleaving_of_threads_matters(name):
         recorder = Recorder()
         results = recorder.caller()(launch)
         stores.append(sum(access.is_store for access in recorder.accesses))
-        hazard = race(recorder.accesses, barriers_needed=False)
+        hazard = race(recorder.accesses, own_data=True)
         assert hazard is None, f"{launch.kernel}: {hazard}\n{case}"
         return results
 

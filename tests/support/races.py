@@ -66,13 +66,14 @@ class Recorder:
         return recording_call
 
 
-def race(accesses, barriers_needed=True):
+def race(accesses, own_data=False):
     """None, or a sentence about the first hazard among a kernel's accesses.
 
     Args:
         accesses: of one launch.
-        barriers_needed: False where a program only writes over what it has read if what
-            it writes is computed from it: then a write waits for the read.
+        own_data: True where a program only writes over what it has read if what it
+            writes is computed from it, so that the write waits for the read; and where
+            it reads what it has written behind a barrier.
     """
     writer: dict[int, tuple[int, int]] = {}  # address -> program, barriers before it
     for access in accesses:
@@ -91,7 +92,7 @@ def race(accesses, barriers_needed=True):
                 )
             writer[address] = program, access.barriers
     read: dict[int, int] = {}  # address -> barriers before its last read
-    written: set[int] = set()
+    written: dict[int, int] = {}  # address -> barriers before its write
     for access in accesses:
         for address in access.addresses.tolist():
             if address not in writer:
@@ -103,12 +104,14 @@ def race(accesses, barriers_needed=True):
                     f"{program} writes"
                 )
             if not access.is_store:
-                if address in written:
+                if address in written and not (
+                    own_data and written[address] < access.barriers
+                ):
                     return f"program {program} reads {address:#x} after its write"
                 read[address] = access.barriers
                 continue
-            written.add(address)
-            if barriers_needed and read.get(address, -1) == access.barriers:
+            written[address] = access.barriers
+            if not own_data and read.get(address, -1) == access.barriers:
                 return (
                     f"program {program} has no barrier between its read and its write "
                     f"of {address:#x}"
