@@ -92,8 +92,7 @@ def test_no_interleaving_of_threads_matters(name):
         recorder = Recorder()
         results = recorder.caller()(launch)
         stores.append(sum(access.is_store for access in recorder.accesses))
-        # A program of a stretch reads the weights that it has written.
-        hazard = race(recorder.accesses, barriers_needed=False, rereads=True)
+        hazard = race(recorder.accesses, own_data=True)
         assert hazard is None, f"{launch.kernel}: {hazard}\n{case}"
         return results
 

@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton
 
 from jax_causal_conv import ssd, ssd_packed
 from jax_causal_conv.kernels import record, tiles
@@ -36,14 +37,16 @@ def call_of(case: Case) -> tuple[Any, Any, Any]:
     raise ValueError(f"a case of size zero: {case}")
 
 
-def tile_of(op: Any, spec: Any, operands: Any, **changes) -> Any:
+def tile_of(op: str, spec: Any, operands: Any, **changes) -> Any:
     """The tiles of a call with prefills, with other fields: `chunk`, `stretch`, …"""
     shape, size = operands.x.shape, operands.B.shape[-1]
-    prefills = spec.max_prefills if op.name == "ssd_packed" else shape[0]
-    tokens = shape[0] if op.name == "ssd_packed" else shape[0] * shape[1]
-    bytes_ = max(a.dtype.itemsize for a in (operands.x, operands.B, operands.C))
-    chosen = tiles.ssd_chunks(shape[-2:], size, bytes_, tokens, prefills)
-    return dataclasses.replace(chosen, **changes)
+    prefills = spec.max_prefills if op == "ssd_packed" else shape[0]
+    tokens = shape[0] if op == "ssd_packed" else shape[0] * shape[1]
+    itemsize = max(a.dtype.itemsize for a in (operands.x, operands.B, operands.C))
+    chosen = tiles.ssd_chunks(shape[-2:], size, itemsize, tokens, prefills)
+    changed = dataclasses.replace(chosen, **changes)
+    block = triton.next_power_of_2(max(changed.stretch * changed.chunk, 1))
+    return dataclasses.replace(changed, sum_block=min(block, 1024))
 
 
 def launch(case: Case, call: Call, **tile) -> tuple[np.ndarray, ...]:
@@ -52,9 +55,10 @@ def launch(case: Case, call: Call, **tile) -> tuple[np.ndarray, ...]:
     Args:
         case: any, of sizes that are not zero.
         call: runs one launch.
-        tile: changes to the tiles; none are the package's own.
+        tile: changes to the tiles, where prompts may be; none are the package's own.
     """
     op, spec, operands = call_of(case)
-    chosen = tile_of(op, spec, operands, **tile) if tile else None
+    prompts = op.name == "ssd" or spec.max_prefills
+    chosen = tile_of(op.name, spec, operands, **tile) if tile and prompts else None
     results = record.run(op.launches()(spec, operands, chosen), call)
     return tuple(map(np.asarray, results))
