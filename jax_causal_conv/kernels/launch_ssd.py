@@ -10,28 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..batch import first_after, runs_of, sanitize_offsets, sequences
 from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
 from . import tiles
 from .record import Launch, Launches
-from .ssd_chunks import chunks_kernel, prepare_kernel
+from .ssd_chunks import chunks_kernel
 from .ssd_decode import decode_kernel
+from .ssd_prepare import prepare_kernel
 from .ssd_record import DECODE, SKIP, SsdConstants, SsdInputs, SsdOutputs
 from .tiles import SsdTiles
-
-
-class _Owners(NamedTuple):
-    """How consecutive pieces, chunks or stretches, are dealt out to prefills.
-
-    Attributes:
-        first: `(J,)` int32, the first piece of each prefill.
-        of: `(pieces,)` int32, the prefill that each piece is of, -1 behind the last.
-    """
-
-    first: Any
-    of: Any
 
 
 class _Table(NamedTuple):
@@ -39,65 +27,113 @@ class _Table(NamedTuple):
 
     offsets: Any
     role: Any
-    prefill: Any
-    chunks: _Owners
-    stretches: _Owners | None
+    prefills: Any
+    chunks: Any
+    stretches: Any
 
 
-def _deal_out(counts: Any, pieces: int) -> _Owners:
-    """Pieces for prefills that need so many each."""
+class _Prefills(NamedTuple):
+    """Prefills one after another, all `(J,)`; behind the last their length is 0."""
+
+    begin: Any
+    length: Any
+    slot: Any
+    known: Any
+
+
+def _cut(prefills: _Prefills, num_tokens: int, tile: SsdTiles):
+    """`prefills`, `chunks` and `stretches` of `SsdInputs`.
+
+    T // c + J chunks are always enough: a prefill of n tokens needs at most n // c + 1,
+    and these terms add up to T // c at most. So with stretches.
+    """
+    limit = prefills.begin.shape[0]
+    size = tile.chunk
+    first, owner, place = _deal_out(prefills.length, size, num_tokens // size + limit)
+    begin, length = (_take(a, owner) for a in (prefills.begin, prefills.length))
+    offset = place * size
+    count = jnp.where(owner < limit, jnp.minimum(length - offset, size), 0)
+    chunks = jnp.stack([begin + offset, count], 1)
+    stretches = None
+    if tile.stretch:
+        size *= tile.stretch
+        _, owner, place = _deal_out(prefills.length, size, num_tokens // size + limit)
+        exists = (owner < limit)[:, None]
+        stretches = jnp.where(exists, jnp.stack([owner, place], 1), -1)
+    return jnp.stack([*prefills, first], 1), chunks, stretches
+
+
+def _deal_out(lengths: Any, size: int, pieces: int):
+    """Pieces of `size` tokens for prefills of these lengths, consecutively.
+
+    Returns:
+        The first piece of each prefill `(J,)`; the prefill of each piece `(pieces,)`,
+        J behind the last; and which one it is of the prefill.
+    """
+    counts = -(-lengths // size)
     end = jnp.cumsum(counts, dtype=jnp.int32)
-    owner = first_after(end, jnp.arange(pieces, dtype=jnp.int32))
-    return _Owners(end - counts, jnp.where(owner < end.shape[0], owner, -1))
+    piece = jnp.arange(pieces, dtype=jnp.int32)
+    owner = first_after(end, piece)
+    first = end - counts
+    return first, owner, piece - _take(first, owner)
+
+
+def _take(values: Any, index: Any):
+    return values.at[index].get(mode="clip")
 
 
 def _packed_table(spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles) -> _Table:
     """The table of a packed batch, which is the same in all layers of a step.
 
     It is made of operations that XLA knows, so that a program in which it stands once
-    a layer computes it once. T // c + J chunks are always enough: a prefill of n tokens
-    needs at most n // c + 1, and these terms add up to T // c at most.
+    a layer computes it once.
     """
     num_tokens, limit = operands.x.shape[0], spec.max_prefills
     offsets = sanitize_offsets(operands.query_start_loc, num_tokens)
     shape = (operands.states.shape[0], 1)  # a state is like a history of one row
-    seqs = sequences(offsets, operands.slots, None, None, shape, spec.pad_slot_id)
+    seqs = sequences(
+        offsets,
+        operands.slots,
+        operands.has_initial_state,
+        None,
+        shape,
+        spec.pad_slot_id,
+    )
     many = jnp.cumsum(seqs.live & (seqs.length > 1), dtype=jnp.int32)
     served = seqs.live & (seqs.length > 1) & (many <= limit)
     role = jnp.where(seqs.live & (seqs.length == 1), DECODE, SKIP)
     role = jnp.where(served, many - 1, role)
     seq = first_after(many, jnp.arange(limit, dtype=jnp.int32))
     exists = seq < many.shape[0]
-    length = jnp.where(exists, seqs.length.at[seq].get(mode="clip"), 0)
-    chunks = -(-length // tile.chunk)
-    stretches = None
-    if tile.stretch:
-        size = tile.chunk * tile.stretch
-        stretches = _deal_out(-(-length // size), num_tokens // size + limit)
-    return _Table(
-        offsets,
-        role,
-        jnp.where(exists, seq, -1),
-        _deal_out(chunks, num_tokens // tile.chunk + limit),
-        stretches,
+    prefills = _Prefills(
+        _take(seqs.start, seq),
+        jnp.where(exists, _take(seqs.length, seq), 0),
+        _take(seqs.slot, seq),
+        _take(seqs.history, seq),
     )
+    return _Table(offsets, role, *_cut(prefills, num_tokens, tile))
 
 
 def _dense_table(rows: int, length: int, tile: SsdTiles) -> _Table:
     """The table of rows of equal length, each of which is a prefill."""
 
-    def deal_out(size: int) -> _Owners:
+    def deal_out(size: int):
         each = -(-length // size)
-        owner = np.arange(rows, dtype=np.int32)
-        return _Owners(owner * np.int32(each), owner.repeat(each))
+        return jnp.divmod(jnp.arange(rows * each, dtype=jnp.int32), each)
 
-    return _Table(
-        np.arange(rows + 1, dtype=np.int32) * np.int32(length),
-        None,
-        np.arange(rows, dtype=np.int32),
-        deal_out(tile.chunk),
-        deal_out(tile.chunk * tile.stretch) if tile.stretch else None,
+    row = jnp.arange(rows, dtype=jnp.int32)
+    owner, place = deal_out(tile.chunk)
+    offset = place * tile.chunk
+    chunks = jnp.stack(
+        [owner * length + offset, jnp.minimum(length - offset, tile.chunk)], 1
     )
+    first = row * (chunks.shape[0] // rows)
+    all_of, known = jnp.full_like(row, length), jnp.ones_like(row)
+    prefills = jnp.stack([row * length, all_of, row, known, first], 1)
+    stretches = None
+    if tile.stretch:
+        stretches = jnp.stack(deal_out(tile.chunk * tile.stretch), 1)
+    return _Table(None, None, prefills, chunks, stretches)
 
 
 def _constants(
@@ -125,6 +161,8 @@ def _constants(
         STATE_PARTS=(3 if wide_state else 2) if spec.exact else 1,
         CHUNK=tile.chunk,
         STRETCH=tile.stretch,
+        SUM_BLOCK=tile.sum_block,
+        SUMS=4 if x.dtype == jnp.bfloat16 else 5,
         P_BLOCK=tile.p_block,
         P_BLOCKS=-(-dim // tile.p_block),
         K_BLOCK=tile.k_block,
@@ -158,7 +196,9 @@ def packed(
     )
     y = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if spec.max_prefills == 0:
-        tile = tile or tiles.ssd_decode(x.shape[1:], operands.B.shape[-1], num_seqs)
+        tile = tile or tiles.ssd_decode(
+            x.shape[1:], operands.B.shape[-1], states.dtype.itemsize, num_seqs
+        )
         C = _constants(spec, operands, tile)
         results = yield Launch(
             decode_kernel,
@@ -171,7 +211,11 @@ def packed(
         )
         return tuple(results)
     tile = tile or tiles.ssd_chunks(
-        x.shape[1:], operands.B.shape[-1], num_tokens, spec.max_prefills
+        x.shape[1:],
+        operands.B.shape[-1],
+        _itemsize(operands),
+        num_tokens,
+        spec.max_prefills,
     )
     C = _constants(spec, operands, tile)
     table = _packed_table(spec, operands, tile)
@@ -204,8 +248,10 @@ def dense(
     """Launches of `ssd`: two."""
     x, states = operands.x, operands.states
     (rows, length, heads, dim), size = x.shape, operands.B.shape[-1]
-    tile = tile or tiles.ssd_chunks((heads, dim), size, rows * length, rows)
-    C = dataclasses.replace(_constants(spec, operands, tile), ALL_KNOWN=True)
+    tile = tile or tiles.ssd_chunks(
+        (heads, dim), size, _itemsize(operands), rows * length, rows
+    )
+    C = _constants(spec, operands, tile)
     table = _dense_table(rows, length, tile)
 
     def of_tokens(array):
@@ -254,38 +300,38 @@ def dense(
     return y.reshape(x.shape), *final_states
 
 
+def _itemsize(operands: SSDOperands | SSDPackedOperands) -> int:
+    """Bytes of the widest elements of matrices."""
+    return max(a.dtype.itemsize for a in (operands.x, operands.B, operands.C))
+
+
 def _with_table(inputs: SsdInputs, table: _Table) -> SsdInputs:
-    stretches = table.stretches
     return inputs._replace(
-        offsets=table.offsets,
-        role=table.role,
-        prefill=table.prefill,
-        first_chunk=table.chunks.first,
-        chunk=table.chunks.of,
-        first_stretch=None if stretches is None else stretches.first,
-        stretch=None if stretches is None else stretches.of,
-        num_prefills=table.prefill.shape[0],
-        num_chunks=table.chunks.of.shape[0],
-        num_stretches=0 if stretches is None else stretches.of.shape[0],
+        **table._asdict(),
+        num_prefills=table.prefills.shape[0],
+        num_chunks=table.chunks.shape[0],
+        num_stretches=_count(table.stretches),
     )
+
+
+def _count(rows: Any) -> int:
+    return 0 if rows is None else rows.shape[0]
 
 
 def _intermediates(table: _Table, C: SsdConstants) -> SsdOutputs:
     """What the first launch leaves to the second."""
-    chunks = table.chunks.of.shape[0]
 
     def floats(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    outputs = SsdOutputs(
-        sums=floats(chunks, C.H, 3, C.CHUNK),
-        scores=floats(chunks, C.G, C.CHUNK, C.CHUNK),
-    )
+    outputs = SsdOutputs(sums=floats(_count(table.chunks), C.H, C.SUMS, C.CHUNK))
     if table.stretches is None:
         return outputs
-    stretches = table.stretches.of.shape[0]
+    stretches = _count(table.stretches)
     return outputs._replace(
-        carried=floats(stretches, C.H, C.P, C.K), forget=floats(stretches, C.H)
+        carried=floats(stretches, C.H, C.P, C.K),
+        forget=floats(stretches, C.H),
+        weights=floats(stretches, C.H * C.P_BLOCKS, C.STRETCH * C.CHUNK),
     )
 
 
@@ -294,17 +340,17 @@ def _with_intermediates(
 ) -> SsdInputs:
     """The second launch's inputs: what the first has written, field by field."""
     written = [name for name, out in outputs._asdict().items() if out is not None]
-    return inputs._replace(**dict(zip(written, arrays, strict=True)))
+    fields = dict(zip(written, arrays, strict=True))
+    fields.pop("weights", None)  # the first launch's own
+    return inputs._replace(**fields)
 
 
 def _prepare_grid(table: _Table, C: SsdConstants) -> int:
-    """Programs of stretches, of scores and of sums."""
-    chunks = table.chunks.of.shape[0]
-    stretches = 0 if table.stretches is None else table.stretches.of.shape[0]
-    sums = chunks * -(-C.H // C.H_BLOCK)
-    return stretches * C.H * C.P_BLOCKS + chunks * C.G + sums
+    """Programs of stretches and of sums."""
+    sums = _count(table.chunks) * -(-C.H // C.H_BLOCK)
+    return _count(table.stretches) * C.H * C.P_BLOCKS + sums
 
 
 def _chunks_grid(table: _Table, C: SsdConstants) -> int:
-    pieces = table.prefill if table.stretches is None else table.stretches.of
-    return pieces.shape[0] * C.H * C.P_BLOCKS
+    pieces = table.prefills if table.stretches is None else table.stretches
+    return _count(pieces) * C.H * C.P_BLOCKS

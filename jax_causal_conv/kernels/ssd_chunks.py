@@ -1,355 +1,198 @@
-"""The kernels of the state-space duality for prompts and dense rows. No JAX here."""
+"""The second kernel of the state-space duality with prompts. No JAX here."""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .ssd_decode import load_state, slot_of, state_tile, step
 from .ssd_device import (
-    add_up,
+    add_run,
+    add_tokens,
+    are_finite,
     dot_left,
     dot_narrow,
     dot_right,
+    enters,
+    finite,
+    initial_state,
     largest,
+    load_prefill,
+    load_runs,
     load_skip,
-    step_size,
-    zero_tokens,
-    zero_uncovered,
+    load_tile,
+    state_tile,
+    store_tile,
 )
 
 
-@triton.jit
-def _prefill(inputs, number, C: tl.constexpr):
-    """Where a prefill is: its sequence, first token, length and first chunk.
+class Work(NamedTuple):
+    """What a program works at.
 
-    Of one that there is not, and of any with values out of range, the length is 0.
+    Attributes:
+        begin, length: the tokens of its sequence.
+        chunk: the number of the sequence's first chunk.
+        head, group, first_channel: whose P_BLOCK channels.
+        skip: D of them.
     """
-    seq = tl.load(inputs.prefill + number)
-    exists = (seq >= 0) & (seq < inputs.num_seqs)
-    seq = tl.where(exists, seq, 0)
-    begin = tl.maximum(tl.load(inputs.offsets + seq), 0)
-    end = tl.minimum(tl.load(inputs.offsets + seq + 1), inputs.num_tokens)
-    chunk = tl.load(inputs.first_chunk + number)
-    room = (inputs.num_chunks - chunk) * C.CHUNK
-    length = tl.minimum(end - begin, room)
-    length = tl.where(exists & (chunk >= 0), tl.maximum(length, 0), 0)
-    return seq, begin, length, chunk
 
-
-@triton.jit
-def _runs(inputs, begin, offset, length, C: tl.constexpr):
-    """Of a chunk's tokens, the place where their run begins; -1 of padding."""
-    rows = offset + tl.arange(0, C.CHUNK)
-    at = (begin + rows).to(tl.int64)
-    return tl.load(inputs.run_start + at, mask=rows < length, other=-1)
-
-
-@triton.jit
-def _enters(start, offset):
-    """Is the state before the chunk at `offset` of the run that begins at `start`?"""
-    return (start >= 0) & ((start < offset) | (start == 0))
-
-
-@triton.jit
-def _finite(values):
-    return tl.abs(values) < float("inf")
-
-
-@triton.jit
-def _write_sums(inputs, outputs, chunk, block, C: tl.constexpr):
-    """The running sums of dt·A in one chunk, of a block of heads.
-
-    They are added up in float64. A float32 of them, say h, and the power f of the rest
-    give every decay without cancellation: between r and t it is
-    `exp2(h[t] - h[r]) * f[t] / f[r]`.
-    """
-    number = tl.load(inputs.chunk + chunk)
-    if (number >= 0) & (number < inputs.num_prefills):
-        _, begin, length, first = _prefill(inputs, number, C)
-        lanes = tl.arange(0, C.CHUNK)
-        offset = (chunk - first) * C.CHUNK
-        rows = offset + lanes
-        real = (rows < length) & (rows >= 0)
-        heads = block * C.H_BLOCK + tl.arange(0, C.H_BLOCK)
-        in_h = heads < C.H
-        mask = real[:, None] & in_h[None, :]
-        at = (begin + rows).to(tl.int64)[:, None] * C.H + heads[None, :]
-        dt = tl.load(inputs.dt + at, mask=mask, other=0.0)
-        dt = step_size(dt, inputs.dt_bias, heads[None, :], C)
-        if inputs.run_start is not None:
-            start = tl.load(
-                inputs.run_start + (begin + rows).to(tl.int64), mask=real, other=-1
-            )
-            mask = mask & (start >= 0)[:, None]
-        dt = tl.where(mask, dt, 0.0)
-        A = tl.load(inputs.A + heads, mask=in_h, other=0.0).to(tl.float64)
-        factor = (A * 1.4426950408889634)[None, :]
-        # What is not finite is left out of the sum, and comes back in dt.
-        steps = tl.where(_finite(dt), dt, 0.0).to(tl.float64) * factor
-        steps = tl.maximum(steps, -1000.0)
-        total = tl.associative_scan(steps, 0, tl.standard._sum_combine)
-        rounded = total.to(tl.float32)
-        rest = (total - rounded.to(tl.float64)).to(tl.float32)
-        out = outputs.sums + chunk.to(tl.int64) * (C.H * 3 * C.CHUNK)
-        out = out + heads[None, :] * (3 * C.CHUNK) + lanes[:, None]
-        tl.store(out, rounded, mask=in_h[None, :])
-        tl.store(out + C.CHUNK, tl.exp2(rest), mask=in_h[None, :])
-        dt = tl.where(_finite(dt), dt * tl.exp2(-rest), float("nan"))
-        tl.store(out + 2 * C.CHUNK, dt, mask=in_h[None, :])
-
-
-@triton.jit
-def _write_scores(inputs, outputs, chunk, group, C: tl.constexpr):
-    """The products of C and B in one chunk and group, where tokens see each other."""
-    number = tl.load(inputs.chunk + chunk)
-    if (number >= 0) & (number < inputs.num_prefills):
-        _, begin, length, first = _prefill(inputs, number, C)
-        lanes = tl.arange(0, C.CHUNK)
-        offset = (chunk - first) * C.CHUNK
-        rows = offset + lanes
-        real = (rows < length) & (rows >= 0)
-        size = tl.arange(0, C.K_BLOCK)
-        at = (begin + rows).to(tl.int64) * (C.G * C.K) + group * C.K
-        at = at[:, None] + size[None, :]
-        mask = real[:, None] & (size < C.K)[None, :]
-        B = tl.load(inputs.B + at, mask=mask, other=0.0)
-        read = tl.load(inputs.C + at, mask=mask, other=0.0)
-        scores = tl.full([C.CHUNK, C.CHUNK], 0, tl.float32)
-        # Rows are the tokens that are read from, columns those that read (FORM 2).
-        EXACT: tl.constexpr = C.EXACT
-        FAST: tl.constexpr = C.FAST
-        if C.FORM == 1:
-            scores = dot_narrow(read, tl.trans(B), scores, EXACT, FAST)
-            late = lanes[:, None]
-            early = lanes[None, :]
-        else:
-            scores = dot_narrow(B, tl.trans(read), scores, EXACT, FAST)
-            late = lanes[None, :]
-            early = lanes[:, None]
-        seen = early <= late
-        if inputs.run_start is not None:
-            at = (begin + rows).to(tl.int64)
-            start = tl.load(inputs.run_start + at, mask=real, other=-1)
-            bad = largest(tl.where(_finite(B.to(tl.float32)), 0, 1), 1) > 0
-            seen = seen & (start[:, None] == start[None, :]) & (start >= 0)[:, None]
-            if C.FORM == 1:
-                scores = tl.where(bad[None, :], float("nan"), scores)
-            else:
-                scores = tl.where(bad[:, None], float("nan"), scores)
-        scores = tl.where(seen, scores, 0.0)
-        out = outputs.scores + (chunk * C.G + group).to(tl.int64) * (C.CHUNK * C.CHUNK)
-        tl.store(out + lanes[:, None] * C.CHUNK + lanes[None, :], scores)
-
-
-@triton.jit
-def _stretch_step(inputs, begin, offset, length, head, channels, C: tl.constexpr):
-    """Loads for one chunk's state of a stretch: dt and its sums, here in the program.
-
-    Returns: weights `[c]` of x for the state after the chunk, and the chunk's sum.
-    """
-    rows = offset + tl.arange(0, C.CHUNK)
-    at = (begin + rows).to(tl.int64)
-    real = rows < length
-    dt = tl.load(inputs.dt + at * C.H + head, mask=real, other=0.0)
-    dt = step_size(dt, inputs.dt_bias, head, C)
-    if inputs.run_start is not None:
-        real = real & (_runs(inputs, begin, offset, length, C) >= 0)
-    dt = tl.where(real, dt, 0.0)
-    factor = tl.load(inputs.A + head).to(tl.float64) * 1.4426950408889634
-    steps = tl.where(_finite(dt), dt, 0.0).to(tl.float64) * factor
-    steps = tl.maximum(steps, -1000.0)
-    dt = tl.where(_finite(dt), dt, float("nan"))
-    whole = add_up(steps, 0)
-    # The sum of what comes after a token.
-    after = whole - tl.associative_scan(steps, 0, tl.standard._sum_combine)
-    return dt * tl.exp2(after.to(tl.float32)), whole
-
-
-@triton.jit
-def _initial_state(inputs, slot, known, head, channels, C: tl.constexpr):
-    """A block of the state that a sequence starts from, in float32."""
-    if inputs.states is not None:
-        return load_state(inputs.states, slot, known, head, channels, C)
-    else:
-        return tl.full([C.P_BLOCK, C.K_BLOCK], 0, tl.float32)
-
-
-@triton.jit
-def _write_stretch(inputs, outputs, number, head, channels, C: tl.constexpr):
-    """What a stretch adds to the state, see `SsdOutputs.carried`."""
-    prefill = tl.load(inputs.stretch + number)
-    if (prefill >= 0) & (prefill < inputs.num_prefills):
-        seq, begin, length, _ = _prefill(inputs, prefill, C)
-        slot, _, known = slot_of(inputs, seq, C)
-        place = number - tl.load(inputs.first_stretch + prefill)
-        size: tl.constexpr = C.STRETCH * C.CHUNK
-        last = (length - 1) // size
-        state = tl.full([C.P_BLOCK, C.K_BLOCK], 0, tl.float32)
-        total = tl.full([1], 0, tl.float64)
-        if (place == 0) | (place == last):
-            state = _initial_state(inputs, slot, known, head, channels, C)
-        if (place >= 0) & (place < last):
-            in_p = channels < C.P
-            k = tl.arange(0, C.K_BLOCK)
-            through_all = place == place
-            for i in tl.range(
-                place * C.STRETCH, (place + 1) * C.STRETCH, num_stages=C.STATE_STAGES
-            ):
-                offset = i * C.CHUNK
-                rows = offset + tl.arange(0, C.CHUNK)
-                at = (begin + rows).to(tl.int64)
-                weight, whole = _stretch_step(
-                    inputs, begin, offset, length, head, channels, C
-                )
-                real = rows < length
-                x = tl.load(
-                    inputs.x + at[:, None] * (C.H * C.P) + head * C.P + channels,
-                    mask=real[:, None] & in_p[None, :],
-                    other=0.0,
-                )
-                group = head // (C.H // C.G) * C.K
-                B = tl.load(
-                    inputs.B + at[:, None] * (C.G * C.K) + group + k,
-                    mask=real[:, None] & (k < C.K)[None, :],
-                    other=0.0,
-                )
-                decay = tl.exp2(whole.to(tl.float32))
-                if inputs.run_start is None:
-                    state = _add_chunk(state * decay, x, weight, B, C)
-                else:
-                    start = _runs(inputs, begin, offset, length, C)
-                    state, through = _add_run(
-                        state, decay, x, weight, B, start, offset, C
-                    )
-                    through_all = through_all & through
-                total += whole
-            total = tl.where(through_all, total, float("-inf"))
-        at, mask = state_tile(number, head, channels, tl.arange(0, C.K_BLOCK), C)
-        if (place >= 0) & (place <= last) & (last > 0):
-            tl.store(outputs.carried + at, state, mask=mask)
-            where = outputs.forget + number.to(tl.int64) * C.H + head + tl.arange(0, 1)
-            tl.store(where, total.to(tl.float32))
-
-
-@triton.jit
-def _add_chunk(state, x, weight, B, C: tl.constexpr):
-    """`state + (weight * x)ᵀ @ B`."""
-    PARTS: tl.constexpr = C.STATE_PARTS
-    FAST: tl.constexpr = C.FAST
-    weighted = x.to(tl.float32) * weight[:, None]
-    return dot_left(tl.trans(weighted), B, state, PARTS, FAST)
-
-
-@triton.jit
-def _add_run(state, decay, x, weight, B, start, offset, C: tl.constexpr):
-    """`_add_chunk` where a chunk may hold several runs and padding.
-
-    Only the last one goes on behind the chunk. NaN or inf in it make all of the state
-    NaN; those of others reach nothing.
-
-    Returns:
-        The state after the chunk, and whether the one before takes part in it.
-    """
-    last = largest(start, 0)  # the latest run begins latest
-    leaves = (start >= 0) & (start == last)
-    through = (last < 0) | _enters(last, offset)
-    wide = x.to(tl.float32)
-    bad = (largest(tl.where(_finite(wide), 0, 1), 1) > 0) | (weight != weight)
-    x = tl.where(leaves[:, None], x, 0.0)
-    weight = tl.where(leaves, weight, 0.0)
-    B = tl.where(leaves[:, None], B, 0.0)
-    state = tl.where(through, state * decay, 0.0)
-    state = _add_chunk(state, x, weight, B, C)
-    poisoned = largest(tl.where(bad & leaves, 1, 0), 0) > 0
-    return tl.where(poisoned, float("nan"), state), through
-
-
-# The first launch of a batch with prompts, and of dense rows. A program has one of four
-# tasks, by its number:
-#
-# - what a stretch adds to the state, for P_BLOCK channels of a head (Q x H x P_BLOCKS
-#   programs; only where few long sequences are cut into stretches),
-# - the scores of a chunk's tokens in a group (M x G),
-# - the running sums of dt·A of a chunk for H_BLOCK heads,
-# - a sequence of one token, as in `decode_kernel` (N x H x P_BLOCKS; not of dense rows).
-#   Those of skipped sequences zero their tokens, and all together those of nobody.
-#
-# Race-free: nothing is read that another program writes. Of the cache, programs of
-# decodes read and write their own part of their own slot; those of stretches read slots
-# of prefills, which no program here writes. Everything else is written once.
-@triton.jit
-def prepare_kernel(inputs, outputs, C: tl.constexpr):
-    program = tl.program_id(0)
-    HEADS: tl.constexpr = C.H * C.P_BLOCKS
-    P_BLOCK: tl.constexpr = C.P_BLOCK
-    H_BLOCKS: tl.constexpr = (C.H + C.H_BLOCK - 1) // C.H_BLOCK
-    stretches = inputs.num_stretches * HEADS
-    scores = stretches + inputs.num_chunks * C.G
-    sums = scores + inputs.num_chunks * H_BLOCKS
-    if program < stretches:
-        if inputs.stretch is not None:
-            head = program // C.P_BLOCKS % C.H
-            channels = program % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
-            _write_stretch(inputs, outputs, program // HEADS, head, channels, C)
-    elif program < scores:
-        i = program - stretches
-        _write_scores(inputs, outputs, i // C.G, i % C.G, C)
-    elif program < sums:
-        i = program - scores
-        _write_sums(inputs, outputs, i // H_BLOCKS, i % H_BLOCKS, C)
-    elif inputs.role is not None:
-        program -= sums
-        head = program // C.P_BLOCKS % C.H
-        channels = program % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
-        seq = program // HEADS
-        role = tl.load(inputs.role + seq)
-        begin = tl.maximum(tl.load(inputs.offsets + seq), 0)
-        end = tl.minimum(tl.load(inputs.offsets + seq + 1), inputs.num_tokens)
-        in_p = channels < C.P
-        if role == -1:
-            slot, valid, known = slot_of(inputs, seq, C)
-            if valid & (begin < end):
-                state = load_state(inputs.states, slot, known, head, channels, C)
-                step(inputs, outputs, state, slot, begin, head, channels, C)
-        elif role < 0:
-            zero_tokens(outputs.y, begin, end - begin, head, channels, in_p, C)
-        num_seqs = inputs.num_seqs
-        zero_uncovered(
-            outputs.y,
-            tl.load(inputs.offsets),
-            tl.load(inputs.offsets + num_seqs),
-            inputs.num_tokens,
-            seq,
-            num_seqs,
-            head,
-            channels,
-            in_p,
-            C,
-        )
+    begin: Any
+    length: Any
+    chunk: Any
+    head: Any
+    group: Any
+    first_channel: Any
+    skip: Any
 
 
 @triton.jit
 def _entering_state(inputs, number, place, last, head, channels, C: tl.constexpr):
-    """The state that enters a stretch from those that `prepare_kernel` left."""
-    k = tl.arange(0, C.K_BLOCK)
+    """The state that enters a stretch, from what `prepare_kernel` has left of others.
+
+    Args:
+        number: of the stretch; `place`, of its sequence's; `last`, the last of these.
+    """
+    first = number.to(tl.int64) - place
     # Stretch 0 starts from what is kept in the place of the last one.
-    number = number.to(tl.int64)
-    from_last = number - place + tl.where(place == 0, last, 0)
-    at, mask = state_tile(from_last, head, channels, k, C)
+    at, mask = state_tile(first + tl.where(place == 0, last, 0), head, channels, C)
     state = tl.load(inputs.carried + at, mask=mask, other=0.0)
     for i in range(1, place):
-        other = number - place + i
-        at, mask = state_tile(other, head, channels, k, C)
+        at, mask = state_tile(first + i, head, channels, C)
         added = tl.load(inputs.carried + at, mask=mask, other=0.0)
-        forget = tl.load(inputs.forget + other * C.H + head)
+        forget = tl.load(inputs.forget + (first + i) * C.H + head)
         through = forget > float("-inf")
         state = tl.where(through, state * tl.exp2(forget), 0.0) + added
     return state
 
 
+class Chunk(NamedTuple):
+    """A chunk's tokens, for one head.
+
+    Attributes:
+        token: the first one's place in the batch; `offset`, in its sequence.
+        real: `[c]`, which of them there are.
+        read, B: `[c, K_BLOCK]`, C and B.
+        x: `[c, P_BLOCK]`.
+        x_at, x_mask: where x is in its array, and which of it there is.
+        sums: a pointer to the chunk's rows of `SsdOutputs.sums`.
+    """
+
+    token: Any
+    offset: Any
+    real: Any
+    read: Any
+    B: Any
+    x: Any
+    x_at: Any
+    x_mask: Any
+    sums: Any
+
+
+@triton.jit
+def _load_chunk(inputs, work, i, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Chunk i of a sequence; WHOLE says that it has all its tokens."""
+    lanes = tl.arange(0, C.CHUNK)
+    k = tl.arange(0, C.K_BLOCK)
+    p = tl.arange(0, C.P_BLOCK)
+    offset = i * C.CHUNK
+    real = lanes < work.length - offset
+    # One address a tile, and in it offsets that are constants of the program.
+    token = (work.begin + offset).to(tl.int64)
+    start_x = token * (C.H * C.P) + work.head * C.P + work.first_channel
+    start_k = token * (C.G * C.K) + work.group * C.K
+    x_at = start_x + (lanes[:, None] * (C.H * C.P) + p[None, :])
+    k_at = start_k + (lanes[:, None] * (C.G * C.K) + k[None, :])
+    k_mask = real[:, None] & (k < C.K)[None, :]
+    x_mask = real[:, None] & (work.first_channel + p < C.P)[None, :]
+    PART_K: tl.constexpr = not WHOLE or C.K_BLOCK != C.K
+    PART_P: tl.constexpr = not WHOLE or C.P_BLOCKS * C.P_BLOCK != C.P
+    read = load_tile(inputs.C + k_at, k_mask, PART_K)
+    B = load_tile(inputs.B + k_at, k_mask, PART_K)
+    x = load_tile(inputs.x + x_at, x_mask, PART_P)
+    row = (work.chunk + i).to(tl.int64) * C.H + work.head
+    sums = inputs.sums + row * (C.SUMS * C.CHUNK)
+    return Chunk(token, offset, real, read, B, x, x_at, x_mask, sums)
+
+
+@triton.jit
+def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
+    """One chunk of a head: its outputs are stored, the state after it is returned.
+
+    What is a matrix of (tokens, channels) elsewhere is transposed here: the state in
+    registers is then a left operand as it is, and nothing else needs to be rearranged
+    but the decayed scores and, at last, y.
+
+    Args:
+        work: a `Work`.
+        state: `[P_BLOCK, K_BLOCK]`, float32, before the chunk.
+        i, WHOLE: see `_load_chunk`.
+    """
+    P_BLOCK: tl.constexpr = C.P_BLOCK
+    CHUNK: tl.constexpr = C.CHUNK
+    FAST: tl.constexpr = C.FAST
+    Y_PARTS: tl.constexpr = C.Y_PARTS
+    lanes = tl.arange(0, CHUNK)
+    chunk = _load_chunk(inputs, work, i, C, WHOLE)
+    total = tl.load(chunk.sums + lanes)
+    dt = tl.load(chunk.sums + CHUNK + lanes)
+    since = tl.load(chunk.sums + 2 * CHUNK + lanes)
+    weight = tl.load(chunk.sums + 3 * CHUNK + lanes)
+    decay = tl.load(chunk.sums + 3 * CHUNK - 1)
+    # What the state before the chunk has for its tokens.
+    y = tl.full([P_BLOCK, CHUNK], 0, tl.float32)
+    y = dot_left(state, tl.trans(chunk.read), y, Y_PARTS, FAST)
+    y *= since[None, :]
+    # What its tokens have for each other: rows for later ones, in columns.
+    seen = lanes[:, None] <= lanes[None, :]
+    scores = dot_narrow(chunk.B, tl.trans(chunk.read), C)
+    x = chunk.x
+    start = None
+    poisoned = None
+    if inputs.run_start is not None:
+        start = load_runs(inputs, chunk.token, chunk.real, C)
+        y = tl.where(enters(start, chunk.offset)[None, :], y, 0.0)
+        seen = seen & (start[:, None] == start[None, :]) & (start >= 0)[:, None]
+        # NaN and inf are for tokens of their own run, from theirs on; but a product
+        # with them would reach all.
+        bad = (are_finite(x) & are_finite(chunk.B) & finite(dt)) == 0
+        poisoned = largest(tl.where(seen & bad[:, None], 1, 0), 0) > 0
+        scores = tl.where(seen, scores, 0.0)
+        x = tl.where(finite(x), x, 0.0)
+        dt = tl.where(finite(dt), dt, 0.0)
+    between = tl.where(seen, total[None, :] - total[:, None], float("-inf"))
+    mixed = scores * tl.exp2(between) * dt[:, None]
+    if C.SUMS == 5:
+        mixed *= tl.load(chunk.sums + 4 * CHUNK + lanes)[None, :]
+    y = dot_right(tl.trans(x), mixed, y, Y_PARTS, FAST)
+    if poisoned is not None:
+        y = tl.where(poisoned[None, :], float("nan"), y)
+    y = tl.trans(y)
+    if inputs.D is not None:
+        y += work.skip * chunk.x.to(tl.float32)
+    if start is not None:
+        y = tl.where((start >= 0)[:, None], y, 0.0)
+    y = y.to(y_ptr.dtype.element_ty)
+    PART: tl.constexpr = not WHOLE or C.P_BLOCKS * P_BLOCK != C.P
+    store_tile(y_ptr + chunk.x_at, y, chunk.x_mask, PART)
+    return _state_after(state, decay, chunk, weight, start, C)
+
+
+@triton.jit
+def _state_after(state, decay, chunk, weight, start, C: tl.constexpr):
+    """The state after a chunk, where runs begin at `start`; None without segments."""
+    if start is None:
+        return add_tokens(state * decay, chunk.x, weight, chunk.B, C)
+    else:
+        last = largest(start, 0)  # the latest run begins latest
+        through = (last < 0) | enters(last, chunk.offset)
+        state = tl.where(through, state * decay, 0.0)
+        leaves = (start >= 0) & (start == last)
+        return add_run(state, chunk.x, weight, chunk.B, leaves, C)
+
+
 # The second launch: one program goes through one prefill, or through one stretch of it,
 # for P_BLOCK channels of a head, chunk by chunk. Its state stays in registers from the
 # first token to the last. The grid is 1-D, prefills or stretches x heads x blocks of
-# channels, blocks fastest, so that programs side by side read the same scores, B and C.
+# channels, blocks fastest, so that programs side by side read the same B and C.
 #
 # Reads: tokens of its sequence, what `prepare_kernel` left of their chunks, and the
 # state that it starts from: the slot of the sequence, or what `prepare_kernel` left of
@@ -364,122 +207,44 @@ def _entering_state(inputs, number, place, last, head, channels, C: tl.constexpr
 def chunks_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)
     P_BLOCK: tl.constexpr = C.P_BLOCK
-    CHUNK: tl.constexpr = C.CHUNK
-    FAST: tl.constexpr = C.FAST
-    Y_PARTS: tl.constexpr = C.Y_PARTS
     y_ptr = inputs.y if C.IN_PLACE else outputs.y
     states_ptr = inputs.states if C.IN_PLACE else outputs.states
-    channels = program % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
+    first_channel = program % C.P_BLOCKS * P_BLOCK
+    channels = first_channel + tl.arange(0, P_BLOCK)
     head = program // C.P_BLOCKS % C.H
     number = program // (C.P_BLOCKS * C.H)
     prefill = number
-    first = 0
-    if inputs.stretch is not None:
-        prefill = tl.load(inputs.stretch + number)
-        exists = (prefill >= 0) & (prefill < inputs.num_prefills)
+    if inputs.stretches is not None:
+        prefill = tl.load(inputs.stretches + number * 2)
+        place = tl.load(inputs.stretches + number * 2 + 1)
+        exists = (prefill >= 0) & (prefill < inputs.num_prefills) & (place >= 0)
         prefill = tl.where(exists, prefill, 0)
-        first = tl.load(inputs.first_stretch + prefill)
-    seq, begin, length, chunk = _prefill(inputs, prefill, C)
-    place = number - number
-    stretches = place + 1
-    count = (length + CHUNK - 1) // CHUNK
-    low = place
+    begin, length, slot, known, chunk = load_prefill(inputs, prefill, C)
+    count = (length + C.CHUNK - 1) // C.CHUNK
+    low = count * 0
     high = count
-    if inputs.stretch is not None:
-        place = number - first
-        stretches = (count + C.STRETCH - 1) // C.STRETCH
-        low = place * C.STRETCH
+    if inputs.stretches is not None:
+        last = (count - 1) // C.STRETCH
+        low = tl.where(exists, place * C.STRETCH, count)
         high = tl.minimum(count, low + C.STRETCH)
-        exists = exists & (place >= 0) & (place < stretches)
-        high = tl.where(exists, high, 0)
     if low < high:
-        slot, valid, known = slot_of(inputs, seq, C)
-        in_p = channels < C.P
-        k = tl.arange(0, C.K_BLOCK)
-        in_k = k < C.K
-        lanes = tl.arange(0, CHUNK)
-        if inputs.stretch is not None:
-            if stretches > 1:
-                state = _entering_state(
-                    inputs, number, place, stretches - 1, head, channels, C
-                )
-            else:
-                state = _initial_state(inputs, slot, known, head, channels, C)
+        if inputs.stretches is None:
+            state = initial_state(inputs, slot, known, head, channels, C)
+        elif last > 0:
+            state = _entering_state(inputs, number, place, last, head, channels, C)
         else:
-            state = _initial_state(inputs, slot, known, head, channels, C)
+            state = initial_state(inputs, slot, known, head, channels, C)
+        skip = load_skip(inputs, head, channels, C)
         group = head // (C.H // C.G)
-        if inputs.D is not None:
-            skip = load_skip(inputs.D, head, channels, in_p, C)
-        for i in tl.range(low, high, num_stages=C.STAGES):
-            offset = i * CHUNK
-            rows = offset + lanes
-            real = rows < length
-            at = (begin + rows).to(tl.int64)
-            m = (chunk + i).to(tl.int64)
-            row = at[:, None] * (C.G * C.K) + group * C.K + k[None, :]
-            read = tl.load(
-                inputs.C + row, mask=real[:, None] & in_k[None, :], other=0.0
-            )
-            score_ptr = inputs.scores + (m * C.G + group) * (CHUNK * CHUNK)
-            scores = tl.load(score_ptr + lanes[:, None] * CHUNK + lanes[None, :])
-            sum_ptr = inputs.sums + (m * C.H + head) * (3 * CHUNK)
-            total = tl.load(sum_ptr + lanes)
-            fine = tl.load(sum_ptr + CHUNK + lanes)
-            dt = tl.load(sum_ptr + 2 * CHUNK + lanes)
-            whole = tl.load(sum_ptr + CHUNK - 1)
-            whole_fine = tl.load(sum_ptr + 2 * CHUNK - 1)
-            x_at = at[:, None] * (C.H * C.P) + head * C.P + channels[None, :]
-            x_mask = real[:, None] & in_p[None, :]
-            x = tl.load(inputs.x + x_at, mask=x_mask, other=0.0)
-            B = tl.load(inputs.B + row, mask=real[:, None] & in_k[None, :], other=0.0)
-            weight = tl.exp2(whole - total) * whole_fine * dt
-            decay = tl.exp2(whole) * whole_fine
-            finite_x = x
-            if inputs.run_start is not None:
-                start = _runs(inputs, begin, offset, length, C)
-                # A product with what is not finite would reach every token.
-                bad = largest(tl.where(_finite(x.to(tl.float32)), 0, 1), 1) > 0
-                bad = bad | (dt != dt)
-                finite_x = tl.where(_finite(x.to(tl.float32)), x, 0.0)
-                dt = tl.where(dt == dt, dt, 0.0)
-            if C.FORM == 1:
-                y = tl.full([CHUNK, P_BLOCK], 0, tl.float32)
-                y = dot_right(read, tl.trans(state), y, Y_PARTS, FAST)
-                y *= tl.exp2(total)[:, None]
-                if inputs.run_start is not None:
-                    y = tl.where(_enters(start, offset)[:, None], y, 0.0)
-                decays = tl.exp2(tl.minimum(total[:, None] - total[None, :], 126.0))
-                mixed = scores * decays * dt[None, :]
-                y = dot_left(mixed, finite_x, y, Y_PARTS, FAST)
-            else:
-                y = tl.full([P_BLOCK, CHUNK], 0, tl.float32)
-                y = dot_left(state, tl.trans(read), y, Y_PARTS, FAST)
-                y *= tl.exp2(total)[None, :]
-                if inputs.run_start is not None:
-                    y = tl.where(_enters(start, offset)[None, :], y, 0.0)
-                decays = tl.exp2(tl.minimum(total[None, :] - total[:, None], 126.0))
-                mixed = scores * decays * dt[:, None]
-                y = dot_right(tl.trans(finite_x), mixed, y, Y_PARTS, FAST)
-                y = tl.trans(y)
-            y *= fine[:, None]
-            if inputs.D is not None:
-                y += skip * x.to(tl.float32)
-            if inputs.run_start is not None:
-                sees = (start[:, None] - offset <= lanes[None, :]) & (
-                    lanes[None, :] <= lanes[:, None]
-                )
-                reached = largest(tl.where(sees & bad[None, :], 1, 0), 1) > 0
-                y = tl.where(reached[:, None], float("nan"), y)
-                y = tl.where((start >= 0)[:, None], y, 0.0)
-            tl.store(y_ptr + x_at, y.to(y_ptr.dtype.element_ty), mask=x_mask)
-            if inputs.run_start is not None:
-                weight = tl.where(bad, float("nan"), weight)
-                B = tl.where(_finite(B.to(tl.float32)), B, float("nan"))
-                state, _ = _add_run(state, decay, x, weight, B, start, offset, C)
-            else:
-                state = _add_chunk(state * decay, x, weight, B, C)
+        work = Work(begin, length, chunk, head, group, first_channel, skip)
+        # All but a last chunk of fewer tokens need no masks.
+        whole = tl.minimum(high, length // C.CHUNK)
+        for i in tl.range(low, whole, num_stages=C.STAGES):
+            state = _chunk(inputs, y_ptr, work, state, i, C, True)
+        if whole < high:
+            state = _chunk(inputs, y_ptr, work, state, whole, C, False)
         if states_ptr is not None:
-            if (place == stretches - 1) & valid:
-                at, mask = state_tile(slot, head, channels, k, C)
-                state = state.to(states_ptr.dtype.element_ty)
-                tl.store(states_ptr + at, state, mask=mask)
+            if high == count:
+                at, mask = state_tile(slot, head, channels, C)
+                final = state.to(states_ptr.dtype.element_ty)
+                tl.store(states_ptr + at, final, mask=mask)

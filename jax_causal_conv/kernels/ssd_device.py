@@ -1,9 +1,8 @@
 """Device functions shared by the kernels of the state-space duality. No JAX here.
 
 Conventions: `C` is the launch's record of constants (`ssd_record.SsdConstants`).
-Letters as in `jax_causal_conv.ssd`: H heads of P channels, G groups, K state size, c
-tokens in a chunk. Decays are powers of two: sums of dt·A are kept in units of log 2,
-since `exp2` is one instruction of a GPU.
+Letters as in `ssd_record`. Decays are powers of two: sums of dt·A are kept in units of
+log 2, since `exp2` is one instruction of a GPU.
 """
 
 import triton
@@ -12,21 +11,37 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # LOG2E minus its float32: together they have the precision of two float32.
 LOG2E_REST: tl.constexpr = tl.constexpr(1.9259629911e-08)
-# A step of less, in units of log 2, leaves nothing of a float32 state.
-FORGET: tl.constexpr = tl.constexpr(-1000.0)
-# Above the diagonal a decay's exponent may be anything; the power of this is finite.
-MOST: tl.constexpr = tl.constexpr(126.0)
 
 
 @triton.jit
 def add_up(values, AXIS: tl.constexpr):
-    """The sum along an axis; as `tl.sum`, which is not known to the interpreter."""
+    """The sum along an axis; as `tl.sum`, which the interpreter cannot call."""
     return tl.reduce(values, AXIS, tl.standard._sum_combine)
+
+
+@triton.jit
+def running_sum(values):
+    """Sums of the first values along axis 0."""
+    return tl.associative_scan(values, 0, tl.standard._sum_combine)
 
 
 @triton.jit
 def largest(values, AXIS: tl.constexpr):
     return tl.reduce(values, AXIS, tl.standard._elementwise_max)
+
+
+@triton.jit
+def finite(values):
+    return tl.abs(values.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def are_finite(rows):
+    """Of each row, whether all its values are finite."""
+    return largest(tl.where(finite(rows), 0, 1), 1) == 0
+
+
+# --- step sizes -------------------------------------------------------------------
 
 
 @triton.jit
@@ -54,11 +69,19 @@ def softplus(v):
 
 
 @triton.jit
-def step_size(dt, bias_ptr, heads, C: tl.constexpr):
-    """dt as it takes part: with its bias, softplus and limits, in float32."""
-    dt = dt.to(tl.float32)
-    if bias_ptr is not None:
-        dt += tl.load(bias_ptr + heads, mask=heads < C.H, other=0.0).to(tl.float32)
+def load_bias(inputs, heads, C: tl.constexpr):
+    """The bias of heads' step sizes, in float32."""
+    if inputs.dt_bias is not None:
+        bias = tl.load(inputs.dt_bias + heads, mask=heads < C.H, other=0.0)
+        return bias.to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def step_size(dt, bias, C: tl.constexpr):
+    """A step size as it takes part: with bias, softplus and limits, in float32."""
+    dt = dt.to(tl.float32) + bias
     if C.SOFTPLUS:
         dt = softplus(dt)
     if C.LOW is not None:  # by selection: NaN stays
@@ -69,19 +92,94 @@ def step_size(dt, bias_ptr, heads, C: tl.constexpr):
 
 
 @triton.jit
-def load_skip(D_ptr, head, channels, mask, C: tl.constexpr):
-    """D of a head's channels, in float32: one value of all, or one each."""
-    if C.D_BY_CHANNEL:
-        return tl.load(D_ptr + head * C.P + channels, mask=mask, other=0.0).to(
-            tl.float32
-        )
+def exponents(dt, A):
+    """The decays of tokens as powers of two, in float64; and dt, NaN if not finite."""
+    fine = finite(dt)
+    steps = tl.where(fine, dt, 0.0).to(tl.float64) * (A * LOG2E)
+    # What is below leaves nothing of a float32, and rounds a sum less.
+    steps = tl.maximum(steps, -160.0)
+    return tl.where(fine, dt, float("nan")), steps
+
+
+# --- tiles ------------------------------------------------------------------------
+
+
+@triton.jit
+def load_tile(ptrs, mask, PART: tl.constexpr):
+    """Values, and zeros where they are masked; only looked at if PART of a tile is."""
+    if PART:
+        return tl.load(ptrs, mask=mask, other=0.0)
     else:
-        return tl.load(D_ptr + head).to(tl.float32)
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(ptrs, values, mask, PART: tl.constexpr):
+    if PART:
+        tl.store(ptrs, values, mask=mask)
+    else:
+        tl.store(ptrs, values)
+
+
+@triton.jit
+def load_skip(inputs, head, channels, C: tl.constexpr):
+    """D of a head's channels in float32, one value of all or one each."""
+    if inputs.D is None:
+        return 0.0  # which nobody looks at
+    elif C.D_BY_CHANNEL:
+        at = head * C.P + channels
+        skip = tl.load(inputs.D + at, mask=channels < C.P, other=0.0)
+        return skip.to(tl.float32)
+    else:
+        return tl.load(inputs.D + head).to(tl.float32)
+
+
+@triton.jit
+def state_tile(slot, head, channels, C: tl.constexpr):
+    """Where a block of a state is in `(S, H, P, K)`, and which of it there is."""
+    size = tl.arange(0, C.K_BLOCK)
+    row = slot.to(tl.int64) * (C.H * C.P * C.K) + head * (C.P * C.K)
+    at = row + (channels[:, None] * C.K + size[None, :])
+    return at, (channels < C.P)[:, None] & (size < C.K)[None, :]
+
+
+@triton.jit
+def load_state(states_ptr, slot, known, head, channels, C: tl.constexpr):
+    """A block of the state in a slot, in float32; zeros where it holds none."""
+    size = tl.arange(0, C.K_BLOCK)
+    at, _ = state_tile(slot, head, channels, C)
+    mask = (channels < tl.where(known, C.P, 0))[:, None] & (size < C.K)[None, :]
+    return tl.load(states_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def initial_state(inputs, slot, known, head, channels, C: tl.constexpr):
+    """A block of the state that a sequence starts from, in float32."""
+    if inputs.states is not None:
+        return load_state(inputs.states, slot, known, head, channels, C)
+    else:
+        return tl.full([channels.shape[0], C.K_BLOCK], 0, tl.float32)
+
+
+@triton.jit
+def zero_tokens(y_ptr, first, count, head, channels, C: tl.constexpr):
+    """Zeros in y for `count` tokens from `first`, in a head's channels."""
+    lanes = tl.arange(0, 16)
+    zeros = tl.full([16, channels.shape[0]], 0, tl.float32)
+    zeros = zeros.to(y_ptr.dtype.element_ty)
+    for done in range(0, count, 16):
+        rows = done + lanes
+        at = (first + rows).to(tl.int64) * (C.H * C.P) + head * C.P
+        mask = (rows < count)[:, None] & (channels < C.P)[None, :]
+        tl.store(y_ptr + at[:, None] + channels[None, :], zeros, mask=mask)
+
+
+# --- products ---------------------------------------------------------------------
 
 
 @triton.jit
 def _dot(a, b, acc, FAST: tl.constexpr):
-    """A product that is exact but for float32 sums: of 16-bit operands."""
+    """A product of 16-bit operands: exact, but for its float32 sums."""
     if FAST:
         return tl.dot(a, b, acc)
     else:  # the interpreter would multiply the bits of bfloat16
@@ -163,46 +261,70 @@ def dot_right(narrow, wide, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def dot_narrow(a, b, acc, EXACT: tl.constexpr, FAST: tl.constexpr):
-    """`acc + a @ b` of operands as they were given."""
+def dot_narrow(a, b, C: tl.constexpr):
+    """`a @ b` of operands as they were given."""
+    acc = tl.full([a.shape[0], b.shape[1]], 0, tl.float32)
     if (a.dtype == b.dtype) & (a.dtype != tl.float32):
-        return _dot(a, b, acc, FAST)
-    elif EXACT:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+        return _dot(a, b, acc, C.FAST)
+    elif C.EXACT:
+        wide = a.to(tl.float32)
+        return tl.dot(wide, b.to(tl.float32), acc, input_precision="tf32x3")
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32")
+        wide = a.to(tl.float32)
+        return tl.dot(wide, b.to(tl.float32), acc, input_precision="tf32")
 
 
 @triton.jit
-def zero_tokens(y_ptr, first, count, head, channels, mask, C: tl.constexpr):
-    """Zeros in y for `count` tokens from `first`, in a head's channels."""
-    lanes = tl.arange(0, C.ZERO_ROWS)
-    zeros = tl.full([C.ZERO_ROWS, channels.shape[0]], 0, tl.float32)
-    zeros = zeros.to(y_ptr.dtype.element_ty)
-    for done in range(0, count, C.ZERO_ROWS):
-        rows = done + lanes
-        at = (first + rows).to(tl.int64) * (C.H * C.P) + head * C.P
-        tl.store(
-            y_ptr + at[:, None] + channels[None, :],
-            zeros,
-            mask=(rows < count)[:, None] & mask[None, :],
-        )
+def add_tokens(state, x, weight, B, C: tl.constexpr):
+    """`state + (weight * x)ᵀ @ B`."""
+    PARTS: tl.constexpr = C.STATE_PARTS
+    FAST: tl.constexpr = C.FAST
+    weighted = x.to(tl.float32) * weight[:, None]
+    return dot_left(tl.trans(weighted), B, state, PARTS, FAST)
+
+
+# --- prefills and runs ------------------------------------------------------------
 
 
 @triton.jit
-def zero_uncovered(
-    y_ptr, begin, end, num_tokens, part, parts, head, channels, mask, C: tl.constexpr
-):
-    """Zeros for this part of the tokens before `begin` and from `end` on.
+def load_prefill(inputs, number, C: tl.constexpr):
+    """A row of `SsdInputs.prefills`, of length 0 if a value is out of range."""
+    row = inputs.prefills + number * 5
+    begin = tl.load(row)
+    length = tl.load(row + 1)
+    slot = tl.load(row + 2)
+    known = tl.load(row + 3) != 0
+    chunk = tl.load(row + 4)
+    chunks = (length + C.CHUNK - 1) // C.CHUNK
+    fits = (begin >= 0) & (length <= inputs.num_tokens - begin)
+    fits = fits & (chunk >= 0) & (chunks <= inputs.num_chunks - chunk)
+    fits = fits & (slot >= 0) & (slot < inputs.num_slots)
+    return begin, tl.where(fits, length, 0), slot, known, chunk
 
-    Blocks of tokens, head first, are dealt out to so many parts in turn.
+
+@triton.jit
+def load_runs(inputs, first, real, C: tl.constexpr):
+    """Of a chunk's tokens, the place where their run begins; -1 of padding."""
+    at = first.to(tl.int64) + tl.arange(0, C.CHUNK)
+    return tl.load(inputs.run_start + at, mask=real, other=-1)
+
+
+@triton.jit
+def enters(start, offset):
+    """Is the state before place `offset` of a row of the run that begins at `start`?"""
+    return (start >= 0) & ((start < offset) | (start == 0))
+
+
+@triton.jit
+def add_run(state, x, weight, B, leaves, C: tl.constexpr):
+    """`add_tokens` for those of a chunk's tokens that are of the run that goes on.
+
+    NaN or inf in one of them makes all of the state NaN; those of others reach nothing.
     """
-    size: tl.constexpr = C.ZERO_ROWS
-    for first in range(part * size, begin, parts * size):
-        zero_tokens(
-            y_ptr, first, tl.minimum(size, begin - first), head, channels, mask, C
-        )
-    for first in range(end + part * size, num_tokens, parts * size):
-        zero_tokens(
-            y_ptr, first, tl.minimum(size, num_tokens - first), head, channels, mask, C
-        )
+    bad = (are_finite(x) & are_finite(B) & finite(weight)) == 0
+    x = tl.where(leaves[:, None], x, 0.0)
+    weight = tl.where(leaves, weight, 0.0)
+    B = tl.where(leaves[:, None], B, 0.0)
+    state = add_tokens(state, x, weight, B, C)
+    poisoned = largest(tl.where(leaves & bad, 1, 0), 0) > 0
+    return tl.where(poisoned, float("nan"), state)

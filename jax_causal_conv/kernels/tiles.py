@@ -144,18 +144,18 @@ def _tiles(
         per_thread //= 2
     # The channels of one warp: the last block leaves few threads idle, and one warp
     # waits at no barrier.
-    block_n = min(per_thread * _WARP, _power_of_two(filters.dim))
+    block_n = min(per_thread * _WARP, power_of_two(filters.dim))
     # A multiple of W lets the window rotate through the registers without moves; a
     # very wide filter would unroll into too much code and takes one row at a time.
     group = width * max(1, 4 // width) if width <= 8 else 1
     if rows < group:
         group = 1
-    l_block = _power_of_two(state_len)
+    l_block = power_of_two(state_len)
     slot_n = max(1, min(block_n, _SLOT_TILE // l_block))
     return Tiles(block_n, block_m, 1, group, l_block, slot_n)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -201,7 +201,7 @@ def scan(num_seqs: int) -> int:
 
     All of them, but at most 256: more would cost too many registers.
     """
-    return min(max(_power_of_two(num_seqs + 1), 8), 256)
+    return min(max(power_of_two(num_seqs + 1), 8), 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +214,7 @@ class SsdTiles:
         num_warps: warps a program.
         chunk: tokens of a chunk.
         stretch: chunks of a stretch; 0: sequences are not cut into stretches.
+        sum_block: tokens of a stretch that are added up together, a power of two.
         h_block: heads whose sums a program makes, a power of two.
         num_stages: of the loop over chunks.
         state_stages: of the loop over a stretch's chunks.
@@ -225,38 +226,78 @@ class SsdTiles:
     num_warps: int
     chunk: int = 64
     stretch: int = 0
+    sum_block: int = 1024
     h_block: int = 16
     num_stages: int = 2
     state_stages: int = 3
     scan: int = 256
 
 
-def ssd_decode(head_shape: tuple[int, int], state_size: int, num_seqs: int) -> SsdTiles:
+# Elements of a state that a program of 4 warps holds in registers: 64 a thread.
+_STATE_TILE = 8192
+# Bytes of a chunk's B and C, with all that are on their way: a GPU has 100 to 228 KB
+# of shared memory, and two programs should fit there, with x and what is rearranged.
+_CHUNK_BYTES = 65536
+# Programs of the chunks' kernel that a GPU runs at a time: two for each of the 132
+# multiprocessors of an H100.
+_RESIDENT = 264
+
+
+def ssd_decode(
+    head_shape: tuple[int, int], state_size: int, itemsize: int, num_seqs: int
+) -> SsdTiles:
     """Tiles of the decode kernel, for H heads of P channels and K elements of state.
 
-    One warp with half a head keeps a GPU busy with few sequences; with many, whole
-    heads have less to do beside their state.
+    A program moves 8 KB of states, of `itemsize` bytes an element: smaller ones start
+    and end soonest, which counts where sequences are few; with many, all are alike.
     """
     _, dim = head_shape
-    p_block, num_warps = (32, 1) if num_seqs < 256 else (64, 4)
-    return SsdTiles(
-        min(p_block, _power_of_two(dim)),
-        _power_of_two(state_size),
-        num_warps,
-        scan=scan(num_seqs),
-    )
+    k_block = power_of_two(state_size)
+    p_block = max(1, min(64 // itemsize, power_of_two(dim), _STATE_TILE // k_block))
+    return SsdTiles(p_block, k_block, 8 // itemsize, scan=scan(num_seqs))
 
 
 def ssd_chunks(
-    head_shape: tuple[int, int], state_size: int, num_tokens: int, num_prefills: int
+    head_shape: tuple[int, int],
+    state_size: int,
+    itemsize: int,
+    num_tokens: int,
+    num_prefills: int,
 ) -> SsdTiles:
-    """Tiles of a batch with prefills: the products of matrices want 16 rows or more."""
+    """Tiles of a batch of T tokens with at most so many prefills.
+
+    Products of matrices want 16 rows or more; 4 warps share a state of 64 x 128.
+    `itemsize` is that of x, B and C.
+    """
     heads, dim = head_shape
-    chunk = min(64, max(16, _power_of_two(num_tokens)))
+    k_block = max(16, power_of_two(state_size))
+    p_block = max(16, min(64, power_of_two(dim), _STATE_TILE // k_block))
+    row = 2 * k_block * itemsize
+    chunk = 64
+    while chunk > 16 and (chunk * row > _CHUNK_BYTES or chunk >= 2 * num_tokens):
+        chunk //= 2
+    stages = 2 if 2 * chunk * row <= _CHUNK_BYTES else 1
+    rows = max(num_prefills, 1)
+    programs = heads * -(-dim // p_block) * rows
+    stretch = _stretch(-(-num_tokens // (chunk * rows)), programs)
     return SsdTiles(
-        min(64, max(16, _power_of_two(dim))),
-        max(16, _power_of_two(state_size)),
+        p_block,
+        k_block,
         4,
         chunk=chunk,
-        h_block=min(16, _power_of_two(heads)),
+        stretch=stretch,
+        sum_block=min(1024, power_of_two(max(stretch, 1) * chunk)),
+        h_block=min(16, power_of_two(heads)),
+        num_stages=stages,
+        state_stages=3 if stages == 2 else 1,
     )
+
+
+def _stretch(chunks: int, programs: int) -> int:
+    """Chunks of a stretch for sequences of so many, each once through `programs`.
+
+    As many stretches as the GPU runs at a time, all of a size; more of them would wait,
+    and those that are there wait for the last. Fewer than 4 chunks are not worth it.
+    """
+    stretches = min(_RESIDENT // programs, chunks // 4)
+    return -(-chunks // stretches) if stretches > 1 else 0

@@ -15,18 +15,16 @@ and not looked at here.
 """
 
 import dataclasses
-from unittest import mock
 
 import numpy as np
 import pytest
 
 pytest.importorskip("triton")
 
-from triton.runtime.interpreter import interpreter_builder
-
 from jax_causal_conv.op import ops
 from tests.support import cases, checks, fuzz, guard
 from tests.support.cases import FLOATS, PackedShape, UpdateShape
+from tests.support.races import Access, Recorder, orders, race
 
 PACKED = PackedShape(
     num_tokens=40,
@@ -119,13 +117,6 @@ CASES = {
 }
 
 
-def orders(grid):
-    yield "forward", range(grid)
-    yield "reverse", range(grid)[::-1]
-    for seed in range(3):
-        yield f"shuffled by {seed}", np.random.default_rng(seed).permutation(grid)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_order_of_programs_does_not_matter(name):
     case = CASES[name]
@@ -172,100 +163,6 @@ def test_no_interleaving_of_threads_matters_to_inner_ops(seed):
     assert any(access.is_store for access in recorder.accesses)
     hazard = race(recorder.accesses)
     assert hazard is None, f"{hazard}\n{case}"
-
-
-@dataclasses.dataclass
-class Access:
-    """One load or store of a program: addresses, and barriers passed before it."""
-
-    program: int
-    is_store: bool
-    addresses: np.ndarray
-    barriers: int
-
-
-class Recorder:
-    """Notes what each program of an interpreted kernel reads and writes."""
-
-    def __init__(self):
-        self.accesses: list[Access] = []
-        self._barriers = 0
-
-    def caller(self):
-        call, builder = guard.caller(), interpreter_builder
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def note(pointers, mask, is_store):
-            lanes = np.broadcast_to(mask.data, pointers.data.shape)
-            program = builder.grid_idx[0]
-            addresses = pointers.data[lanes].ravel()
-            self.accesses.append(Access(program, is_store, addresses, self._barriers))
-
-        def masked_load(pointers, mask, *rest):
-            note(pointers, mask, False)
-            return load(pointers, mask, *rest)
-
-        def masked_store(pointers, value, mask, *rest):
-            note(pointers, mask, True)
-            return store(pointers, value, mask, *rest)
-
-        def barrier():
-            self._barriers += 1
-
-        def recording_call(launch):
-            with mock.patch.multiple(
-                builder,
-                create_masked_load=masked_load,
-                create_masked_store=masked_store,
-                create_barrier=barrier,
-            ):
-                return call(launch)
-
-        return recording_call
-
-
-def race(accesses):
-    """None, or a sentence about the first hazard among a kernel's accesses."""
-    writer: dict[int, tuple[int, int]] = {}  # address -> program, barriers before it
-    for access in accesses:
-        if not access.is_store:
-            continue
-        for address in access.addresses.tolist():
-            program, barriers = writer.get(address, (access.program, -1))
-            if program != access.program:
-                return (
-                    f"programs {program} and {access.program} both write {address:#x}"
-                )
-            if barriers == access.barriers:
-                return (
-                    f"program {program} writes {address:#x} twice without a barrier "
-                    "between"
-                )
-            writer[address] = program, access.barriers
-    read: dict[int, int] = {}  # address -> barriers before its last read
-    written: set[int] = set()
-    for access in accesses:
-        for address in access.addresses.tolist():
-            if address not in writer:
-                continue
-            program, _ = writer[address]
-            if program != access.program:
-                return (
-                    f"program {access.program} reads {address:#x}, which program "
-                    f"{program} writes"
-                )
-            if not access.is_store:
-                if address in written:
-                    return f"program {program} reads {address:#x} after its write"
-                read[address] = access.barriers
-                continue
-            written.add(address)
-            if read.get(address, -1) == access.barriers:
-                return (
-                    f"program {program} has no barrier between its read and its write "
-                    f"of {address:#x}"
-                )
-    return None
 
 
 @pytest.mark.parametrize("name", CASES)

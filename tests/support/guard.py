@@ -7,6 +7,7 @@ child, sees it die, and names the seed of the case:
 
     python -m tests.support.guard --cases 200  # sweep, in a child
     python -m tests.support.guard --seed 123   # replay one, with the kernel's stack
+    python -m tests.support.guard --ssd        # the same of the SSD's kernels
 """
 
 import argparse
@@ -44,7 +45,14 @@ from jax_causal_conv.operands import (
     PackedBackwardOperands,
     RowsBackwardOperands,
 )
-from tests.support import REPOSITORY, cases, checks, reference
+from tests.support import (
+    REPOSITORY,
+    cases,
+    checks,
+    reference,
+    ssd_cases,
+    ssd_launches,
+)
 from tests.support.cases import Case, choose
 
 CASES_PER_CONFIGURATION = 8  # consecutive seeds share a shape, thus one compilation
@@ -148,7 +156,7 @@ class Arena:
     """
 
     SIZE = 1 << 44
-    PLACES = 16
+    PLACES = 32
 
     def __init__(self):
         self.size = self.SIZE
@@ -387,6 +395,38 @@ def check_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
             fuzz.compare_unnamed_slots(case, got[1], what)
 
 
+# The SSD.
+
+
+def ssd_case(seed: int) -> tuple[ssd_cases.Case, dict[str, int]]:
+    """A random case, full of far integers, and changes to its tiles: short stretches.
+
+    Four consecutive seeds share a shape: rows, a decode step, or any two batches.
+    """
+    configuration, index = divmod(seed, 4)
+    rng = np.random.default_rng([8, configuration])
+    if configuration % 4 == 0:
+        shape = ssd_cases.random_rows_shape(rng)
+    else:
+        shape = ssd_cases.random_packed_shape(rng)
+    if configuration % 4 == 1:
+        shape = dataclasses.replace(shape, max_prefills=0)
+    tile = {"chunk": 16, "stretch": int(rng.integers(3))} if rng.random() < 0.7 else {}
+    rng = np.random.default_rng([9, configuration, index])
+    case = ssd_cases.random_case(shape, rng, malformed=True)
+    return case, tile
+
+
+def check_ssd_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
+    """Runs a seed on guarded memory; compares it with the recurrence."""
+    case, tile = ssd_case(seed)
+    expected = ssd_cases.Expected(case)
+    for at in placements:
+        print(f"case {seed} {at}", flush=True)
+        got = ssd_launches.launch(case, guarded_caller(arena, at), **tile)
+        ssd_cases.compare(case, got, expected, "interpret")
+
+
 # Planted bugs, to show that the harness sees what it is for.
 
 
@@ -464,17 +504,20 @@ class Outcome:
         last: "SEED PLACEMENT" that it announced last.
         error: None, or why the child did not finish: a signal's name or a message.
         output: what it printed, the stack of a crash included.
+        sweep: the option that says what cases these are, if any.
     """
 
     last: str
     error: str | None
     output: str
+    sweep: str = ""
 
     def __str__(self):
         seed = self.last.split()[0] if self.last else "none"
         return (
             f"case {self.last or 'none'}: {self.error}; replay it by\n"
-            f"    python -m tests.support.guard --seed {seed}\n{self.output[-6000:]}"
+            f"    python -m tests.support.guard {self.sweep}--seed {seed}\n"
+            f"{self.output[-6000:]}"
         )
 
 
@@ -506,7 +549,8 @@ def run_child(arguments: Sequence[str], timeout: float = 600) -> Outcome:
     elif status:
         error = "wrong result"
     rest = [line for line in output.splitlines() if not line.startswith("case ")]
-    return Outcome(cases[-1] if cases else "", error, "\n".join(rest))
+    sweep = "--ssd " if "--ssd" in arguments else ""
+    return Outcome(cases[-1] if cases else "", error, "\n".join(rest), sweep)
 
 
 def _child(options) -> int:
@@ -516,9 +560,10 @@ def _child(options) -> int:
         run_planted(options.planted, arena)
         return 0
     placements = PLACEMENTS if options.placement is None else (options.placement,)
+    check = check_ssd_case if options.ssd else check_case
     for seed in range(options.seed, options.seed + options.cases):
         try:
-            check_case(seed, arena, placements)
+            check(seed, arena, placements)
         except Exception:
             traceback.print_exc()
             print(f"case {seed} compared", flush=True)
@@ -532,12 +577,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the (first) case")
     parser.add_argument("--cases", type=int, default=1, help="how many, from --seed on")
     parser.add_argument("--placement", choices=PLACEMENTS, help="default: both")
+    parser.add_argument("--ssd", action="store_true", help="the SSD's kernels")
     parser.add_argument("--planted", choices=PLANTED, help="a kernel with a known bug")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         return _child(options)
     passed_on = ["--placement", options.placement] if options.placement else []
+    passed_on += ["--ssd"] if options.ssd else []
     if options.planted:
         outcome = run_child(["--planted", options.planted])
         print(outcome if outcome.error else "no crash")

@@ -4,25 +4,83 @@ Loops in numpy, in float64 whatever the inputs. Nothing is shared with
 `jax_causal_conv`. Letters as in `jax_causal_conv.mamba2.ssd`.
 """
 
+import dataclasses
+import math
+
 import numpy as np
 
 from tests.support.reference import PAD_SLOT_ID, clean_offsets, is_slot
 
+NO_LIMIT = (0.0, math.inf)
+
+
+def step_sizes(dt, bias=None, softplus=False, limit=NO_LIMIT, wide=np.float32):
+    """The step sizes of the recurrence in float64; NaN stays NaN.
+
+    Sums with the bias are taken in `wide`, the dtype of the computation.
+    """
+    dt = np.asarray(dt).astype(wide)
+    with np.errstate(all="ignore"):
+        if bias is not None:
+            dt = dt + np.asarray(bias).astype(wide)
+        dt = dt.astype(np.float64)
+        if softplus:
+            dt = np.logaddexp(dt, 0)
+        if tuple(limit) != NO_LIMIT:
+            dt = np.clip(dt, *limit)
+    return dt
+
 
 def recurrence(x, dt, A, B, C, D, state):
-    """y `(n, H, P)` and the last state of one request that starts from `state`."""
+    """y `(n, H, P)` and the last state of one request that starts from `state`.
+
+    dt are step sizes as they take part.
+    """
     x, dt, A, B, C, state = (
         np.asarray(a).astype(np.float64) for a in (x, dt, A, B, C, state)
     )
     D = np.zeros(len(A)) if D is None else np.asarray(D).astype(np.float64)
+    D = D.reshape(len(A), -1) if len(A) else np.zeros((0, 1))
     per_group = x.shape[1] // B.shape[1]
     y = np.zeros(x.shape)
-    for n in range(len(x)):
-        write, read = (np.repeat(a[n], per_group, axis=0) for a in (B, C))
-        new = (dt[n][:, None] * x[n])[:, :, None] * write[:, None, :]
-        state = np.exp(dt[n] * A)[:, None, None] * state + new
-        y[n] = (state * read[:, None, :]).sum(-1) + D[:, None] * x[n]
+    with np.errstate(all="ignore"):
+        for n in range(len(x)):
+            write, read = (np.repeat(a[n], per_group, axis=0) for a in (B, C))
+            new = (dt[n][:, None] * x[n])[:, :, None] * write[:, None, :]
+            state = np.exp(dt[n] * A)[:, None, None] * state + new
+            y[n] = (state * read[:, None, :]).sum(-1) + D * x[n]
     return y, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A live sequence of a packed batch that is not surplus: its tokens and slot."""
+
+    number: int
+    tokens: slice
+    slot: int
+
+
+def served(
+    query_start_loc, num_tokens, num_slots, cache_indices, max_prefills, pad_slot_id
+) -> list[Served]:
+    """The sequences of a packed batch that are not skipped."""
+    offsets, prefills, result = clean_offsets(query_start_loc, num_tokens), 0, []
+    for i in range(len(offsets) - 1):
+        count = offsets[i + 1] - offsets[i]
+        slot = i if cache_indices is None else int(cache_indices[i])
+        if count == 0 or not is_slot(slot, num_slots, pad_slot_id):
+            continue
+        if count > 1:
+            prefills += 1
+            if max_prefills is not None and prefills > max_prefills:
+                continue
+        result.append(Served(i, slice(offsets[i], offsets[i + 1]), slot))
+    return result
+
+
+def _wide(x):
+    return np.float64 if x.dtype == np.float64 else np.float32
 
 
 def ssd_packed(
@@ -39,22 +97,19 @@ def ssd_packed(
     has_initial_state=None,
     max_prefills=None,
     pad_slot_id=PAD_SLOT_ID,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=NO_LIMIT,
 ):
     """y and the new states, both in float64."""
     y, states = np.zeros(x.shape), np.asarray(ssm_states).astype(np.float64)
-    offsets, prefills = clean_offsets(query_start_loc, len(x)), 0
-    for i in range(len(offsets) - 1):
-        here = slice(offsets[i], offsets[i + 1])
-        count = offsets[i + 1] - offsets[i]
-        slot = i if cache_indices is None else int(cache_indices[i])
-        if count == 0 or not is_slot(slot, len(states), pad_slot_id):
-            continue
-        if count > 1:
-            prefills += 1
-            if max_prefills is not None and prefills > max_prefills:
-                continue
+    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, _wide(x))
+    for sequence in served(
+        query_start_loc, len(x), len(states), cache_indices, max_prefills, pad_slot_id
+    ):
+        here, slot = sequence.tokens, sequence.slot
         state = np.zeros_like(states[slot])
-        if has_initial_state is not None and has_initial_state[i]:
+        if has_initial_state is not None and has_initial_state[sequence.number]:
             state = states[slot]
         y[here], states[slot] = recurrence(
             x[here], dt[here], A, B[here], C[here], D, state
@@ -62,10 +117,24 @@ def ssd_packed(
     return y, states
 
 
-def ssd(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None):
+def ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=NO_LIMIT,
+):
     """y and the final states `(B, H, P, K)`, both in float64."""
     batch, length, heads, dim = x.shape
     y, finals = np.zeros(x.shape), []
+    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, _wide(x))
     for b in range(batch):
         ids = [0] * length if segment_ids is None else [int(i) for i in segment_ids[b]]
         state = np.zeros((heads, dim, B.shape[3]))
@@ -82,3 +151,61 @@ def ssd(x, dt, A, B, C, D=None, *, initial_state=None, segment_ids=None):
             )
         finals.append(state)
     return y, np.array(finals).reshape(batch, heads, dim, B.shape[3])
+
+
+def gradients(x, dt, A, B, C, D, dt_bias, state, dy, dstate, *, sizes=False):
+    """Gradients of one request's y and last state, by the adjoint of `recurrence`.
+
+    Args:
+        x, dt, A, B, C, D, state: as there, but dt before bias and softplus.
+        dt_bias: `(H,)`.
+        dy: `(n, H, P)`, the cotangent of y.
+        dstate: `(H, P, K)`, the cotangent of the last state.
+        sizes: sum up the absolute values of all terms instead, those that a gradient
+            is the sum of.
+
+    Returns:
+        The gradients by the names of the arguments, in float64.
+    """
+    x, dt, A, B, C, D, dt_bias, state, dy, dstate = (
+        np.asarray(a).astype(np.float64)
+        for a in (x, dt, A, B, C, D, dt_bias, state, dy, dstate)
+    )
+    logits, rate = dt + dt_bias, A
+    dt, slope = np.logaddexp(0, logits), 1 / (1 + np.exp(-logits))
+    if sizes:
+        x, rate, B, C, D, state, dy, dstate = map(
+            abs, (x, rate, B, C, D, state, dy, dstate)
+        )
+    heads, groups = x.shape[1], B.shape[1]
+    write, read = (np.repeat(a, heads // groups, axis=1) for a in (B, C))
+    decay, states = np.exp(dt * A), [state]
+    for n in range(len(x)):
+        new = np.einsum("h,hp,hk->hpk", dt[n], x[n], write[n])
+        states.append(decay[n][:, None, None] * states[-1] + new)
+    ddt, dx, dwrite, dread = map(np.zeros_like, (dt, x, write, read))
+    dA = np.zeros_like(A)
+    for n in reversed(range(len(x))):
+        dread[n] = np.einsum("hp,hpk->hk", dy[n], states[n + 1])
+        dstate = dstate + dy[n][:, :, None] * read[n][:, None, :]
+        dnew = np.einsum("hpk,hk->hp", dstate, write[n])
+        dx[n] = dt[n][:, None] * dnew + D[:, None] * dy[n]
+        dwrite[n] = dt[n][:, None] * np.einsum("hpk,hp->hk", dstate, x[n])
+        dlog = decay[n] * np.einsum("hpk,hpk->h", dstate, states[n])
+        ddt[n] = rate * dlog + (dnew * x[n]).sum(-1)
+        dA += dt[n] * dlog
+        dstate = decay[n][:, None, None] * dstate
+
+    def by_group(a):
+        return a.reshape(len(a), groups, -1, a.shape[-1]).sum(2)
+
+    return {
+        "x": dx,
+        "dt": ddt * slope,
+        "A": dA,
+        "B": by_group(dwrite),
+        "C": by_group(dread),
+        "D": (dy * x).sum((0, 2)),
+        "dt_bias": (ddt * slope).sum(0),
+        "state": dstate,
+    }

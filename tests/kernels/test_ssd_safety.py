@@ -1,0 +1,114 @@
+"""The SSD's kernels touch nothing outside their arrays, in no order that matters.
+
+The arguments are those of `test_memory_safety` and `test_races`: arrays flush against
+forbidden pages, whole grids in several orders, and every address that programs read or
+write. Here a program writes over elements of the cache that it has read itself, without
+a barrier: what it writes there is computed from what it has read there, so the write
+waits for the read.
+"""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.support import checks, guard, ssd_cases, ssd_launches
+from tests.support.draws import ints
+from tests.support.races import Recorder, orders, race
+from tests.support.ssd_cases import BFLOAT16, FLOAT16, batch, draw_packed, draw_rows
+
+SEEDS = 32
+SIZES = {"heads": 2, "groups": 1, "dim": 17, "size": 5}
+STRETCHES = {"chunk": 16, "stretch": 1}
+
+CASES = {  # and changes to its tiles
+    "decode step": (batch([1, 1, 1, 1], max_prefills=0, **SIZES), {}),
+    "decode step, prompts skipped": (
+        batch([1, 40, 1, 3], max_prefills=0, head=20, tail=20, **SIZES),
+        {},
+    ),
+    "mixed batch": (batch([1, 40, 0, 1, 17], head=2, tail=40, **SIZES), {}),
+    "stretches": (batch([1, 50, 1, 16, 33], head=2, tail=3, **SIZES), STRETCHES),
+    "longer stretches": (batch([100, 1], **SIZES), STRETCHES | {"stretch": 3}),
+    "narrow states": (
+        batch([1, 40, 2], x=FLOAT16, state=BFLOAT16, **SIZES),
+        STRETCHES,
+    ),
+    "skipped sequences": (
+        batch([1, 20, 1, 33, 2], max_prefills=2, **SIZES).replace(
+            cache_indices=ints(-1, 7, 0, 3, 1)
+        ),
+        STRETCHES,
+    ),
+    "malformed offsets": (
+        draw_packed(3, malformed=True, num_tokens=70, **SIZES),
+        STRETCHES,
+    ),
+    "rows": (draw_rows(0, num_tokens=40, segment_ids=False, **SIZES), {"chunk": 16}),
+    "documents": (draw_rows(1, num_tokens=50, **SIZES), STRETCHES),
+}
+EACH = pytest.mark.parametrize("name", CASES)
+
+
+def test_any_integers_stay_within_the_arrays():
+    """Random cases full of far offsets and slots, of prompts cut into stretches too."""
+    outcome = guard.run_child(["--ssd", "--seed", "0", "--cases", str(SEEDS)])
+    assert outcome.error is None, str(outcome)
+    assert outcome.last == f"{SEEDS - 1} start"
+
+
+def test_adversarial_cases_are_what_they_claim():
+    drawn = [guard.ssd_case(seed) for seed in range(SEEDS)]
+    assert any(tile.get("stretch") for _, tile in drawn)
+    assert any(case.shape.max_prefills == 0 for case, _ in drawn if case.packed)
+    assert any(not case.packed for case, _ in drawn)
+    far = {-(2**31), 2**31 - 1}
+    for name in ("query_start_loc", "cache_indices"):
+        arrays = [case.arrays.get(name) for case, _ in drawn]
+        assert any(far & {*map(int, a)} for a in arrays if a is not None), name
+
+
+@EACH
+def test_order_of_programs_does_not_matter(name):
+    """Each order is that of all launches of a call."""
+    case, tile = CASES[name]
+    expected, first = ssd_cases.Expected(case), None
+    names = [order for order, _ in orders(1)]
+    for index, order in enumerate(names[:3]):
+        call = guard.caller(lambda grid, i=index: [*orders(grid)][i][1])
+        got = ssd_launches.launch(case, call, **tile)
+        if first is None:
+            first = got
+            ssd_cases.compare(case, got, expected, "interpret")
+        for one, other in zip(first, got, strict=True):
+            checks.assert_same_bits(other, one, f"{order}: {case}")
+
+
+@EACH
+def test_no_interleaving_of_threads_matters(name):
+    case, tile = CASES[name]
+    stores = []
+
+    def call(launch):
+        recorder = Recorder()
+        results = recorder.caller()(launch)
+        stores.append(sum(access.is_store for access in recorder.accesses))
+        hazard = race(recorder.accesses, own_data=True)
+        assert hazard is None, f"{launch.kernel}: {hazard}\n{case}"
+        return results
+
+    ssd_launches.launch(case, call, **tile)
+    decode_step = case.packed and case.shape.max_prefills == 0
+    assert len(stores) == (1 if decode_step else 2)
+    assert any(stores)
+
+
+@pytest.mark.parametrize("tile", [{}, STRETCHES], ids=["", "stretches"])
+def test_two_live_sequences_on_one_slot_disturb_nobody_else(tile):
+    case = batch([40, 1, 33, 1, 2], **SIZES)
+    case = case.replace(cache_indices=ints(3, 1, 3, 0, 1))
+    expected = ssd_cases.Expected(case)
+    assert {sequence.slot for sequence in expected.unknown} == {1, 3}
+    for turn in (1, -1):
+        call = guard.caller(lambda grid, turn=turn: range(grid)[::turn])
+        got = ssd_launches.launch(case, call, **tile)
+        ssd_cases.compare(case, got, expected, "interpret")
