@@ -1,8 +1,9 @@
 """`jax.jit` for sweeps over many shapes, which run each program a few times only.
 
-XLA:CPU then optimises machine code less, which takes a third of the time: the HLO that
-it optimises, and what that means, are the same. As users compile them, the ops run in
-the tests of donation, transformations, layers, meshes, exports and examples.
+XLA:CPU then optimises machine code less, which takes a third of the time: the HLO, and
+what it means, are the same. Where copies in programs are counted it is not used; and as
+users compile them, the ops run in tests of values and gradients under jit, of donation,
+scans over layers, exports and several processes.
 """
 
 import functools
