@@ -155,7 +155,7 @@ class SSDSpec:
     """What is static about one call of an SSD op.
 
     Attributes:
-        chunk_size: c, the tokens of a chunk, at most all of them.
+        chunk_size: c, the tokens of a chunk in XLA, at most all there are.
         dt_softplus: whether step sizes are softplus of what is given.
         dt_limit: the least and the largest step size.
         exact: whether products have float32 operands, or those of x's dtype may do.

@@ -15,9 +15,9 @@ from .batch import Runs, Sequences, last_runs, row_by_row, runs_of, take_rows
 def differentiate_as(value, twin):
     """`value`, with the derivative of its equal `twin`.
 
-    The twin comes from one conversion to the accumulator's dtype, so that gradients
-    through several paths are added there and rounded once, while `value` keeps its
-    bits. Where no derivative is taken the twin is never computed.
+    In this module the twin comes from one conversion to the accumulator's dtype, so
+    that gradients through several paths are added there and rounded once, while `value`
+    keeps its bits. Compiled programs compute the twin only where a derivative is taken.
     """
     del twin
     return value

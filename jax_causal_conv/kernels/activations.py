@@ -10,6 +10,7 @@ def activate(z, C: tl.constexpr):
     if C.ACTIVATION == "silu":
         return z * sigmoid(z, C)
     else:
+        tl.static_assert(C.ACTIVATION is None, "unknown activation")
         return z
 
 
@@ -21,6 +22,7 @@ def through_activation(dy, z, C: tl.constexpr):
         scaled = dy * s
         return tl.fma(scaled, z - z * s, scaled)
     else:
+        tl.static_assert(C.ACTIVATION is None, "unknown activation")
         return dy
 
 

@@ -190,9 +190,13 @@ def masked_step(
 
 @triton.jit
 def next_token_in(segments, number, step, chunk, C: tl.constexpr):
-    """`next_token` for the chunk's token `step`, which may lie behind the row's end.
+    """`next_token` where that may lie behind the row's end.
 
     There stands another row's id, or nothing: the row's last id is read again.
+
+    Args:
+        number: the token's number in the walk.
+        step: its number counted from the chunk's first token.
     """
     last = chunk.length - chunk.first - 1
     return next_token(segments, number + tl.minimum(last - step, 0), C)

@@ -107,7 +107,8 @@ class Segments(NamedTuple):
     """Where a walk over the tokens of a row stands among its documents.
 
     Attributes:
-        ptr: to the segment id of a token, from which the next ones are counted.
+        ptr: to the segment id of the token that has number 0; the walk numbers those
+            behind it, and sets ptr on now and then: see `count_from`.
         last: the segment id of the last token.
         visible: how many tokens before the last one are of its run, at most W-1.
     """
@@ -268,7 +269,7 @@ def segments_before(ptr, first, C: tl.constexpr):
 
 @triton.jit
 def next_token(segments, number, C: tl.constexpr):
-    """The `Segments` one token later; that token has this number from `ptr` on."""
+    """The `Segments` one token later; that token has this number."""
     segment = tl.load(segments.ptr + number)
     same = segment == segments.last
     visible = tl.where(same, tl.minimum(segments.visible + 1, C.W - 1), 0)
@@ -277,7 +278,7 @@ def next_token(segments, number, C: tl.constexpr):
 
 @triton.jit
 def count_from(segments, number):
-    """The same `Segments`; tokens are counted from the one of this number on."""
+    """The same `Segments`, in which the token of this number has number 0."""
     return Segments(segments.ptr + number, segments.last, segments.visible)
 
 

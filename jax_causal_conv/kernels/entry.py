@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# What a field of a record is: absent, one value, or a tuple of so many.
+# What a field of a record is: None if absent, _ONE if a single value, or the number of
+# values in a tuple.
 Form = None | int
-_ONE = 0
+_ONE = -1
 
 
 def leaves(record: Iterable[Any]) -> Iterator[Any]:
@@ -111,7 +112,8 @@ def _construction(
         stem = f"{name.lower()}_{field}"  # a field of both records, or called C
         names = [stem] if parts == _ONE else [f"{stem}_{i}" for i in range(parts)]
         parameters += names
-        fields.append(stem if parts == _ONE else f"({', '.join(names)},)")
+        several = ", ".join(names) + "," * bool(names)
+        fields.append(stem if parts == _ONE else f"({several})")
     return f"{name}({', '.join(fields)})"
 
 

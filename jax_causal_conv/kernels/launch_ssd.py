@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..batch import first_after, runs_of, sanitize_offsets, sequences
 from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
@@ -117,27 +116,24 @@ def _packed_table(spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles) ->
 
 def _dense_table(rows: int, length: int, tile: SsdTiles) -> _Table:
     """The table of rows of equal length, each of which is a prefill."""
-    row = np.arange(rows, dtype=np.int32)
 
-    def deal_out(size: int) -> tuple[np.ndarray, np.ndarray]:
+    def deal_out(size: int):
         each = -(-length // size)
-        place = np.arange(each, dtype=np.int32)
-        return np.repeat(row, each), np.tile(place, rows)
+        return jnp.divmod(jnp.arange(rows * each, dtype=jnp.int32), each)
 
+    row = jnp.arange(rows, dtype=jnp.int32)
     owner, place = deal_out(tile.chunk)
-    count = np.minimum(length - place * tile.chunk, tile.chunk)
-    first = row * np.int32(len(owner) // rows)
-    prefills = [row * length, np.full_like(row, length), row, np.ones_like(row), first]
+    offset = place * tile.chunk
+    chunks = jnp.stack(
+        [owner * length + offset, jnp.minimum(length - offset, tile.chunk)], 1
+    )
+    first = row * (chunks.shape[0] // rows)
+    all_of, known = jnp.full_like(row, length), jnp.ones_like(row)
+    prefills = jnp.stack([row * length, all_of, row, known, first], 1)
     stretches = None
     if tile.stretch:
-        stretches = np.stack(deal_out(tile.chunk * tile.stretch), 1)
-    return _Table(
-        None,
-        None,
-        np.stack(prefills, 1).astype(np.int32),
-        np.stack([owner * length + place * tile.chunk, count], 1).astype(np.int32),
-        stretches,
-    )
+        stretches = jnp.stack(deal_out(tile.chunk * tile.stretch), 1)
+    return _Table(None, None, prefills, chunks, stretches)
 
 
 def _constants(
@@ -200,7 +196,9 @@ def packed(
     )
     y = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if spec.max_prefills == 0:
-        tile = tile or tiles.ssd_decode(x.shape[1:], operands.B.shape[-1], num_seqs)
+        tile = tile or tiles.ssd_decode(
+            x.shape[1:], operands.B.shape[-1], states.dtype.itemsize, num_seqs
+        )
         C = _constants(spec, operands, tile)
         results = yield Launch(
             decode_kernel,

@@ -8,6 +8,7 @@ import triton.language as tl
 from .ssd_device import (
     add_run,
     add_tokens,
+    are_finite,
     dot_left,
     dot_narrow,
     dot_right,
@@ -20,6 +21,7 @@ from .ssd_device import (
     load_skip,
     load_tile,
     state_tile,
+    store_tile,
 )
 
 
@@ -30,7 +32,7 @@ class Work(NamedTuple):
         begin, length: the tokens of its sequence.
         chunk: the number of the sequence's first chunk.
         head, group, first_channel: whose P_BLOCK channels.
-        skip: D of them, or None.
+        skip: D of them.
     """
 
     begin: Any
@@ -62,6 +64,55 @@ def _entering_state(inputs, number, place, last, head, channels, C: tl.constexpr
     return state
 
 
+class Chunk(NamedTuple):
+    """A chunk's tokens, for one head.
+
+    Attributes:
+        token: the first one's place in the batch; `offset`, in its sequence.
+        real: `[c]`, which of them there are.
+        read, B: `[c, K_BLOCK]`, C and B.
+        x: `[c, P_BLOCK]`.
+        x_at, x_mask: where x is in its array, and which of it there is.
+        sums: a pointer to the chunk's rows of `SsdOutputs.sums`.
+    """
+
+    token: Any
+    offset: Any
+    real: Any
+    read: Any
+    B: Any
+    x: Any
+    x_at: Any
+    x_mask: Any
+    sums: Any
+
+
+@triton.jit
+def _load_chunk(inputs, work, i, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Chunk i of a sequence; WHOLE says that it has all its tokens."""
+    lanes = tl.arange(0, C.CHUNK)
+    k = tl.arange(0, C.K_BLOCK)
+    p = tl.arange(0, C.P_BLOCK)
+    offset = i * C.CHUNK
+    real = lanes < work.length - offset
+    # One address a tile, and in it offsets that are constants of the program.
+    token = (work.begin + offset).to(tl.int64)
+    start_x = token * (C.H * C.P) + work.head * C.P + work.first_channel
+    start_k = token * (C.G * C.K) + work.group * C.K
+    x_at = start_x + (lanes[:, None] * (C.H * C.P) + p[None, :])
+    k_at = start_k + (lanes[:, None] * (C.G * C.K) + k[None, :])
+    k_mask = real[:, None] & (k < C.K)[None, :]
+    x_mask = real[:, None] & (work.first_channel + p < C.P)[None, :]
+    PART_K: tl.constexpr = not WHOLE or C.K_BLOCK != C.K
+    PART_P: tl.constexpr = not WHOLE or C.P_BLOCKS * C.P_BLOCK != C.P
+    read = load_tile(inputs.C + k_at, k_mask, PART_K)
+    B = load_tile(inputs.B + k_at, k_mask, PART_K)
+    x = load_tile(inputs.x + x_at, x_mask, PART_P)
+    row = (work.chunk + i).to(tl.int64) * C.H + work.head
+    sums = inputs.sums + row * (C.SUMS * C.CHUNK)
+    return Chunk(token, offset, real, read, B, x, x_at, x_mask, sums)
+
+
 @triton.jit
 def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
     """One chunk of a head: its outputs are stored, the state after it is returned.
@@ -73,85 +124,69 @@ def _chunk(inputs, y_ptr, work, state, i, C: tl.constexpr, WHOLE: tl.constexpr):
     Args:
         work: a `Work`.
         state: `[P_BLOCK, K_BLOCK]`, float32, before the chunk.
-        i: the chunk's number in its sequence.
-        WHOLE: has it all its tokens?
+        i, WHOLE: see `_load_chunk`.
     """
-    CHUNK: tl.constexpr = C.CHUNK
     P_BLOCK: tl.constexpr = C.P_BLOCK
+    CHUNK: tl.constexpr = C.CHUNK
     FAST: tl.constexpr = C.FAST
     Y_PARTS: tl.constexpr = C.Y_PARTS
     lanes = tl.arange(0, CHUNK)
-    k = tl.arange(0, C.K_BLOCK)
-    p = tl.arange(0, P_BLOCK)
-    offset = i * CHUNK
-    real = lanes < work.length - offset
-    # One address a tile, and in it offsets that are constants of the program.
-    token = (work.begin + offset).to(tl.int64)
-    start_x = token * (C.H * C.P) + work.head * C.P + work.first_channel
-    start_k = token * (C.G * C.K) + work.group * C.K
-    place_x = lanes[:, None] * (C.H * C.P) + p[None, :]
-    place_k = lanes[:, None] * (C.G * C.K) + k[None, :]
-    x_mask = real[:, None]
-    k_mask = real[:, None]
-    if C.P_BLOCKS * P_BLOCK != C.P:
-        x_mask = x_mask & (work.first_channel + p < C.P)[None, :]
-    elif WHOLE:
-        x_mask = None
-    if C.K_BLOCK != C.K:
-        k_mask = k_mask & (k < C.K)[None, :]
-    elif WHOLE:
-        k_mask = None
-    read = load_tile(inputs.C + start_k + place_k, k_mask)
-    B = load_tile(inputs.B + start_k + place_k, k_mask)
-    x = load_tile(inputs.x + start_x + place_x, x_mask)
-    sum_ptr = inputs.sums + ((work.chunk + i).to(tl.int64) * C.H + work.head) * (
-        C.SUMS * CHUNK
-    )
-    total = tl.load(sum_ptr + lanes)
-    dt = tl.load(sum_ptr + CHUNK + lanes)
-    since = tl.load(sum_ptr + 2 * CHUNK + lanes)
-    weight = tl.load(sum_ptr + 3 * CHUNK + lanes)
-    decay = tl.load(sum_ptr + 3 * CHUNK - 1)
+    chunk = _load_chunk(inputs, work, i, C, WHOLE)
+    total = tl.load(chunk.sums + lanes)
+    dt = tl.load(chunk.sums + CHUNK + lanes)
+    since = tl.load(chunk.sums + 2 * CHUNK + lanes)
+    weight = tl.load(chunk.sums + 3 * CHUNK + lanes)
+    decay = tl.load(chunk.sums + 3 * CHUNK - 1)
     # What the state before the chunk has for its tokens.
     y = tl.full([P_BLOCK, CHUNK], 0, tl.float32)
-    y = dot_left(state, tl.trans(read), y, Y_PARTS, FAST)
+    y = dot_left(state, tl.trans(chunk.read), y, Y_PARTS, FAST)
     y *= since[None, :]
     # What its tokens have for each other: rows for later ones, in columns.
     seen = lanes[:, None] <= lanes[None, :]
-    scores = dot_narrow(B, tl.trans(read), C)
-    finite_x = x
+    scores = dot_narrow(chunk.B, tl.trans(chunk.read), C)
+    x = chunk.x
+    start = None
+    poisoned = None
     if inputs.run_start is not None:
-        start = load_runs(inputs, token, real, C)
-        y = tl.where(enters(start, offset)[None, :], y, 0.0)
+        start = load_runs(inputs, chunk.token, chunk.real, C)
+        y = tl.where(enters(start, chunk.offset)[None, :], y, 0.0)
         seen = seen & (start[:, None] == start[None, :]) & (start >= 0)[:, None]
         # NaN and inf are for tokens of their own run, from theirs on; but a product
         # with them would reach all.
-        fine = (largest(tl.where(finite(x), 0, 1), 1) == 0) & finite(dt)
-        fine = fine & (largest(tl.where(finite(B), 0, 1), 1) == 0)
-        poisoned = largest(tl.where(seen & (fine == 0)[:, None], 1, 0), 0) > 0
+        bad = (are_finite(x) & are_finite(chunk.B) & finite(dt)) == 0
+        poisoned = largest(tl.where(seen & bad[:, None], 1, 0), 0) > 0
         scores = tl.where(seen, scores, 0.0)
-        finite_x = tl.where(finite(x), x, 0.0)
+        x = tl.where(finite(x), x, 0.0)
         dt = tl.where(finite(dt), dt, 0.0)
     between = tl.where(seen, total[None, :] - total[:, None], float("-inf"))
     mixed = scores * tl.exp2(between) * dt[:, None]
     if C.SUMS == 5:
-        mixed *= tl.load(sum_ptr + 4 * CHUNK + lanes)[None, :]
-    y = dot_right(tl.trans(finite_x), mixed, y, Y_PARTS, FAST)
-    if inputs.run_start is not None:
+        mixed *= tl.load(chunk.sums + 4 * CHUNK + lanes)[None, :]
+    y = dot_right(tl.trans(x), mixed, y, Y_PARTS, FAST)
+    if poisoned is not None:
         y = tl.where(poisoned[None, :], float("nan"), y)
     y = tl.trans(y)
     if inputs.D is not None:
-        y += work.skip * x.to(tl.float32)
-    if inputs.run_start is not None:
+        y += work.skip * chunk.x.to(tl.float32)
+    if start is not None:
         y = tl.where((start >= 0)[:, None], y, 0.0)
-    tl.store(y_ptr + start_x + place_x, y.to(y_ptr.dtype.element_ty), mask=x_mask)
-    if inputs.run_start is not None:
-        last = largest(start, 0)  # the latest run begins latest
-        through = (last < 0) | enters(last, offset)
-        state = tl.where(through, state * decay, 0.0)
-        return add_run(state, x, weight, B, (start >= 0) & (start == last), C)
+    y = y.to(y_ptr.dtype.element_ty)
+    PART: tl.constexpr = not WHOLE or C.P_BLOCKS * P_BLOCK != C.P
+    store_tile(y_ptr + chunk.x_at, y, chunk.x_mask, PART)
+    return _state_after(state, decay, chunk, weight, start, C)
+
+
+@triton.jit
+def _state_after(state, decay, chunk, weight, start, C: tl.constexpr):
+    """The state after a chunk, where runs begin at `start`; None without segments."""
+    if start is None:
+        return add_tokens(state * decay, chunk.x, weight, chunk.B, C)
     else:
-        return add_tokens(state * decay, x, weight, B, C)
+        last = largest(start, 0)  # the latest run begins latest
+        through = (last < 0) | enters(last, chunk.offset)
+        state = tl.where(through, state * decay, 0.0)
+        leaves = (start >= 0) & (start == last)
+        return add_run(state, chunk.x, weight, chunk.B, leaves, C)
 
 
 # The second launch: one program goes through one prefill, or through one stretch of it,
@@ -199,9 +234,7 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
             state = _entering_state(inputs, number, place, last, head, channels, C)
         else:
             state = initial_state(inputs, slot, known, head, channels, C)
-        skip = None
-        if inputs.D is not None:
-            skip = load_skip(inputs.D, head, channels, C)
+        skip = load_skip(inputs, head, channels, C)
         group = head // (C.H // C.G)
         work = Work(begin, length, chunk, head, group, first_channel, skip)
         # All but a last chunk of fewer tokens need no masks.

@@ -8,6 +8,7 @@ import triton.language as tl
 from .device import Offsets, offset_bound
 from .ssd_device import (
     add_up,
+    load_bias,
     load_skip,
     load_state,
     state_tile,
@@ -25,6 +26,14 @@ class Token(NamedTuple):
     C: Any
 
 
+class Head(NamedTuple):
+    """What all tokens of a head have in common."""
+
+    A: Any
+    bias: Any
+    skip: Any
+
+
 @triton.jit
 def slot_of(inputs, seq, C: tl.constexpr):
     """The slot of a sequence, whether it names one, and whether it holds a state."""
@@ -33,10 +42,9 @@ def slot_of(inputs, seq, C: tl.constexpr):
         slot = tl.load(inputs.slots + seq)
     valid = (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID)
     if inputs.known is not None:
-        known = valid & tl.load(inputs.known + seq)
+        return slot, valid, valid & tl.load(inputs.known + seq)
     else:
-        known = valid & (slot != slot)  # none does
-    return slot, valid, known
+        return slot, valid, slot < slot * 0  # none does
 
 
 @triton.jit
@@ -54,25 +62,38 @@ def load_token(inputs, token, head, channels, C: tl.constexpr):
 
 
 @triton.jit
-def advance(inputs, y_ptr, state, slot, place, token, head, channels, C: tl.constexpr):
-    """One token of a head: its output, and the state after `state`, in its slot.
+def load_head(inputs, head, channels, C: tl.constexpr):
+    A = tl.load(inputs.A + head).to(tl.float32)
+    bias = load_bias(inputs, head, C)
+    return Head(A, bias, load_skip(inputs, head, channels, C))
+
+
+@triton.jit
+def advance(inputs, state, token, head, C: tl.constexpr):
+    """The state after a token, and its output, from the state before it.
 
     Args:
-        place: of the token in the batch.
         token: a `Token`.
+        head: a `Head`.
     """
     x = token.x.to(tl.float32)
-    dt = step_size(token.dt, inputs.dt_bias, head, C)
-    A = tl.load(inputs.A + head).to(tl.float32)
-    decay = tl.exp2(dt * A * 1.4426950408889634)
+    dt = step_size(token.dt, head.bias, C)
+    decay = tl.exp2(dt * head.A * 1.4426950408889634)
     state = state * decay + (x * dt)[:, None] * token.B.to(tl.float32)[None, :]
     y = add_up(state * token.C.to(tl.float32)[None, :], 1)
     if inputs.D is not None:
-        y += load_skip(inputs.D, head, channels, C) * x
+        y += head.skip * x
+    return state, y
+
+
+@triton.jit
+def store_step(inputs, outputs, state, y, slot, token, head, channels, C: tl.constexpr):
+    """Writes what `advance` returns: to a slot, in place, and a place in the batch."""
     at, mask = state_tile(slot, head, channels, C)
     tl.store(inputs.states + at, state.to(inputs.states.dtype.element_ty), mask=mask)
-    row = place.to(tl.int64) * (C.H * C.P) + head * C.P
-    tl.store(y_ptr + row + channels, y.to(y_ptr.dtype.element_ty), mask=channels < C.P)
+    row = token.to(tl.int64) * (C.H * C.P) + head * C.P
+    y = y.to(outputs.y.dtype.element_ty)
+    tl.store(outputs.y + row + channels, y, mask=channels < C.P)
 
 
 # One program advances one sequence of one token by it, for P_BLOCK channels of one
@@ -104,13 +125,15 @@ def decode_kernel(inputs, outputs, C: tl.constexpr):
     state = load_state(inputs.states, slot, known, head, channels, C)
     likely = tl.minimum(seq, num_tokens - 1)
     token = load_token(inputs, likely, head, channels, C)
+    its = load_head(inputs, head, channels, C)
     end = tl.load(inputs.offsets + seq + 1)
     begin = offset_bound(Offsets(inputs.offsets, num_tokens, num_seqs), seq, C)
     end = tl.maximum(tl.minimum(end, num_tokens), begin)
     if valid & (end - begin == 1):
         if begin != likely:
             token = load_token(inputs, begin, head, channels, C)
-        advance(inputs, outputs.y, state, slot, begin, token, head, channels, C)
+        state, y = advance(inputs, state, token, its, C)
+        store_step(inputs, outputs, state, y, slot, begin, head, channels, C)
     else:
         zero_tokens(outputs.y, begin, end - begin, head, channels, C)
     if seq == 0:

@@ -35,6 +35,12 @@ def finite(values):
     return tl.abs(values.to(tl.float32)) < float("inf")
 
 
+@triton.jit
+def are_finite(rows):
+    """Of each row, whether all its values are finite."""
+    return largest(tl.where(finite(rows), 0, 1), 1) == 0
+
+
 # --- step sizes -------------------------------------------------------------------
 
 
@@ -63,11 +69,19 @@ def softplus(v):
 
 
 @triton.jit
-def step_size(dt, bias_ptr, heads, C: tl.constexpr):
-    """dt as it takes part: with its bias, softplus and limits, in float32."""
-    dt = dt.to(tl.float32)
-    if bias_ptr is not None:
-        dt += tl.load(bias_ptr + heads, mask=heads < C.H, other=0.0).to(tl.float32)
+def load_bias(inputs, heads, C: tl.constexpr):
+    """The bias of heads' step sizes, in float32."""
+    if inputs.dt_bias is not None:
+        bias = tl.load(inputs.dt_bias + heads, mask=heads < C.H, other=0.0)
+        return bias.to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def step_size(dt, bias, C: tl.constexpr):
+    """A step size as it takes part: with bias, softplus and limits, in float32."""
+    dt = dt.to(tl.float32) + bias
     if C.SOFTPLUS:
         dt = softplus(dt)
     if C.LOW is not None:  # by selection: NaN stays
@@ -81,7 +95,7 @@ def step_size(dt, bias_ptr, heads, C: tl.constexpr):
 def exponents(dt, A):
     """The decays of tokens as powers of two, in float64; and dt, NaN if not finite."""
     fine = finite(dt)
-    steps = tl.where(fine, dt, 0.0).to(tl.float64) * (A * 1.4426950408889634)
+    steps = tl.where(fine, dt, 0.0).to(tl.float64) * (A * LOG2E)
     # What is below leaves nothing of a float32, and rounds a sum less.
     steps = tl.maximum(steps, -160.0)
     return tl.where(fine, dt, float("nan")), steps
@@ -91,27 +105,38 @@ def exponents(dt, A):
 
 
 @triton.jit
-def load_tile(ptrs, mask):
-    """Values, and zeros where they are masked; all of them if the mask is None."""
-    if mask is None:
-        return tl.load(ptrs)
-    else:
+def load_tile(ptrs, mask, PART: tl.constexpr):
+    """Values, and zeros where they are masked; only looked at if PART of a tile is."""
+    if PART:
         return tl.load(ptrs, mask=mask, other=0.0)
+    else:
+        return tl.load(ptrs)
 
 
 @triton.jit
-def load_skip(D_ptr, head, channels, C: tl.constexpr):
-    """D of a head's channels, in float32: one value of all, or one each."""
-    if C.D_BY_CHANNEL:
-        skip = tl.load(D_ptr + head * C.P + channels, mask=channels < C.P, other=0.0)
+def store_tile(ptrs, values, mask, PART: tl.constexpr):
+    if PART:
+        tl.store(ptrs, values, mask=mask)
     else:
-        skip = tl.load(D_ptr + head)
-    return skip.to(tl.float32)
+        tl.store(ptrs, values)
+
+
+@triton.jit
+def load_skip(inputs, head, channels, C: tl.constexpr):
+    """D of a head's channels in float32, one value of all or one each."""
+    if inputs.D is None:
+        return 0.0  # which nobody looks at
+    elif C.D_BY_CHANNEL:
+        at = head * C.P + channels
+        skip = tl.load(inputs.D + at, mask=channels < C.P, other=0.0)
+        return skip.to(tl.float32)
+    else:
+        return tl.load(inputs.D + head).to(tl.float32)
 
 
 @triton.jit
 def state_tile(slot, head, channels, C: tl.constexpr):
-    """Where a block of a head's state is in `(S, H, P, K)`, and which of it there is."""
+    """Where a block of a state is in `(S, H, P, K)`, and which of it there is."""
     size = tl.arange(0, C.K_BLOCK)
     row = slot.to(tl.int64) * (C.H * C.P * C.K) + head * (C.P * C.K)
     at = row + (channels[:, None] * C.K + size[None, :])
@@ -296,11 +321,10 @@ def add_run(state, x, weight, B, leaves, C: tl.constexpr):
 
     NaN or inf in one of them makes all of the state NaN; those of others reach nothing.
     """
-    fine = largest(tl.where(finite(x), 0, 1), 1) == 0
-    fine = fine & (largest(tl.where(finite(B), 0, 1), 1) == 0) & finite(weight)
+    bad = (are_finite(x) & are_finite(B) & finite(weight)) == 0
     x = tl.where(leaves[:, None], x, 0.0)
     weight = tl.where(leaves, weight, 0.0)
     B = tl.where(leaves[:, None], B, 0.0)
     state = add_tokens(state, x, weight, B, C)
-    poisoned = largest(tl.where(leaves & (fine == 0), 1, 0), 0) > 0
+    poisoned = largest(tl.where(leaves & bad, 1, 0), 0) > 0
     return tl.where(poisoned, float("nan"), state)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .ssd_decode import advance, load_token, slot_of
+from .ssd_decode import advance, load_head, load_token, slot_of, store_step
 from .ssd_device import (
     add_run,
     add_tokens,
@@ -12,6 +12,7 @@ from .ssd_device import (
     exponents,
     initial_state,
     largest,
+    load_bias,
     load_prefill,
     load_runs,
     load_state,
@@ -41,7 +42,7 @@ def _write_sums(inputs, outputs, chunk, block, C: tl.constexpr):
         mask = real[:, None] & in_h[None, :]
         at = (begin + lanes).to(tl.int64)[:, None] * C.H + heads[None, :]
         dt = tl.load(inputs.dt + at, mask=mask, other=0.0)
-        dt = step_size(dt, inputs.dt_bias, heads[None, :], C)
+        dt = step_size(dt, load_bias(inputs, heads[None, :], C), C)
         if inputs.run_start is not None:
             mask = mask & (load_runs(inputs, begin, real, C) >= 0)[:, None]
         A = tl.load(inputs.A + heads, mask=in_h, other=0.0).to(tl.float64)
@@ -74,6 +75,7 @@ def _write_weights(inputs, out, first, head, C: tl.constexpr):
     BLOCK: tl.constexpr = C.SUM_BLOCK
     blocks: tl.constexpr = (size + BLOCK - 1) // BLOCK
     A = tl.load(inputs.A + head).to(tl.float64)
+    bias = load_bias(inputs, head, C)
     whole = A * 0.0
     last = first * 0
     if inputs.run_start is not None:
@@ -83,7 +85,7 @@ def _write_weights(inputs, out, first, head, C: tl.constexpr):
         inside = lanes < size
         at = first.to(tl.int64) + lanes
         dt = tl.load(inputs.dt + at * C.H + head, mask=inside, other=0.0)
-        dt = step_size(dt, inputs.dt_bias, head, C)
+        dt = step_size(dt, bias, C)
         real = inside
         if inputs.run_start is not None:
             start = tl.load(inputs.run_start + at, mask=inside, other=-1)
@@ -94,6 +96,41 @@ def _write_weights(inputs, out, first, head, C: tl.constexpr):
         after = (whole - running_sum(steps)).to(tl.float32)
         tl.store(out + lanes, dt * tl.exp2(after), mask=inside)
     return whole, last
+
+
+@triton.jit
+def _added(inputs, weights, first, last, head, block, C: tl.constexpr):
+    """What the tokens of a whole stretch add to the state after it.
+
+    Args:
+        weights: a pointer to theirs; `first`, the first token; `last`, where the run
+            that goes on begins.
+    """
+    P_BLOCK: tl.constexpr = C.P_BLOCK
+    lanes = tl.arange(0, C.CHUNK)
+    k = tl.arange(0, C.K_BLOCK)
+    p = block * P_BLOCK + tl.arange(0, P_BLOCK)
+    x_mask = (lanes >= 0)[:, None] & (p < C.P)[None, :]
+    k_mask = (lanes >= 0)[:, None] & (k < C.K)[None, :]
+    PART_P: tl.constexpr = C.P_BLOCKS * P_BLOCK != C.P
+    PART_K: tl.constexpr = C.K_BLOCK != C.K
+    x_at = lanes[:, None] * (C.H * C.P) + p[None, :]
+    k_at = lanes[:, None] * (C.G * C.K) + k[None, :]
+    added = tl.full([P_BLOCK, C.K_BLOCK], 0, tl.float32)
+    for i in tl.range(0, C.STRETCH, num_stages=C.STATE_STAGES):
+        token = (first + i * C.CHUNK).to(tl.int64)
+        x_ptr = inputs.x + (token * (C.H * C.P) + head * C.P)
+        B_ptr = inputs.B + (token * (C.G * C.K) + head // (C.H // C.G) * C.K)
+        x = load_tile(x_ptr + x_at, x_mask, PART_P)
+        B = load_tile(B_ptr + k_at, k_mask, PART_K)
+        weight = tl.load(weights + i * C.CHUNK + lanes)
+        if inputs.run_start is None:
+            added = add_tokens(added, x, weight, B, C)
+        else:
+            start = load_runs(inputs, token, lanes >= 0, C)
+            leaves = (start >= 0) & (start == last)
+            added = add_run(added, x, weight, B, leaves, C)
+    return added
 
 
 @triton.jit
@@ -108,52 +145,23 @@ def _write_stretch(inputs, outputs, number, head, block, C: tl.constexpr):
     P_BLOCK: tl.constexpr = C.P_BLOCK
     last_place = (length - 1) // size
     if exists & (length > size) & (place <= last_place):
-        first_channel = block * P_BLOCK
-        channels = first_channel + tl.arange(0, P_BLOCK)
+        channels = block * P_BLOCK + tl.arange(0, P_BLOCK)
         row = number.to(tl.int64) * C.H + head
         if place == last_place:
             state = initial_state(inputs, slot, known, head, channels, C)
-        else:
+        else:  # it has all its tokens
             first = begin + place * size
             weights = outputs.weights + (row * C.P_BLOCKS + block) * size
             total, last = _write_weights(inputs, weights, first, head, C)
             tl.debug_barrier()  # the program's own weights are read below
-            lanes = tl.arange(0, C.CHUNK)
-            k = tl.arange(0, C.K_BLOCK)
-            p = tl.arange(0, P_BLOCK)
-            x_mask = None
-            k_mask = None
-            if C.P_BLOCKS * P_BLOCK != C.P:
-                x_mask = (lanes >= 0)[:, None] & (channels < C.P)[None, :]
-            if C.K_BLOCK != C.K:
-                k_mask = (lanes >= 0)[:, None] & (k < C.K)[None, :]
-            place_x = lanes[:, None] * (C.H * C.P) + p[None, :]
-            place_k = lanes[:, None] * (C.G * C.K) + k[None, :]
-            added = tl.full([P_BLOCK, C.K_BLOCK], 0, tl.float32)
-            # All but the last stretch have all their tokens.
-            for i in tl.range(0, C.STRETCH, num_stages=C.STATE_STAGES):
-                token = (first + i * C.CHUNK).to(tl.int64)
-                start_x = token * (C.H * C.P) + head * C.P + first_channel
-                start_k = token * (C.G * C.K) + head // (C.H // C.G) * C.K
-                x = load_tile(inputs.x + start_x + place_x, x_mask)
-                B = load_tile(inputs.B + start_k + place_k, k_mask)
-                weight = tl.load(weights + i * C.CHUNK + lanes)
-                if inputs.run_start is None:
-                    added = add_tokens(added, x, weight, B, C)
-                else:
-                    start = load_runs(inputs, token, lanes >= 0, C)
-                    leaves = (start >= 0) & (start == last)
-                    added = add_run(added, x, weight, B, leaves, C)
+            state = _added(inputs, weights, first, last, head, block, C)
             # Where another run has begun, nothing of what was before goes on.
             through = (last < 0) | enters(last, place * size)
-            total = tl.where(through, total, float("-inf"))
-            forget = total.to(tl.float32)
+            forget = tl.where(through, total, float("-inf")).to(tl.float32)
             tl.store(outputs.forget + row, forget)
-            state = added
             if place == 0:
                 old = initial_state(inputs, slot, known, head, channels, C)
-                old = tl.where(through, old * tl.exp2(forget), 0.0)
-                state = added + old
+                state += tl.where(through, old * tl.exp2(forget), 0.0)
         at, mask = state_tile(number, head, channels, C)
         tl.store(outputs.carried + at, state, mask=mask)
 
@@ -172,7 +180,9 @@ def _serve(inputs, outputs, seq, head, channels, C: tl.constexpr):
         if valid & (begin < end):
             state = load_state(inputs.states, slot, known, head, channels, C)
             token = load_token(inputs, begin, head, channels, C)
-            advance(inputs, outputs.y, state, slot, begin, token, head, channels, C)
+            its = load_head(inputs, head, channels, C)
+            state, y = advance(inputs, state, token, its, C)
+            store_step(inputs, outputs, state, y, slot, begin, head, channels, C)
     elif role < 0:
         zero_tokens(outputs.y, begin, end - begin, head, channels, C)
     if seq == 0:

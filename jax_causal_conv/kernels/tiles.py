@@ -243,16 +243,18 @@ _CHUNK_BYTES = 65536
 _RESIDENT = 264
 
 
-def ssd_decode(head_shape: tuple[int, int], state_size: int, num_seqs: int) -> SsdTiles:
+def ssd_decode(
+    head_shape: tuple[int, int], state_size: int, itemsize: int, num_seqs: int
+) -> SsdTiles:
     """Tiles of the decode kernel, for H heads of P channels and K elements of state.
 
-    Small programs start and end soonest, which counts where sequences are few; with
-    many, all sizes are alike.
+    A program moves 8 KB of states, of `itemsize` bytes an element: smaller ones start
+    and end soonest, which counts where sequences are few; with many, all are alike.
     """
     _, dim = head_shape
     k_block = power_of_two(state_size)
-    p_block = min(16, power_of_two(dim), max(1, _STATE_TILE // k_block))
-    return SsdTiles(p_block, k_block, 2, scan=scan(num_seqs))
+    p_block = max(1, min(64 // itemsize, power_of_two(dim), _STATE_TILE // k_block))
+    return SsdTiles(p_block, k_block, 8 // itemsize, scan=scan(num_seqs))
 
 
 def ssd_chunks(
@@ -275,15 +277,16 @@ def ssd_chunks(
     while chunk > 16 and (chunk * row > _CHUNK_BYTES or chunk >= 2 * num_tokens):
         chunk //= 2
     stages = 2 if 2 * chunk * row <= _CHUNK_BYTES else 1
-    programs = heads * -(-dim // p_block) * num_prefills
-    stretch = _stretch(-(-num_tokens // (chunk * num_prefills)), programs)
+    rows = max(num_prefills, 1)
+    programs = heads * -(-dim // p_block) * rows
+    stretch = _stretch(-(-num_tokens // (chunk * rows)), programs)
     return SsdTiles(
         p_block,
         k_block,
         4,
         chunk=chunk,
         stretch=stretch,
-        sum_block=min(1024, power_of_two(stretch * chunk)),
+        sum_block=min(1024, power_of_two(max(stretch, 1) * chunk)),
         h_block=min(16, power_of_two(heads)),
         num_stages=stages,
         state_stages=3 if stages == 2 else 1,

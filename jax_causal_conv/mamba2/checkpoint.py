@@ -78,6 +78,7 @@ def load(
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: str | None = None,
 ) -> Mamba2LM:
     """Loads a model from a directory in either published layout.
@@ -92,7 +93,8 @@ def load(
             float32. None is `dtype`.
         chunk_size: tokens per chunk of the scan, on which speed and memory alone
             depend. None is that of the checkpoint.
-        implementation: of the conv, as for `causal_conv1d_fn`.
+        precision: of the SSD's products, as for `ssd`.
+        implementation: of conv and SSD, as for `causal_conv1d_fn`.
 
     Returns:
         The model, on jax's default device.
@@ -120,7 +122,8 @@ def load(
                 _drop_tied_head(tensors)
             if dtype is None and _EMBEDDING in tensors:
                 dtype = tensors[_EMBEDDING].dtype
-            return _build(config, tensors, dtype, param_dtype, implementation)
+            ops = {"precision": precision, "implementation": implementation}
+            return _build(config, tensors, dtype, param_dtype, ops)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
 
@@ -152,7 +155,7 @@ def _build(
     tensors: Mapping[str, _Tensor],
     dtype: DTypeLike | None,
     param_dtype: DTypeLike | None,
-    implementation: str | None,
+    ops: Mapping[str, Any],
 ) -> Mamba2LM:
     """Makes the model with these tensors, none of which may be missing or left over."""
     dtype = jax.dtypes.canonicalize_dtype(jnp.float32 if dtype is None else dtype)
@@ -162,8 +165,8 @@ def _build(
             config,
             dtype=dtype,
             param_dtype=param_dtype,
-            implementation=implementation,
             rngs=nnx.Rngs(0),
+            **ops,
         )
     )
     graph, state = nnx.split(empty, nnx.Param)

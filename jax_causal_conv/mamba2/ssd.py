@@ -74,8 +74,9 @@ def ssd(
         D: `(H,)`, `(H, P)` or None: how much of x passes by the state.
         initial_state: `(B, H, P, K)`. None is zeros.
         segment_ids: `(B, T)` integers. None is one document a row.
-        chunk_size: static int c >= 1, the tokens of a chunk. It changes the work and
-            memory, not the meaning: work per token is O(H·(c·P + P·K)).
+        chunk_size: static int c >= 1, the tokens of a chunk in XLA; the kernels choose
+            their own. It changes the work and memory, not the meaning: work per token
+            is O(H·(c·P + P·K)).
         return_final_state: also return the state after each row's last token that is
             not padding.
         dt_bias: `(H,)`, added to dt; None adds nothing.
@@ -191,7 +192,7 @@ def ssd_packed(
         max_prefills: static int: how many live sequences may have more than one token.
             Surplus ones, in order, are skipped. 0 compiles a decode step, without any
             work for chunks. None is `min(N, T // 2)`: no batch has more.
-        chunk_size: static int c >= 1, the tokens of a chunk.
+        chunk_size: static int c >= 1, as for `ssd`.
         pad_slot_id: static int, the slot number that means "skip".
         dt_bias: `(H,)` or None, and
         dt_softplus: static bool, and

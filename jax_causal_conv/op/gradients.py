@@ -1,9 +1,9 @@
 """Reverse-mode rules of the ops, for every implementation but "xla".
 
 XLA's own differentiation of `xla/forward.py` is right too, in any mode and order; the
-rules here are faster, and the only ones that Triton kernels can have. They keep the
-inputs and the gathered history (W-1 rows a sequence), never the cache, so that a
-donated cache can be updated in place.
+rules here are faster, and the only ones that Triton kernels can have. Those of the conv
+keep the inputs and the gathered history (W-1 rows a sequence), never the cache, so that
+a donated cache can be updated in place. Those of the SSD keep all operands.
 """
 
 import functools

@@ -99,6 +99,9 @@ def _fold_rows(*shared: str) -> Callable[..., Any]:
         rows = operands.x.shape[axes.x : axes.x + 2]  # B, T; axes.x: is x mapped?
         if any(getattr(axes, name) for name in shared):
             return None
+        # In an export with symbolic sizes it is not known whether they fit together.
+        if any(map(jax.export.is_symbolic_dim, (size, *rows))):
+            return None
         if not 0 < size * math.prod(rows) < 2**31:
             return None
 

@@ -1,9 +1,9 @@
 """How the ops live on a mesh of devices.
 
-Three things that jax leaves to whoever brings a primitive of his own: operands inside
-`shard_map` must vary over the same manual axes; explicit axes want to know the sharding
-of every result; and XLA cannot look into a kernel call to divide it among devices.
-What is local and what is not, the record of each op says: `Op.dims`.
+jax leaves three things to those who add a primitive. Operands inside `shard_map` must
+vary over the same manual axes; on explicit axes the sharding of every result must be
+known; and XLA cannot look into a kernel call to divide it among devices. The record of
+each op says which dimensions may be divided (`Op.dims`).
 """
 
 import functools

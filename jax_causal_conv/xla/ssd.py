@@ -13,6 +13,7 @@ states pass through a scan.
 Letters as in `ssd`, and: R = H // G heads in a group, M chunks.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -23,9 +24,13 @@ from jax import lax
 
 from .. import batch
 from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
+from ..slots import differentiate_as
 
 _LOWEST_LOG_DECAY = -1000.0
 """The exponential of this, and of anything below, is 0 in every dtype."""
+
+_BLOCK = 32
+"""The places of a chunk that `_sums_between` sums up at once."""
 
 
 class _Inputs(NamedTuple):
@@ -56,6 +61,7 @@ class _Chunks(NamedTuple):
 
     Attributes:
         x: `(..., c, G, R, P)`, the products dt·x.
+        log_decay: `(..., G, R, c)`, the products dt·A.
         total: `(..., G, R, c)`, the sum of dt·A from the chunk's start to each place.
         error: `(..., G, R, c)`, what rounding lost in `total`.
         B: `(..., c, G, K)`.
@@ -63,6 +69,7 @@ class _Chunks(NamedTuple):
     """
 
     x: jax.Array
+    log_decay: jax.Array
     total: jax.Array
     error: jax.Array
     B: jax.Array
@@ -146,17 +153,53 @@ def _chunks(inputs: _Inputs) -> _Chunks:
     x, dt, A, B, C = inputs
     log_decay = jnp.moveaxis(jnp.maximum(dt * A, _LOWEST_LOG_DECAY), -3, -1)
     total, error = _running_sum(log_decay)
-    return _Chunks(x * dt[..., None], total, error, B, C)
+    return _Chunks(x * dt[..., None], log_decay, total, error, B, C)
 
 
-def _decay(chunks: _Chunks, late, early, mask):
+def _sums_to_last(values):
+    """The sum of the values after each place of `(..., c)`, in the same shape."""
+    axis = values.ndim - 1
+    after = jnp.pad(values[..., 1:], [(0, 0)] * axis + [(0, 1)])
+    return lax.cumsum(after, axis=axis, reverse=True)
+
+
+def _sums_between(values):
+    """The sum of the values after place r up to t, at `[..., t, r]`; 0 for r >= t.
+
+    The sums are products with triangles of ones, since a product, whose derivative is
+    another, is fast on every device. There are two of them, one inside blocks and one
+    of whole blocks, because a single triangle `(c, c)` would be much work in a large
+    chunk.
+    """
+    size = values.shape[-1]
+    block = math.gcd(size, _BLOCK)
+
+    def sums_after(values):
+        triangle = jnp.tri(values.shape[-1], k=-1, dtype=values.dtype)
+        return _einsum(True, "...i,ir->...r", values, triangle)
+
+    until = jnp.tril(jnp.broadcast_to(values[..., None, :], (*values.shape, size)))
+    blocks = until.reshape(*values.shape, size // block, block)
+    sums = sums_after(blocks) + sums_after(blocks.sum(-1))[..., None]
+    return sums.reshape(until.shape)
+
+
+def _decay(chunks: _Chunks, late, early, linear: Callable, mask):
     """`exp(s(late, early))`, where both index the places of a chunk; 0 where masked.
 
-    The exponent is masked as well: an infinite exponential in a masked place would
-    make its gradient NaN.
+    `linear` computes `s(late, early)` from the log-decays, for the derivative. That of
+    differences of running sums is no good: it adds the cotangent of `total[t] -
+    total[r]` to one sum and subtracts it from another, and all that a value before r or
+    after t gets of it has to cancel. In floating point it cancels up to rounding only,
+    and what is left hides the gradient of a head that forgets fast, which is small. The
+    derivative of sums of just the values after r up to t has no such terms.
+
+    The exponent is masked as well: an infinite exponential in a masked place would make
+    its gradient NaN.
     """
     total, error = chunks.total, chunks.error
     between = (total[late] - total[early]) + (error[late] - error[early])
+    between = differentiate_as(between, linear(chunks.log_decay))
     if mask is None:
         return jnp.exp(between)
     return jnp.where(mask, jnp.exp(jnp.where(mask, between, 0)), 0)
@@ -171,7 +214,8 @@ def _for_heads(mask):
 def _chunk_states(exact: bool, chunks: _Chunks, runs: _ChunkRuns | None):
     """What the tokens of each chunk add to the state, `(..., G, R, P, K)`."""
     leaves = None if runs is None else runs.leaves
-    decay = _decay(chunks, (..., slice(-1, None)), ..., _for_heads(leaves))
+    last = (..., slice(-1, None))
+    decay = _decay(chunks, last, ..., _sums_to_last, _for_heads(leaves))
     x = _select(leaves, chunks.x) * jnp.moveaxis(decay, -1, -3)[..., None]
     return _einsum(exact, "...sgrp,...sgk->...grpk", x, _select(leaves, chunks.B))
 
@@ -190,9 +234,8 @@ def _chunk_outputs(exact: bool, chunks: _Chunks, entering, runs: _ChunkRuns | No
     scores = _einsum(exact, "...tgk,...sgk->...gts", chunks.C, chunks.B)[
         ..., None, :, :
     ]
-    scores = scores * _decay(
-        chunks, (..., slice(None), None), (..., None, slice(None)), mask
-    )
+    late, early = (..., slice(None), None), (..., None, slice(None))
+    scores = scores * _decay(chunks, late, early, _sums_between, mask)
     y = _einsum(exact, "...grts,...sgrp->...tgrp", scores, chunks.x)
     enters = None if runs is None else runs.enters
     since = _for_heads(enters)

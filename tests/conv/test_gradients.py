@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 import jax_causal_conv
 from tests.support import cases, checks, reference
 from tests.support.cases import FLOATS
+from tests.support.derivatives import check_derivatives
 from tests.support.draws import SEGMENTS, ints, named_segments, offsets_of, poisoned
 from tests.support.gradients import (
     EACH_OP,
@@ -432,11 +432,7 @@ def test_finite_differences_in_float64_on_xla(number):
         static = options(case, "xla")
         op = getattr(jax_causal_conv, names(case)[0])
 
-        @jax.jit
-        def run(floats):
-            return op(**floats, **rest, **static)
-
-        check_grads(run, (floats,), order=2, modes=["fwd", "rev"], rtol=1e-6, atol=1e-6)
+        check_derivatives(lambda floats: op(**floats, **rest, **static), floats)
 
 
 @EACH_OP

@@ -7,6 +7,7 @@ seeds are compared directly.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jax_causal_conv import PAD_SLOT_ID, ConvMetadata, build_metadata
 from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM, load
 from jax_causal_conv.nnx import Mamba2Mixer
 from tests.support import make_mamba2_goldens as goldens
+from tests.support import quick
 from tests.support.platforms import HAS_TRITON
 
 pytestmark = pytest.mark.xdist_group("mamba2_parity")
@@ -79,7 +81,17 @@ def case(request, tmp_path_factory):
     return case_of(config, seed, results, tmp_path_factory.mktemp("model"))
 
 
-@nnx.jit
+def compiled(function, **how):
+    """`function(model, …)`, jitted: once for all models of one structure."""
+
+    def split(graphdef, params, *rest):
+        return function(nnx.merge(graphdef, params), *rest)
+
+    jitted = quick.jit(split, static_argnums=0, **how)
+    return lambda model, *rest: jitted(*nnx.split(model), *rest)
+
+
+@compiled
 def whole_texts(model, tokens, segment_ids):
     return model(tokens, segment_ids=segment_ids)
 
@@ -116,7 +128,7 @@ def assert_close(logits, expected, scale):
     assert error < TOLERANCE, f"{error:.2e} of the largest logit"
 
 
-@nnx.jit(donate_argnames="cache")
+@functools.partial(compiled, donate_argnums=3)
 def serve(model, tokens, cache, query_start_loc, slots, seen, metadata):
     return model.packed(
         tokens,

@@ -162,10 +162,10 @@ def test_steps_that_hold_on_and_steps_that_forget(implementation, scale):
         lengths = (1, 64, 70)
         cases = [draw_packed(seed, **sizes, lengths=lengths), draw_rows(seed, **sizes)]
         for case in cases:
-            case = ssd_cases.with_extreme_steps(case, rng, share=0.4)
+            extreme = ssd_cases.with_extreme_steps(case, rng, share=0.4)
             if scale < 0:
-                case = case.replace(A=np.full(2, scale, np.float32))
-            check(case, implementation)
+                extreme = extreme.replace(A=np.full(2, scale, np.float32))
+            check(extreme, implementation)
 
 
 def test_pad_slot_id_names_a_slot_to_skip(implementation):

@@ -98,10 +98,11 @@ def slope_of(case, arrays, direction, weights):
     options = case.shape.options()
     for name in ("chunk_size", "precision"):
         options.pop(name)
+    wide = {name: arrays[name].astype(np.float64) for name in split(case)[0]}
+    arrays = arrays | wide
     for sign in (1, -1):
         moved = {
-            name: arrays[name].astype(np.float64) + sign * step * direction[name]
-            for name in direction
+            name: arrays[name] + sign * step * direction[name] for name in direction
         }
         outs = exact(**(arrays | moved), **options)
         sums.append(sum((w * o).sum() for w, o in zip(weights, outs, strict=True)))

@@ -223,6 +223,19 @@ def test_metadata_of_symbolic_size_is_welcome():
         assert_values(program.call(*split(case), metadata_of(case)), case)
 
 
+@called_on_a_cpu
+def test_vmap_over_rows_of_symbolic_sizes():
+    weight = jnp.arange(24.0).reshape(6, 4)
+    run = jax.vmap(lambda x: jcc.causal_conv1d(x, weight))
+    x = jax.ShapeDtypeStruct(symbolic(x="V, B, T, 6")["x"], jnp.float32)
+    program = exported(run, x, platforms=("cpu",))
+    for shape in ((2, 3, 5, 6), (1, 2, 70, 6)):
+        x = jnp.sin(jnp.arange(np.prod(shape)).reshape(shape))
+        rows = x.reshape(-1, *shape[2:])
+        want = jcc.causal_conv1d(rows, weight).reshape(shape)
+        np.testing.assert_allclose(program.call(x), want, rtol=1e-5, atol=1e-5)
+
+
 @needs_triton
 @EACH_OP
 def test_kernels_say_that_they_need_static_sizes(number):

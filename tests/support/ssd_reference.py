@@ -151,3 +151,61 @@ def ssd(
             )
         finals.append(state)
     return y, np.array(finals).reshape(batch, heads, dim, B.shape[3])
+
+
+def gradients(x, dt, A, B, C, D, dt_bias, state, dy, dstate, *, sizes=False):
+    """Gradients of one request's y and last state, by the adjoint of `recurrence`.
+
+    Args:
+        x, dt, A, B, C, D, state: as there, but dt before bias and softplus.
+        dt_bias: `(H,)`.
+        dy: `(n, H, P)`, the cotangent of y.
+        dstate: `(H, P, K)`, the cotangent of the last state.
+        sizes: sum up the absolute values of all terms instead, those that a gradient
+            is the sum of.
+
+    Returns:
+        The gradients by the names of the arguments, in float64.
+    """
+    x, dt, A, B, C, D, dt_bias, state, dy, dstate = (
+        np.asarray(a).astype(np.float64)
+        for a in (x, dt, A, B, C, D, dt_bias, state, dy, dstate)
+    )
+    logits, rate = dt + dt_bias, A
+    dt, slope = np.logaddexp(0, logits), 1 / (1 + np.exp(-logits))
+    if sizes:
+        x, rate, B, C, D, state, dy, dstate = map(
+            abs, (x, rate, B, C, D, state, dy, dstate)
+        )
+    heads, groups = x.shape[1], B.shape[1]
+    write, read = (np.repeat(a, heads // groups, axis=1) for a in (B, C))
+    decay, states = np.exp(dt * A), [state]
+    for n in range(len(x)):
+        new = np.einsum("h,hp,hk->hpk", dt[n], x[n], write[n])
+        states.append(decay[n][:, None, None] * states[-1] + new)
+    ddt, dx, dwrite, dread = map(np.zeros_like, (dt, x, write, read))
+    dA = np.zeros_like(A)
+    for n in reversed(range(len(x))):
+        dread[n] = np.einsum("hp,hpk->hk", dy[n], states[n + 1])
+        dstate = dstate + dy[n][:, :, None] * read[n][:, None, :]
+        dnew = np.einsum("hpk,hk->hp", dstate, write[n])
+        dx[n] = dt[n][:, None] * dnew + D[:, None] * dy[n]
+        dwrite[n] = dt[n][:, None] * np.einsum("hpk,hp->hk", dstate, x[n])
+        dlog = decay[n] * np.einsum("hpk,hpk->h", dstate, states[n])
+        ddt[n] = rate * dlog + (dnew * x[n]).sum(-1)
+        dA += dt[n] * dlog
+        dstate = decay[n][:, None, None] * dstate
+
+    def by_group(a):
+        return a.reshape(len(a), groups, -1, a.shape[-1]).sum(2)
+
+    return {
+        "x": dx,
+        "dt": ddt * slope,
+        "A": dA,
+        "B": by_group(dwrite),
+        "C": by_group(dread),
+        "D": (dy * x).sum((0, 2)),
+        "dt_bias": (ddt * slope).sum(0),
+        "state": dstate,
+    }
