@@ -1,8 +1,8 @@
 """The SSD's kernels are right at the far end of arrays of more than 2**31 elements.
 
-As in `test_offsets_64bit`: the arrays lie on memory that is reserved and not backed, and
-of the millions of programs those run that serve the last tokens and slots. Here every
-array with tokens, chunks, stretches or slots is that large.
+As in `test_offsets_64bit`: the arrays lie on memory that is reserved and not backed,
+and of the millions of programs those run that serve the last tokens and slots. Here
+every array with tokens, chunks, stretches or slots is that large.
 """
 
 import contextlib
@@ -179,12 +179,13 @@ def test_prompts_and_a_decode_at_the_far_end(stretch):
     operands = packed_operands(np.random.default_rng(1), offsets, slots)
     old = operands.states[-3:, HEAD].copy()
     spec = SSDSpec(64, max_prefills=2)
-    tile = ssd_launches.tile_of("ssd_packed", spec, operands, stretch=stretch, chunk=64)
+    tile = {"stretch": stretch, "chunk": 64}
+    tile = ssd_launches.tile_of("ssd_packed", spec, operands, **tile)
     pieces = range(-(-first // 64), -(-first // 64) + 3)
     choose = programs_for(pieces, pieces, (1, 2), (1,))
     inner = slice(pieces.start, pieces.stop)
     where = {"y": slice(-SEEN, None), "sums": (inner, HEAD)}
-    where |= {name: (inner, HEAD) for name in ("carried", "forget", "weights")}
+    where |= dict.fromkeys(("carried", "forget", "weights"), (inner, HEAD))
     y, states = record.run(
         launch_ssd.packed(spec, operands, tile), caller(choose, where)
     )
