@@ -117,7 +117,7 @@ def ssd(
     chunk_size = checks.static_int("chunk_size", chunk_size, minimum=1)
     wanted = checks.static_bool("return_final_state", return_final_state)
     spec = SSDSpec(
-        min(chunk_size, max(length, 1)),
+        _at_most(chunk_size, length),
         dt_softplus=checks.static_bool("dt_softplus", dt_softplus),
         dt_limit=checks.limits("dt_limit", dt_limit),
         exact=checks.exact_products(precision),
@@ -229,12 +229,10 @@ def ssd_packed(
         "cache_indices", cache_indices, states, "ssm_states", num_seqs, "N"
     )
     has_initial_state = checks.has_initial_state(has_initial_state, num_seqs)
-    most = min(num_seqs, num_tokens // 2)  # more prefills do not fit
-    if max_prefills is not None:
-        most = min(most, checks.static_int("max_prefills", max_prefills, minimum=0))
+    most = _most_prefills(max_prefills, num_seqs, num_tokens)
     chunk_size = checks.static_int("chunk_size", chunk_size, minimum=1)
     spec = SSDSpec(
-        min(chunk_size, max(num_tokens, 1)),
+        _at_most(chunk_size, num_tokens),
         dt_softplus=checks.static_bool("dt_softplus", dt_softplus),
         dt_limit=checks.limits("dt_limit", dt_limit),
         exact=checks.exact_products(precision),
@@ -249,6 +247,26 @@ def ssd_packed(
     )
     y, states = gradients.call(SSD_PACKED, implementation, spec, operands)
     return y, states
+
+
+def _at_most(size: int, limit: int) -> int:
+    """A size >= 1 that need not be larger than `limit`, if that is known."""
+    return size if jax.export.is_symbolic_dim(limit) else min(size, max(limit, 1))
+
+
+def _most_prefills(wanted: int | None, num_seqs: int, num_tokens: int) -> int:
+    """`max_prefills`, or less where so many do not fit."""
+    if wanted is not None:
+        wanted = checks.static_int("max_prefills", wanted, minimum=0)
+    if any(map(jax.export.is_symbolic_dim, (num_seqs, num_tokens))):
+        if wanted is None:
+            raise ValueError(
+                "max_prefills must be given where N or T is symbolic, got "
+                f"N = {num_seqs}, T = {num_tokens}"
+            )
+        return wanted
+    fit = min(num_seqs, num_tokens // 2)
+    return fit if wanted is None else min(fit, wanted)
 
 
 class _Parameters(NamedTuple):

@@ -1,8 +1,8 @@
 """The SSD's kernels are right at the far end of arrays of more than 2**31 elements.
 
-As in `test_offsets_64bit`: the arrays lie on memory that is reserved and not backed, and
-of the millions of programs those run that serve the last tokens and slots. Here every
-array with tokens, chunks, stretches or slots is that large.
+As in `test_offsets_64bit`: the arrays lie on memory that is reserved and not backed,
+and of the millions of programs those run that serve the last tokens and slots. Here
+every array with tokens, chunks, stretches or slots is that large.
 """
 
 import contextlib
@@ -173,18 +173,19 @@ def test_decodes_at_the_far_end():
 
 @pytest.mark.parametrize("stretch", [0, 1])
 def test_prompts_and_a_decode_at_the_far_end(stretch):
-    """The first sequence has nearly all tokens, chunks and stretches, and is not run."""
+    """The first sequence has nearly all tokens and chunks, and is not run."""
     first = TOKENS - 9 - 130 - 1
     offsets, slots = [0, first, first + 1, first + 131], [0, SLOTS - 1, SLOTS - 2]
     operands = packed_operands(np.random.default_rng(1), offsets, slots)
     old = operands.states[-3:, HEAD].copy()
     spec = SSDSpec(64, max_prefills=2)
-    tile = ssd_launches.tile_of("ssd_packed", spec, operands, stretch=stretch, chunk=64)
+    tile = {"stretch": stretch, "chunk": 64}
+    tile = ssd_launches.tile_of("ssd_packed", spec, operands, **tile)
     pieces = range(-(-first // 64), -(-first // 64) + 3)
     choose = programs_for(pieces, pieces, (1, 2), (1,))
     inner = slice(pieces.start, pieces.stop)
     where = {"y": slice(-SEEN, None), "sums": (inner, HEAD)}
-    where |= {name: (inner, HEAD) for name in ("carried", "forget", "weights")}
+    where |= dict.fromkeys(("carried", "forget", "weights"), (inner, HEAD))
     y, states = record.run(
         launch_ssd.packed(spec, operands, tile), caller(choose, where)
     )

@@ -66,14 +66,14 @@ class Recorder:
         return recording_call
 
 
-def race(accesses, own_data=False):
+def race(accesses, barriers_needed=True, rereads=False):  # noqa: PLR0911, PLR0912
     """None, or a sentence about the first hazard among a kernel's accesses.
 
     Args:
         accesses: of one launch.
-        own_data: True where a program only writes over what it has read if what it
-            writes is computed from it, so that the write waits for the read; and where
-            it reads what it has written behind a barrier.
+        barriers_needed: False where a program only writes over what it has read if what
+            it writes is computed from it: then a write waits for the read.
+        rereads: True where a program may read what it has written, behind a barrier.
     """
     writer: dict[int, tuple[int, int]] = {}  # address -> program, barriers before it
     for access in accesses:
@@ -92,7 +92,7 @@ def race(accesses, own_data=False):
                 )
             writer[address] = program, access.barriers
     read: dict[int, int] = {}  # address -> barriers before its last read
-    written: dict[int, int] = {}  # address -> barriers before its write
+    written: dict[int, int] = {}  # address -> barriers before its last write
     for access in accesses:
         for address in access.addresses.tolist():
             if address not in writer:
@@ -104,14 +104,17 @@ def race(accesses, own_data=False):
                     f"{program} writes"
                 )
             if not access.is_store:
-                if address in written and not (
-                    own_data and written[address] < access.barriers
-                ):
+                if address in written and not rereads:
                     return f"program {program} reads {address:#x} after its write"
+                if written.get(address, -1) == access.barriers:
+                    return (
+                        f"program {program} has no barrier between its write and its "
+                        f"read of {address:#x}"
+                    )
                 read[address] = access.barriers
                 continue
             written[address] = access.barriers
-            if not own_data and read.get(address, -1) == access.barriers:
+            if barriers_needed and read.get(address, -1) == access.barriers:
                 return (
                     f"program {program} has no barrier between its read and its write "
                     f"of {address:#x}"
