@@ -14,6 +14,7 @@ import numpy as np
 
 from examples import serve, train
 from jax_causal_conv.mamba2 import Event, Mamba2LM, checkpoint
+from tests.support import quick
 
 pytestmark = pytest.mark.xdist_group("train_and_serve")
 
@@ -22,6 +23,12 @@ LENGTH = 32
 
 
 # ---- Text --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with quick.compilation():
+        yield
 
 
 def test_rows_hold_every_byte_and_every_end_once():

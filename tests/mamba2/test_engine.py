@@ -54,6 +54,12 @@ SHAPES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with quick.compilation():
+        yield
+
+
 @pytest.fixture(scope="module")
 def model():
     config = Mamba2Config(

@@ -6,6 +6,7 @@ users compile them, the ops run in tests of values and gradients under jit, of d
 scans over layers, exports and several processes.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -36,3 +37,13 @@ def options() -> dict:
 def jit(function, **how):
     """As `jax.jit`; not to be called from another jitted function."""
     return jax.jit(function, **how, compiler_options=options())
+
+
+@contextlib.contextmanager
+def compilation():
+    """For what is jitted elsewhere, by an engine or a program: a part of the above."""
+    jax.config.update("jax_disable_most_optimizations", ON_CPU)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
