@@ -14,7 +14,7 @@ import pytest
 from tests.support import REPOSITORY, cases, checks, fuzz, reference
 from tests.support.cases import FLOATS, PackedShape, UpdateShape
 
-SECONDS = 60
+SECONDS = 20
 
 
 def commit_seed():

@@ -11,7 +11,7 @@ import pytest
 from jax_causal_conv import build_metadata, causal_conv1d_fn
 from tests.support import cases, checks
 from tests.support.cases import FLOATS, INT_MAX, INT_MIN
-from tests.support.draws import WIDE, draw_packed, exhaustive, ints, offsets_of
+from tests.support.draws import WIDE, draw_packed, exhaustive, half, ints, offsets_of
 
 pytestmark = pytest.mark.forward_only
 
@@ -51,10 +51,10 @@ def test_mixed_dtypes_accumulate_in_float32(implementation, row, column):
     checks.check(draw_packed(row + 3 * column, **kinds), implementation)
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("bias_dtype", [None, FLOATS[0]])
-@pytest.mark.parametrize("indices", [True, False])
-@pytest.mark.parametrize("initial", [True, False])
+@pytest.mark.parametrize(
+    "activation, bias_dtype, indices, initial",
+    half(("silu", None), (FLOATS[0], None), (True, False), (True, False)),
+)
 def test_optional_arguments(implementation, activation, bias_dtype, indices, initial):
     case = draw_packed(
         5,

@@ -13,6 +13,7 @@ from tests.support.draws import (
     WIDE,
     draw_update,
     exhaustive,
+    half,
     ints,
 )
 
@@ -61,9 +62,10 @@ def test_mixed_dtypes_accumulate_in_float32(implementation, row, column):
     checks.check(draw_update(row + 3 * column, base, **kinds), implementation)
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("bias_dtype", [None, FLOATS[0]])
-@pytest.mark.parametrize("indices", [True, False])
+@pytest.mark.parametrize(
+    "activation, bias_dtype, indices",
+    half(("silu", None), (FLOATS[0], None), (True, False)),
+)
 @pytest.mark.parametrize("extra", [None, "cache_seqlens", "num_rejected_tokens"])
 def test_optional_arguments(implementation, activation, bias_dtype, indices, extra):
     case = draw_update(

@@ -1,6 +1,7 @@
 """Random cases of one shape or a changed one, and what tests say about integers."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from tests.support import cases
 from tests.support.cases import INT_MAX, INT_MIN, DenseShape, PackedShape, UpdateShape
 
 i32 = np.int32
+POISON = [np.nan, np.inf, -np.inf]
 WIDE = 2**32 + 1  # 1, if it were truncated to 32 bits
 PACKED_SHAPE = PackedShape(
     num_tokens=24, num_seqs=4, num_slots=6, channels=16, width=4, state_len=5
@@ -76,7 +78,21 @@ def named_segments(seed, **changes):
     return draw_dense(seed, **sizes, **changes, arrays={"segment_ids": ids})
 
 
-def poisoned(array, where, poison):
+def poisoned(array, where, poison=None):
+    """A copy with NaN, inf and -inf by turns: no channel sees what another holds."""
     array = array.copy()
-    array[where] = poison
+    array[where] = np.resize(POISON, array.shape[-1]) if poison is None else poison
     return array
+
+
+def half(*options):
+    """A half of all combinations of pairs: any but one of the options are in each.
+
+    Nothing in the ops depends on as many as all of them at once.
+    """
+    numbers = itertools.product(range(2), repeat=len(options))
+    return [
+        tuple(pair[i] for pair, i in zip(options, chosen, strict=True))
+        for chosen in numbers
+        if sum(chosen) % 2 == 0
+    ]
