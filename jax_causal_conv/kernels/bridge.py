@@ -39,7 +39,7 @@ def call(launch: Launch, *, compute_capability: int) -> tuple[jax.Array, ...]:
     options.update(
         kernel=entry(launch.kernel, launch.inputs, launch.outputs, spare),
         grid=launch.grid,
-        num_warps=launch.num_warps,
+        num_warps=launch.warps_on(compute_capability),
         num_stages=launch.num_stages,
         compute_capability=compute_capability,
         C=launch.constants,

@@ -236,6 +236,7 @@ def packed(
         SsdOutputs(),
         grid=_chunks_grid(table, C),
         num_warps=tile.num_warps,
+        older_num_warps=tile.older_num_warps,
         constants=dataclasses.replace(C, IN_PLACE=True),
         in_place=("y", "states"),
     )
@@ -295,6 +296,7 @@ def dense(
         SsdOutputs(y=jax.ShapeDtypeStruct(inputs.x.shape, x.dtype), states=final),
         grid=_chunks_grid(table, C),
         num_warps=tile.num_warps,
+        older_num_warps=tile.older_num_warps,
         constants=C,
     )
     return y.reshape(x.shape), *final_states

@@ -20,6 +20,8 @@ class Launch:
         outputs: a named tuple of the shapes and dtypes of fresh outputs, likewise.
         grid: number of programs.
         num_warps: warps a program.
+        older_num_warps: the same on GPUs before Hopper, whose matrix units want their
+            operands in registers: more warps then share a tile. None: no difference.
         constants: what is static, a frozen dataclass; see `Constants`.
         in_place: the fields of `inputs`, arrays, that the kernel updates in place.
         num_stages: of Triton's software pipelining.
@@ -33,6 +35,13 @@ class Launch:
     constants: Any
     in_place: tuple[str, ...] = ()
     num_stages: int = 1
+    older_num_warps: int | None = None
+
+    def warps_on(self, compute_capability: int) -> int:
+        """Warps a program on such a GPU; 90 is Hopper."""
+        if compute_capability < 90 and self.older_num_warps is not None:
+            return self.older_num_warps
+        return self.num_warps
 
 
 Call = Callable[[Launch], Sequence[jax.Array]]

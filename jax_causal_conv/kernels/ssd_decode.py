@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .device import Offsets, offset_bound
 from .ssd_device import (
+    LOG2E,
     add_up,
     load_bias,
     load_skip,
@@ -78,7 +79,7 @@ def advance(inputs, state, token, head, C: tl.constexpr):
     """
     x = token.x.to(tl.float32)
     dt = step_size(token.dt, head.bias, C)
-    decay = tl.exp2(dt * head.A * 1.4426950408889634)
+    decay = tl.exp2(dt * head.A * LOG2E)
     state = state * decay + (x * dt)[:, None] * token.B.to(tl.float32)[None, :]
     y = add_up(state * token.C.to(tl.float32)[None, :], 1)
     if inputs.D is not None:

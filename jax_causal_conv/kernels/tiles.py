@@ -212,6 +212,7 @@ class SsdTiles:
         p_block: channels of a head a program, a power of two.
         k_block: K rounded up to a power of two.
         num_warps: warps a program.
+        older_num_warps: warps of a program of chunks on GPUs before Hopper.
         chunk: tokens of a chunk.
         stretch: chunks of a stretch; 0: sequences are not cut into stretches.
         sum_block: tokens of a stretch that are added up together, a power of two.
@@ -231,6 +232,7 @@ class SsdTiles:
     num_stages: int = 2
     state_stages: int = 3
     scan: int = 256
+    older_num_warps: int | None = None
 
 
 # Elements of a state that a program of 4 warps holds in registers: 64 a thread.
@@ -290,6 +292,7 @@ def ssd_chunks(
         h_block=min(16, power_of_two(heads)),
         num_stages=stages,
         state_stages=3 if stages == 2 else 1,
+        older_num_warps=8,
     )
 
 
