@@ -62,9 +62,9 @@ def stack(count, slots, most, state="float32"):
         x, *rest = tokens
         updated = []
         for head, cache in zip(heads, caches, strict=True):
-            y, cache = layer((x, *rest), head, cache, integers, most)
+            y, new = layer((x, *rest), head, cache, integers, most)
             x = x + y
-            updated.append(cache)
+            updated.append(new)
         return x, updated
 
     caches = [struct(int(slots), HEADS, DIM, SIZE, dtype=state)] * count
@@ -105,7 +105,9 @@ SCANS = [f"scan-4-{most}" for most in KERNELS]
 
 @pytest.fixture(scope="module")
 def compiled():
-    programs = gpu_compiler.compile_programs(__name__, [*STACKS, *SCANS], donate=(True,))
+    programs = gpu_compiler.compile_programs(
+        __name__, [*STACKS, *SCANS], donate=(True,)
+    )
     return {name: program for (name, _), program in programs.items()}
 
 

@@ -134,6 +134,7 @@ def ssd_step(slots, prefills):
             has_initial_state=seen,
             max_prefills=int(prefills),
             chunk_size=16,
+            implementation="xla",
         )
 
     per_head = struct((heads,), jnp.float32)

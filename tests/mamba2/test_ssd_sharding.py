@@ -59,7 +59,7 @@ def make_mesh(kind, **sizes):
 
 
 def specs_of(case, *, heads=None, rows=None):
-    """name -> spec: an axis for heads, and groups if there are several, one for rows."""
+    """name -> spec: an axis for heads, and several groups, and one for rows."""
     groups = heads if case.shape.groups > 1 else None
     lead = () if case.packed else (rows,)
     of_token = P(*lead, None, heads)
