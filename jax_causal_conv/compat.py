@@ -39,6 +39,12 @@ def _at_least(version: str, *wanted: int) -> bool:
     return tuple(map(int, numbers)) >= wanted
 
 
+def jaxlib_takes_plugin(jaxlib: str, plugin: str) -> bool:
+    """Does jaxlib use a CUDA plugin of this version? The release must be its own."""
+    release, other = (re.match(r"[\d.]*\d", v) for v in (jaxlib, plugin))
+    return bool(release and other and release[0] == other[0])
+
+
 def jax_triton_passes_updated_twice() -> bool:
     """Does a kernel get an array that it updates in place behind its outputs, too?"""
     return not _at_least(kernel_compilers()["jax-triton"], 0, 4)

@@ -2,6 +2,8 @@
 
 `python -m jax_causal_conv` prints it. Facts are collected first, then known troubles
 are recognised in them, then both are written down; each step is a function of its own.
+A machine without a GPU is no trouble: XLA runs there, and the report says what a GPU
+would need.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import causal_conv1d_fn, causal_conv1d_update, target_compute_capability
-from .compat import __version__, jax_triton_wants_newer
+from .compat import __version__, jax_triton_wants_newer, jaxlib_takes_plugin
 from .kernels.lowered import LoweredKernel, lowered_kernels
 from .op.primitive import DEFAULT_COMPUTE_CAPABILITY, visible_compute_capability
 
@@ -65,12 +67,15 @@ class Facts:
     Attributes:
         versions: of each package, None where it is absent.
         devices: of jax, as text.
-        backend: jax's default backend, or the error of asking for it.
+        backend: jax's default backend, "none" if jax cannot start.
+        start_error: why jax cannot start.
         capability: compute capability that the kernels were compiled for.
         has_gpu: does jax see an NVIDIA GPU?
         has_driver: is NVIDIA's driver loaded?
         platforms: the user's JAX_PLATFORMS, "" if unset.
-        bridge_error: why Triton's kernels cannot be imported.
+        plugin_error: why jax has no CUDA plugin. Kernels are compiled with it, on a
+            machine without a GPU too, so that none is tried without.
+        bridge_error: why Triton's kernels cannot be imported, with the plugin there.
         kernels: PTX version of each op's kernel.
         kernel_errors: of each op whose kernel does not compile (or not run, on a GPU).
         chosen: what `implementation=None` becomes on the default backend.
@@ -80,10 +85,12 @@ class Facts:
     versions: dict[str, str | None]
     devices: list[str]
     backend: str
+    start_error: str | None
     capability: int
     has_gpu: bool
     has_driver: bool
     platforms: str
+    plugin_error: str | None
     bridge_error: str | None
     kernels: dict[str, str]
     kernel_errors: dict[str, str]
@@ -97,34 +104,50 @@ def collect() -> Facts:
     if not has_driver:
         # Else an installed CUDA plugin reports at length that cuDNN is missing.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    try:
+    backend, devices, gpu_capability = "none", [], None
+    start_error = _error_of(jax.devices)
+    if start_error is None:
         backend = jax.default_backend()
         devices = [f"{d} ({d.device_kind})" for d in jax.devices()]
-    except RuntimeError as error:
-        backend, devices = f"none: {error}", []
-    gpu_capability = visible_compute_capability()
+        gpu_capability = visible_compute_capability()
     capability = gpu_capability or DEFAULT_COMPUTE_CAPABILITY
-    bridge_error = _error_of(_import_kernels)
+    versions = {name: _version(name) for name in _PACKAGES}
+    plugin_error = _plugin_error(versions, gpu_capability is not None)
+    bridge_error = None if plugin_error else _error_of(_import_kernels)
     lowered: dict[str, LoweredKernel] = {}
     errors: dict[str, str] = {}
-    if bridge_error is None:
+    if not (start_error or plugin_error or bridge_error):
         lowered, errors = _lower_kernels(capability)
         if gpu_capability is not None:
             errors |= _run_kernels(list(lowered), jax.devices("cuda")[0])
     return Facts(
-        versions={name: _version(name) for name in _PACKAGES},
+        versions=versions,
         devices=devices,
         backend=backend,
+        start_error=start_error,
         capability=capability,
         has_gpu=gpu_capability is not None,
         has_driver=has_driver,
         platforms=os.environ.get("JAX_PLATFORMS", ""),
+        plugin_error=plugin_error,
         bridge_error=bridge_error,
         kernels={op: kernel.ptx_version for op, kernel in lowered.items()},
         kernel_errors=errors,
-        chosen=_chosen(backend),
+        chosen="nothing" if start_error else _chosen(backend),
         assemblers=_assemblers(next(iter(lowered.values()), None)),
     )
+
+
+def _plugin_error(versions: dict[str, str | None], has_gpu: bool) -> str | None:
+    """Why jax has no CUDA plugin; None if it has one."""
+    plugins = [v for name, v in versions.items() if v and name.endswith("-plugin")]
+    jaxlib = versions["jaxlib"]
+    if not plugins:
+        # A jax that sees a GPU all the same was built with the plugin inside.
+        return None if has_gpu else "jax's CUDA plugin is not installed"
+    if jaxlib and not any(jaxlib_takes_plugin(jaxlib, plugin) for plugin in plugins):
+        return "jax uses no CUDA plugin of another version than jaxlib's"
+    return None
 
 
 def _import_kernels() -> None:
@@ -152,7 +175,7 @@ def _error_of(action: Callable[[], Any]) -> str | None:
             action()
     except Exception as error:
         text = " ".join(str(error).split())
-        return f"{type(error).__name__}: {text[:400]}"
+        return f"{type(error).__name__}: {text[:400]}".removesuffix(": ")
     return None
 
 
@@ -306,7 +329,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 class Trouble:
     """Something wrong, in plain words, and its cure.
 
-    `fatal`: the GPU path fails on this machine's GPU because of it.
+    `fatal`: because of it jax cannot start, or the kernels fail on this machine's GPU.
     """
 
     words: str
@@ -314,6 +337,7 @@ class Trouble:
     fatal: bool = True
 
 
+_INSTALL = 'pip install "jax[cuda13]" (or "jax[cuda12]")'
 # What an error text means: (pattern, plain words, cure).
 _KNOWN_ERRORS = (
     (
@@ -346,20 +370,32 @@ _OLD_TRITON = (
 
 
 def diagnose(facts: Facts) -> list[Trouble]:
-    """The troubles in these facts, each once. Without a GPU none is fatal."""
-    expects_gpu = facts.has_gpu or (facts.has_driver and not facts.platforms)
+    """The troubles in these facts, each once.
+
+    None is fatal where jax starts and no GPU is to be expected.
+    """
+    wants_gpu = not facts.platforms or bool(re.search("cuda|gpu", facts.platforms))
+    expects_gpu = facts.has_gpu or (facts.has_driver and wants_gpu)
+    can_be_fatal = expects_gpu or facts.start_error is not None
     return [
-        dataclasses.replace(trouble, fatal=trouble.fatal and expects_gpu)
+        dataclasses.replace(trouble, fatal=trouble.fatal and can_be_fatal)
         for trouble in dict.fromkeys(_troubles(facts))
     ]
 
 
 def _troubles(facts: Facts) -> Iterator[Trouble]:
+    because = f" (JAX_PLATFORMS={facts.platforms})" if facts.platforms else ""
+    if facts.start_error:
+        yield Trouble(
+            f"jax cannot start{because}: {facts.start_error}",
+            "leave JAX_PLATFORMS unset, and jax takes what is there"
+            if facts.platforms
+            else 'python -c "import jax; jax.devices()" shows all of the error',
+        )
     if not facts.has_gpu and facts.has_driver:
-        because = f" (JAX_PLATFORMS={facts.platforms})" if facts.platforms else ""
         yield Trouble(
             f"NVIDIA's driver is loaded, but jax sees no GPU{because}.",
-            'pip install "jax[cuda13]" (or [cuda12]), and leave JAX_PLATFORMS unset',
+            f"{_INSTALL}, and leave JAX_PLATFORMS unset",
         )
     yield from _version_troubles(facts.versions)
     if facts.bridge_error:
@@ -367,7 +403,9 @@ def _troubles(facts: Facts) -> Iterator[Trouble]:
     for error in facts.kernel_errors.values():
         yield _explain(error, facts.versions)
     first = next(iter(facts.assemblers), None)
-    if first is not None and first.error is not None:
+    # Without a GPU nothing here asks ptxas.
+    needs_ptxas = facts.has_gpu or facts.has_driver
+    if needs_ptxas and first is not None and first.error is not None:
         trouble = _explain(first.error, facts.versions)
         # XLA may find another one; if not, running the kernel has shown it.
         yield dataclasses.replace(trouble, fatal=False)
@@ -376,7 +414,9 @@ def _troubles(facts: Facts) -> Iterator[Trouble]:
 def _version_troubles(versions: dict[str, str | None]) -> Iterator[Trouble]:
     jaxlib = versions.get("jaxlib")
     for name, version in versions.items():
-        if name.startswith("jax-cuda") and version and version != jaxlib:
+        if not (name.startswith("jax-cuda") and version and jaxlib):
+            continue
+        if not jaxlib_takes_plugin(jaxlib, version):
             yield Trouble(
                 f"{name} {version} is not made for jaxlib {jaxlib}.",
                 f'pip install "{name}=={jaxlib}"',
@@ -407,6 +447,7 @@ def render(facts: Facts, troubles: list[Trouble]) -> str:
         f"not installed: {', '.join(absent) or 'nothing'}",
         f"devices: {', '.join(facts.devices) or 'none'}",
         f"implementation=None becomes {facts.chosen}, because {_reason(facts)}",
+        *_gpu_lines(facts),
         f"kernels for sm_{facts.capability} ({where}):",
         *(f"  {line}" for line in _kernel_lines(facts)),
         "ptxas:",
@@ -421,18 +462,33 @@ def render(facts: Facts, troubles: list[Trouble]) -> str:
 
 
 def _reason(facts: Facts) -> str:
+    if facts.start_error:
+        return f"jax cannot start ({facts.start_error})"
     if facts.backend != "gpu":
         return f"jax's default backend is {facts.backend}"
     if not facts.has_gpu:
         return "kernels are for CUDA only, and jax's GPU is none of NVIDIA's"
+    if facts.plugin_error:
+        return facts.plugin_error
     if facts.bridge_error:
         return f"jax-triton cannot be imported ({facts.bridge_error})"
     return "jax's default backend is CUDA and jax-triton can be imported"
 
 
+def _gpu_lines(facts: Facts) -> Iterator[str]:
+    """What a machine without a GPU would need to run the kernels."""
+    if facts.has_gpu or facts.has_driver:
+        return
+    needs = "an NVIDIA GPU with its driver"
+    if facts.plugin_error:
+        needs += f", Linux, and jax's CUDA plugin: {_INSTALL}"
+    yield f"Triton's kernels would need {needs}"
+
+
 def _kernel_lines(facts: Facts) -> Iterator[str]:
-    if facts.bridge_error:
-        yield f"cannot be tried: {facts.bridge_error}"
+    start_error = "jax cannot start" if facts.start_error else None
+    if error := start_error or facts.plugin_error or facts.bridge_error:
+        yield f"not tried: {error}"
     done = "compiles and agrees with XLA" if facts.has_gpu else "compiles"
     for op in _PROBES:
         if op in facts.kernel_errors:
@@ -452,5 +508,5 @@ def _assembler_lines(facts: Facts) -> Iterator[str]:
 
 
 def exit_status(troubles: list[Trouble]) -> int:
-    """1 if the GPU path fails on this machine's GPU, else 0."""
+    """1 if jax cannot start, or the kernels fail on this machine's GPU; else 0."""
     return int(any(trouble.fatal for trouble in troubles))

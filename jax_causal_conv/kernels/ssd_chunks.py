@@ -20,6 +20,7 @@ from .ssd_device import (
     load_runs,
     load_skip,
     load_tile,
+    power,
     state_tile,
     store_tile,
 )
@@ -60,7 +61,7 @@ def _entering_state(inputs, number, place, last, head, channels, C: tl.constexpr
         added = tl.load(inputs.carried + at, mask=mask, other=0.0)
         forget = tl.load(inputs.forget + (first + i) * C.H + head)
         through = forget > float("-inf")
-        state = tl.where(through, state * tl.exp2(forget), 0.0) + added
+        state = tl.where(through, state * power(forget, 0.0), 0.0) + added
     return state
 
 

@@ -12,6 +12,7 @@ from .ssd_device import (
     load_bias,
     load_skip,
     load_state,
+    power,
     state_tile,
     step_size,
     zero_tokens,
@@ -79,7 +80,7 @@ def advance(inputs, state, token, head, C: tl.constexpr):
     """
     x = token.x.to(tl.float32)
     dt = step_size(token.dt, head.bias, C)
-    decay = tl.exp2(dt * head.A * LOG2E)
+    decay = power(dt * head.A * LOG2E, 0.0)
     state = state * decay + (x * dt)[:, None] * token.B.to(tl.float32)[None, :]
     y = add_up(state * token.C.to(tl.float32)[None, :], 1)
     if inputs.D is not None:

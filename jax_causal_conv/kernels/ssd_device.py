@@ -2,7 +2,7 @@
 
 Conventions: `C` is the launch's record of constants (`ssd_record.SsdConstants`).
 Letters as in `ssd_record`. Decays are powers of two: sums of dt·A are kept in units of
-log 2, since `exp2` is one instruction of a GPU.
+log 2, since `exp2` is one instruction of a GPU; `power` is its exact twin.
 """
 
 import triton
@@ -39,6 +39,36 @@ def finite(values):
 def are_finite(rows):
     """Of each row, whether all its values are finite."""
     return largest(tl.where(finite(rows), 0, 1), 1) == 0
+
+
+@triton.jit
+def power(whole, rest):
+    """Two to the power of `whole + rest`, where `rest` is what `whole` has lost.
+
+    To half a unit in the last place and a little: a GPU's `exp2` is up to two off, and
+    always to the same side where decays are alike, so that the state of a head that
+    forgets slowly would be off by as much after each chunk or token.
+    """
+    n = tl.floor(whole + 0.5)
+    f = (whole - n) + rest
+    # The series of exp(f * log(2)), where |f| <= 1/2: the eighth term is below 6e-9.
+    series = tl.fma(f, 1.5252733804e-05, 1.5403530393e-04)
+    series = tl.fma(f, series, 1.3333558146e-03)
+    series = tl.fma(f, series, 9.6181291076e-03)
+    series = tl.fma(f, series, 5.5504108665e-02)
+    series = tl.fma(f, series, 2.4022650696e-01)
+    series = tl.fma(f, series, 6.9314718056e-01)
+    series = tl.fma(f, series, 1.0)
+    # Below the least normal number it is 0. A NaN in `n` is in the series as well.
+    n = tl.minimum(tl.maximum(n, -127.0), 128.0)
+    return series * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_sum(total):
+    """`power` of a float64 number."""
+    whole = total.to(tl.float32)
+    return power(whole, (total - whole.to(tl.float64)).to(tl.float32))
 
 
 # --- step sizes -------------------------------------------------------------------

@@ -17,6 +17,8 @@ from .ssd_device import (
     load_runs,
     load_state,
     load_tile,
+    power,
+    power_of_sum,
     running_sum,
     state_tile,
     step_size,
@@ -48,7 +50,7 @@ def _write_sums(inputs, outputs, chunk, block, C: tl.constexpr):
         A = tl.load(inputs.A + heads, mask=in_h, other=0.0).to(tl.float64)
         dt, steps = exponents(tl.where(mask, dt, 0.0), A[None, :])
         total = running_sum(steps)
-        after = (add_up(steps, 0)[None, :] - total).to(tl.float32)
+        after = add_up(steps, 0)[None, :] - total
         rounded = total.to(tl.float32)
         fine = tl.exp2((total - rounded.to(tl.float64)).to(tl.float32))
         ROWS: tl.constexpr = C.SUMS * C.CHUNK
@@ -57,8 +59,8 @@ def _write_sums(inputs, outputs, chunk, block, C: tl.constexpr):
         in_h = in_h[None, :]
         tl.store(out, rounded, mask=in_h)
         tl.store(out + C.CHUNK, dt / fine if C.SUMS == 5 else dt, mask=in_h)
-        tl.store(out + 2 * C.CHUNK, tl.exp2(rounded) * fine, mask=in_h)
-        tl.store(out + 3 * C.CHUNK, tl.exp2(after) * dt, mask=in_h)
+        tl.store(out + 2 * C.CHUNK, power_of_sum(total), mask=in_h)
+        tl.store(out + 3 * C.CHUNK, power_of_sum(after) * dt, mask=in_h)
         if C.SUMS == 5:
             tl.store(out + 4 * C.CHUNK, fine, mask=in_h)
 
@@ -93,8 +95,8 @@ def _write_weights(inputs, out, first, head, C: tl.constexpr):
             last = tl.maximum(last, largest(start, 0))  # the latest run begins latest
         dt, steps = exponents(tl.where(real, dt, 0.0), A)
         whole += add_up(steps, 0)
-        after = (whole - running_sum(steps)).to(tl.float32)
-        tl.store(out + lanes, dt * tl.exp2(after), mask=inside)
+        after = whole - running_sum(steps)
+        tl.store(out + lanes, dt * power_of_sum(after), mask=inside)
     return whole, last
 
 
@@ -161,7 +163,7 @@ def _write_stretch(inputs, outputs, number, head, block, C: tl.constexpr):
             tl.store(outputs.forget + row, forget)
             if place == 0:
                 old = initial_state(inputs, slot, known, head, channels, C)
-                state += tl.where(through, old * tl.exp2(forget), 0.0)
+                state += tl.where(through, old * power(forget, 0.0), 0.0)
         at, mask = state_tile(number, head, channels, C)
         tl.store(outputs.carried + at, state, mask=mask)
 
