@@ -49,6 +49,8 @@ def power(whole, rest):
     always to the same side where decays are alike, so that the state of a head that
     forgets slowly would be off by as much after each chunk or token.
     """
+    # By selection, which keeps NaN: the difference of two infinities would be one.
+    whole = tl.where(whole < -1000.0, -1000.0, tl.where(whole > 1000.0, 1000.0, whole))
     n = tl.floor(whole + 0.5)
     f = (whole - n) + rest
     # The series of exp(f * log(2)), where |f| <= 1/2: the eighth term is below 6e-9.

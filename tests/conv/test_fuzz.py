@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.support import REPOSITORY, cases, checks, fuzz, reference
+from tests.support import REPOSITORY, cases, checks, fuzz, reference, ssd_cases
 from tests.support.cases import FLOATS, PackedShape, UpdateShape
 
 SECONDS = 20
@@ -71,6 +71,40 @@ def test_configurations_cover_the_contract():
     assert any(shape.num_slots == 0 for shape in shapes)
     assert any(configuration.x64 for configuration in drawn)
     assert any(configuration.snapshot is not None for configuration in drawn)
+
+
+def test_configurations_cover_the_ssd():
+    drawn = [
+        fuzz.draw_ssd_configuration(np.random.default_rng([0, n])) for n in range(400)
+    ]
+    shapes = [configuration.shape for configuration in drawn]
+    packed = [shape for shape in shapes if isinstance(shape, ssd_cases.PackedShape)]
+    assert {shape.x for shape in shapes} == {*FLOATS, fuzz.FLOAT64}
+    assert {shape.state for shape in shapes} == {None, *FLOATS, fuzz.FLOAT64}
+    assert {str(shape.index) for shape in packed} == set(fuzz.INDEX_DTYPES)
+    assert {shape.max_prefills for shape in packed} == {None, 0, 1, 2}
+    assert {dict(c.tile).get("stretch") for c in drawn} == {None, 0, 1, 2}
+    assert len(packed) < len(shapes)
+    for name in ("num_tokens", "num_slots", "num_seqs"):
+        assert any(getattr(shape, name) == 0 for shape in packed), name
+    for name in ("bias", "d"):
+        assert any(getattr(shape, name) is None for shape in shapes), name
+    for name in ("dt_softplus", "d_by_channel"):
+        assert {getattr(shape, name) for shape in shapes} == {False, True}, name
+
+
+@pytest.mark.parametrize("wrong", ["y", "states"])
+def test_a_wrong_result_of_the_ssd_is_found(monkeypatch, wrong):
+    call = ssd_cases.call
+
+    def perturbed(case, implementation):
+        y, states = call(case, implementation)
+        return (y + y.dtype.type(0.5), states) if wrong == "y" else (y, states + 7)
+
+    monkeypatch.setattr(ssd_cases, "call", perturbed)
+    tally = fuzz.run(1, start=fuzz.SSD_EVERY - 1, count=5)
+    assert len(tally.failures) == 1
+    assert "python -m tests.support.fuzz --seed 1 --replay 3 0" in tally.failures[0]
 
 
 @pytest.mark.parametrize("wrong", ["out", "states", "dtype"])

@@ -173,7 +173,7 @@ def test_decodes_at_the_far_end():
 
 @pytest.mark.parametrize("stretch", [0, 1])
 def test_prompts_and_a_decode_at_the_far_end(stretch):
-    """The first sequence has nearly all tokens and chunks, and is not run."""
+    """The first sequence, which is not run, has nearly all tokens and chunks."""
     first = TOKENS - 9 - 130 - 1
     offsets, slots = [0, first, first + 1, first + 131], [0, SLOTS - 1, SLOTS - 2]
     operands = packed_operands(np.random.default_rng(1), offsets, slots)

@@ -16,7 +16,7 @@ from tests.support.draws import ints
 from tests.support.races import Recorder, orders, race
 from tests.support.ssd_cases import BFLOAT16, FLOAT16, batch, draw_packed, draw_rows
 
-SEEDS = 32
+SEEDS = 24
 SIZES = {"heads": 2, "groups": 1, "dim": 17, "size": 5}
 STRETCHES = {"chunk": 16, "stretch": 1}
 

@@ -4,7 +4,8 @@ A *configuration* is everything static (one compilation); it is run with many ra
 *cases*. Every case goes through XLA, one in ten through the interpreted kernels, on a
 GPU every one through the compiled ones as well. All must give what the float64
 reference gives: outputs within the error of float32 sums, states bit for bit. A case
-is named by three numbers, `seed configuration case`.
+is named by three numbers, `seed configuration case`. Every fourth configuration is
+one of the SSD, whose states are rounded once and not copied.
 
     python -m tests.support.fuzz --cases 100000            # long; --jobs 2: two cores
     python -m tests.support.fuzz --seconds 60 --seed 7     # a time-boxed run
@@ -31,12 +32,13 @@ import numpy as np
 
 import jax_causal_conv
 from jax_causal_conv import build_metadata
-from tests.support import cases, checks, reference
+from tests.support import cases, checks, reference, ssd_cases
 from tests.support.cases import Case, PackedShape, UpdateShape, choose
 from tests.support.platforms import HAS_TRITON
 
 CASES_PER_CONFIGURATION = 50
 INTERPRET_EVERY = 10  # an interpreted case takes 100 times as long as a compiled one
+SSD_EVERY = 4  # configurations
 CLEAR_CACHES_EVERY = 50  # configurations; compiled programs pile up otherwise
 
 CHANNELS = (1, 2, 3, 5, 8, 17, 33, 40)
@@ -132,6 +134,46 @@ def draw_configuration(rng) -> Configuration:
         snapshot = int(choose(rng, (0, 1, shape.state_len, shape.state_len + 3)))
     metadata = "graph" if rng.random() < 0.25 else "host"
     return Configuration(shape, x64, snapshot, rng.random() < 0.7, metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class SSDConfiguration:
+    """The same of the SSD.
+
+    Attributes:
+        tile: changes to the tiles of the interpreted kernels: short stretches.
+    """
+
+    shape: ssd_cases.PackedShape | ssd_cases.RowsShape
+    x64: bool
+    tile: tuple[tuple[str, int], ...]
+
+    @property
+    def for_kernels(self) -> bool:
+        return self.shape.x != FLOAT64
+
+
+def draw_ssd_configuration(rng) -> SSDConfiguration:
+    packed = rng.random() < 0.7
+    if packed:
+        shape = ssd_cases.random_packed_shape(rng, INDEX_DTYPES)
+    else:
+        shape = ssd_cases.random_rows_shape(rng)
+    x64 = bool(rng.random() < 0.12)
+    if x64 and rng.random() < 0.5:
+        doubles = [name for name in ("x", "dt", "A", "B", "C") if rng.random() < 0.6]
+        if shape.state is not None and rng.random() < 0.6:
+            doubles.append("state")
+        shape = dataclasses.replace(shape, **dict.fromkeys(doubles, FLOAT64))
+    if rng.random() < 0.04:
+        sizes = ["dim", "size", "num_tokens"]
+        sizes += ["num_seqs", "num_slots"] if packed else ["num_rows"]
+        indices = {"cache_indices": True} if packed else {}
+        shape = dataclasses.replace(shape, **{choose(rng, sizes): 0}, **indices)
+    tile: dict[str, int] = {}
+    if rng.random() < 0.7:
+        tile = {"chunk": 16, "stretch": int(rng.integers(3))}
+    return SSDConfiguration(shape, x64, tuple(tile.items()))
 
 
 # Cases.
@@ -339,12 +381,37 @@ def _jitted_snapshot() -> Callable:
     return jax.jit(jax_causal_conv.varlen_conv_states, static_argnames=("state_len",))
 
 
-def case_of(seed: int, number: int, index: int) -> tuple[Configuration, Case, Any]:
+def case_of(
+    seed: int, number: int, index: int
+) -> tuple[Configuration | SSDConfiguration, Case | ssd_cases.Case, Any]:
     """A configuration, its case, and the generator for whatever else is random."""
+    if number % SSD_EVERY == SSD_EVERY - 1:
+        of_ssd = draw_ssd_configuration(np.random.default_rng([seed, number]))
+        rng = np.random.default_rng([seed, number, index + 1])
+        return of_ssd, ssd_cases.random_case(of_ssd.shape, rng), rng
     configuration = draw_configuration(np.random.default_rng([seed, number]))
     rng = np.random.default_rng([seed, number, index + 1])
     case = value_case(configuration.shape, rng, malformed=rng.random() < 0.5)
     return configuration, case, rng
+
+
+def _run_ssd_case(
+    configuration: SSDConfiguration, case: ssd_cases.Case, *, interpret: bool
+) -> bool:
+    expected = ssd_cases.Expected(case)
+    ssd_cases.compare(case, ssd_cases.call(case, "xla"), expected)
+    if configuration.for_kernels and HAS_TRITON and jax.default_backend() == "gpu":
+        got = ssd_cases.call(case, "triton")
+        ssd_cases.compare(case, got, expected, "triton")
+    empty = 0 in (*case.arrays["x"].shape, *case.arrays["B"].shape)
+    empty |= case.packed and 0 in (case.shape.num_seqs, case.shape.num_slots)
+    if empty or not (interpret and configuration.for_kernels and HAS_TRITON):
+        return False
+    from tests.support import guard, ssd_launches
+
+    got = ssd_launches.launch(case, guard.caller(), **dict(configuration.tile))
+    ssd_cases.compare(case, got, expected, "interpret")
+    return True
 
 
 def run_case(seed: int, number: int, index: int, *, interpret: bool) -> bool:
@@ -352,6 +419,8 @@ def run_case(seed: int, number: int, index: int, *, interpret: bool) -> bool:
     configuration, case, rng = case_of(seed, number, index)
     mode = jax.enable_x64(True) if configuration.x64 else contextlib.nullcontext()
     with mode:
+        if isinstance(configuration, SSDConfiguration):
+            return _run_ssd_case(configuration, case, interpret=interpret)
         if configuration.snapshot is not None:
             _check_snapshot(configuration, case, rng)
             return False

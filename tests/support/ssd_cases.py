@@ -107,6 +107,10 @@ class Case:
         return isinstance(self.shape, PackedShape)
 
     @property
+    def options(self) -> dict[str, Any]:
+        return self.shape.options()
+
+    @property
     def state_name(self) -> str:
         return "ssm_states" if self.packed else "initial_state"
 
