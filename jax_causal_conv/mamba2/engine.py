@@ -10,13 +10,30 @@ The newest token of each slot stays on the device, where the next step finds it.
 engine can dispatch a step before the host knows what the previous one has drawn, and
 the host works while the device does. The price is that a request which draws a stop
 token has already been given a row in the next step. That row's result is thrown away.
+
+An exception may end a step anywhere: a callback's error, the device's, or Ctrl-C
+between any two instructions, even after the device took the caches and before it gave
+them back. So there is one truth: the requests that have not ended (`Engine._active`)
+and the tokens they have on the host. All else can be made from it: queues, slots and
+even caches, as a request whose states are lost is read again, with the tokens drawn so
+far as part of its prompt. Whoever changes several things at once clears
+`Engine._intact` first and sets it last; where it is clear, the next call mends.
 """
 
 import functools
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+    Sized,
+)
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +45,7 @@ from flax import nnx
 from ..metadata import ConvMetadata, build_metadata
 from ..operands import PAD_SLOT_ID
 from .model import Mamba2LM
-from .sampling import GREEDY, SamplingParams, sample
+from .sampling import GREEDY, SamplingParams, integer, sample
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -55,12 +72,18 @@ class Event(NamedTuple):
 class Request:
     """What to generate.
 
+    `Engine.submit` checks it against the model and takes its own copy of everything, so
+    the same request may be submitted many times, and the prompt reused.
+
     Attributes:
-        prompt: at least one token.
+        prompt: at least one token: a sequence of integers of any kind, or a
+            one-dimensional array of an integer dtype.
         max_new_tokens: at least 1; the last one has `finish_reason` "length".
         sampling: how tokens are drawn; greedily, by default.
         stop_token_ids: drawing one of these ends the request with "stop". It is the
-            last of its tokens.
+            last of its tokens. A list, tuple, set, range or one-dimensional array of
+            tokens of the vocabulary; empty for none. A generator is refused, as it can
+            be read once only.
         on_event: called by `Engine.step` with each event of this request, in order. It
             may submit and cancel requests. If it raises an error, `step` raises that
             error, and the next step delivers the events that come after this one.
@@ -73,6 +96,54 @@ class Request:
     on_event: Callable[[Event], None] | None = None
 
 
+class Terms(NamedTuple):
+    """What a request asks for, checked and copied by `Engine.submit`.
+
+    Attributes:
+        prompt: `(P,)` int32, read-only.
+        max_new_tokens, sampling, on_event: as in `Request`.
+        stop_token_ids: as in `Request`.
+    """
+
+    prompt: np.ndarray
+    max_new_tokens: int
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int]
+    on_event: Callable[[Event], None] | None
+
+    @classmethod
+    def of(cls, request: Request, vocab_size: int) -> "Terms":
+        """Raises TypeError and ValueError as `Engine.submit` says."""
+        if not isinstance(request, Request):
+            raise TypeError(f"request must be a Request, got {_brief(request)}")
+        prompt = _prompt(request.prompt)
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(
+                f"tokens must be in [0, {vocab_size}), got a prompt with "
+                f"{prompt.min()} to {prompt.max()}"
+            )
+        prompt = prompt.astype(np.int32)
+        prompt.flags.writeable = False
+        max_new_tokens = integer("max_new_tokens", request.max_new_tokens)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not isinstance(request.sampling, SamplingParams):
+            raise TypeError(
+                f"sampling must be SamplingParams, got {_brief(request.sampling)}"
+            )
+        stops = _stops(request.stop_token_ids)
+        if outside := [t for t in stops if not 0 <= t < vocab_size]:
+            raise ValueError(
+                f"stop_token_ids must be in [0, {vocab_size}), got {min(outside)}, "
+                "which is never drawn"
+            )
+        if request.on_event is not None and not callable(request.on_event):
+            raise TypeError(
+                f"on_event must be callable or None, got {_brief(request.on_event)}"
+            )
+        return cls(prompt, max_new_tokens, request.sampling, stops, request.on_event)
+
+
 @dataclass(eq=False)
 class Generation:
     """The state of a request, which `Engine.submit` returns. For reading only.
@@ -82,7 +153,10 @@ class Generation:
     Attributes:
         id: number of the request in its engine.
         request: the request.
-        prompt: `(P,)` int32.
+        terms: what it asks for, as `Engine.submit` has read it.
+        text: `(L,)` int32, the tokens that steps get from the host: the prompt and,
+            where the engine had to read the request again after an interruption, what
+            had been drawn by then.
         tokens: drawn so far.
         token_times: when each of them reached the host.
         finish_reason: None until the end.
@@ -91,12 +165,14 @@ class Generation:
         arrival: when it was submitted.
         admitted: when it got a slot.
         finished: when it ended.
+        delivered: events that `on_event` has been called with, or `step` returns.
     """
 
     id: int
     request: Request
-    prompt: np.ndarray
+    terms: Terms
     arrival: float
+    text: np.ndarray
     tokens: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -104,11 +180,17 @@ class Generation:
     scheduled: int = 0
     admitted: float | None = None
     finished: float | None = None
+    delivered: int = 0
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """`(P,)` int32, read-only."""
+        return self.terms.prompt
 
     @property
     def seed(self) -> int:
         """The seed of its draws, which depend on it and on their positions alone."""
-        seed = self.request.sampling.seed
+        seed = self.terms.sampling.seed
         return self.id % 2**32 if seed is None else seed
 
     @property
@@ -118,13 +200,35 @@ class Generation:
 
     @property
     def prompt_left(self) -> int:
-        """Tokens of the prompt that no step has taken yet."""
-        return max(len(self.prompt) - self.scheduled, 0)
+        """Tokens of the prompt (of `text`, to be exact) that no step has taken yet."""
+        return max(len(self.text) - self.scheduled, 0)
 
     @property
     def draws_scheduled(self) -> int:
         """Tokens drawn so far, including those that have not reached the host yet."""
-        return max(self.scheduled - len(self.prompt) + 1, 0)
+        read_again = len(self.text) - len(self.prompt)
+        return read_again + max(self.scheduled - len(self.text) + 1, 0)
+
+    @property
+    def num_events(self) -> int:
+        """How many events there have been: one per token, one if it was cancelled."""
+        return len(self.tokens) + (self.finish_reason == "cancelled")
+
+    def event(self, index: int) -> Event:
+        """The event of that number, counted from 0."""
+        if index == len(self.tokens):
+            return Event(self.id, None, "cancelled")
+        last = index == len(self.tokens) - 1 and self.finish_reason != "cancelled"
+        reason = self.finish_reason if last else None
+        return Event(self.id, self.tokens[index], reason)
+
+    def reason_to_end(self) -> FinishReason | None:
+        """Why its last token ends it, if that does."""
+        if self.tokens and self.tokens[-1] in self.terms.stop_token_ids:
+            return "stop"
+        if len(self.tokens) == self.terms.max_new_tokens:
+            return "length"
+        return None
 
 
 class Bucket(NamedTuple):
@@ -245,8 +349,8 @@ class Row(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        """Whether its token is a drawn one, rather than part of the prompt."""
-        return self.start >= len(self.generation.prompt)
+        """Whether its token is on the device, rather than part of the text."""
+        return self.start >= len(self.generation.text)
 
 
 class Flight(NamedTuple):
@@ -269,6 +373,13 @@ class Flight(NamedTuple):
 
 class Engine:
     """Serves a model to many requests at once; synchronous, for one thread.
+
+    Any call may end with an exception, even one that a signal's handler raises
+    (Ctrl-C): no request loses a token by it, and the next call goes on. If it came
+    while the device had the caches, the next call allocates new ones and reads the
+    running requests again, which takes time but changes nothing else. A `submit` or
+    `cancel` that such an exception ends has done all or nothing. Handlers of signals
+    must not call the engine themselves.
 
     Requests get slots in the order of their arrival. In each step, decoding requests
     come first, with one token each, so that no prompt holds them up; prompts share the
@@ -355,13 +466,23 @@ class Engine:
             model.init_cache(num_slots, dtype=cache_dtype),
             jnp.zeros(num_slots, jnp.int32),
         )
+        self._state_types = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+            self._state,
+        )
+        self._num_slots = num_slots
+        self._intact = True
         self._ids = itertools.count()
         self._free = deque(range(num_slots))
         self._waiting: deque[Generation] = deque()
         self._running: dict[int, Generation] = {}  # in the order of admission
         self._active: dict[int, Generation] = {}  # all that have not ended
-        self._flight: Flight | None = None
-        self._events: deque[tuple[Event, Callable[[Event], None] | None]] = deque()
+        self._flights: deque[Flight] = deque()  # two at most, the oldest first
+        # A request is in here once for each of its events that is to be delivered.
+        self._news: deque[Generation] = deque()
+        # Events (by number) that are delivered, but that no step has returned yet.
+        self._returning: list[tuple[Generation, int]] = []
+        self._in_callback = False
         self._last_collect = 0.0
         self._stats = Stats(deque(maxlen=history), deque(maxlen=history))
 
@@ -375,32 +496,23 @@ class Engine:
 
         Raises:
             QueueFull: `max_waiting` requests wait already.
-            ValueError: the prompt is empty or has tokens outside the vocabulary, or
-                `max_new_tokens` < 1.
+            TypeError: an attribute is not of the kind that `Request` asks for.
+            ValueError: the prompt is empty, has more than one dimension or something
+                other than integers, or it or `stop_token_ids` has tokens outside the
+                vocabulary, or `max_new_tokens` < 1.
         """
-        prompt = np.array(request.prompt)
-        if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype.kind not in "iu":
-            raise ValueError(
-                "prompt must be a sequence of at least one integer, got "
-                f"{prompt.dtype} of shape {prompt.shape}"
-            )
-        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
-            raise ValueError(
-                f"tokens must be in [0, {self._vocab_size}), got a prompt with "
-                f"{prompt.min()} to {prompt.max()}"
-            )
-        if request.max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens must be at least 1, got {request.max_new_tokens}"
-            )
+        terms = Terms.of(request, self._vocab_size)
+        self._mend()
         # The next step moves as many of the waiting requests into slots as are free.
         if len(self._waiting) >= self._max_waiting + len(self._free):
             raise QueueFull(f"{len(self._waiting)} requests wait already")
         generation = Generation(
-            next(self._ids), request, prompt.astype(np.int32), time.perf_counter()
+            next(self._ids), request, terms, time.perf_counter(), terms.prompt
         )
+        self._intact = False
         self._active[generation.id] = generation
         self._waiting.append(generation)
+        self._intact = True
         return generation
 
     def cancel(self, id: int) -> bool:
@@ -411,13 +523,19 @@ class Engine:
 
         Returns:
             False if there is no such request, or it has ended already.
+
+        Raises:
+            TypeError: `id` is not an integer.
         """
+        id = integer("id", id)
+        self._mend()
         if (generation := self._active.get(id)) is None:
             return False
-        if generation.admitted is None:
+        self._intact = False
+        if generation in self._waiting:
             self._waiting.remove(generation)
         self._finish(generation, "cancelled", time.perf_counter())
-        self._emit(generation, Event(id, None, "cancelled"))
+        self._intact = True
         return True
 
     def step(self) -> list[Event]:
@@ -426,31 +544,22 @@ class Engine:
         Returns:
             The events since the last step, which the requests' `on_event` have seen.
             Empty in the first step, as nothing was under way, and while prompts longer
-            than the budget are being read.
+            than the budget are being read. If an exception ends a step, the next one
+            returns its events too, except that of the callback that was being called.
         """
-        flight = self._dispatch()
-        if self._flight is not None:
-            self._collect(self._flight)
-        self._flight = flight
-        delivered = []
-        while self._events:
-            event, on_event = self._events.popleft()
-            if on_event is not None:
-                on_event(event)
-            delivered.append(event)
-        return delivered
+        self._advance()
+        return self._take_events()
 
     def run(self) -> list[Event]:
-        """Steps until the engine is idle, and returns all events."""
-        events = []
-        while not self.idle:
-            events += self.step()
-        return events
+        """Steps until the engine is idle, and returns all events, as `step` does."""
+        while self._busy:
+            self._advance()
+        return self._take_events()
 
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
-        return not (self._active or self._flight or self._events)
+        return not self._busy and (self._in_callback or not self._returning)
 
     @property
     def num_running(self) -> int:
@@ -479,34 +588,65 @@ class Engine:
 
     def warmup(self) -> None:
         """Compiles all buckets, so that no request has to wait for that."""
+        self._mend()
         for bucket in self.buckets:
             self._executable(bucket)
 
     # ---- A step --------------------------------------------------------------------
 
-    def _dispatch(self) -> Flight | None:
+    @property
+    def _busy(self) -> bool:
+        return bool(self._active or self._flights or self._news)
+
+    def _advance(self) -> None:
+        """A step, but for the returning of its events."""
+        self._mend()
+        while len(self._flights) > 1:  # The step before was interrupted.
+            self._collect()
+        under_way = bool(self._flights)
+        self._dispatch()
+        if under_way:
+            self._collect()
+        self._deliver()
+
+    def _dispatch(self) -> None:
         """Plans a step and hands it to the device, without waiting for anything."""
         start = time.perf_counter()
-        while self._free and self._waiting:
-            generation = self._waiting.popleft()
-            generation.slot = self._free.popleft()
-            generation.admitted = start
-            self._running[generation.id] = generation
+        if self._free and self._waiting:
+            self._admit(start)
         running = len(self._running)
         if not (rows := self._plan()):
-            return None
+            return
         bucket = self._fit(rows)
         batch = _pack(rows, bucket)
-        tokens, self._state = self._executable(bucket)(self._params, self._state, batch)
+        executable = self._executable(bucket)
+        # From here until the results are in their places, an interruption loses the
+        # caches: they are donated.
+        self._intact = False
+        tokens, self._state = executable(self._params, self._state, batch)
         tokens.copy_to_host_async()
         for generation, _, length, _ in rows:
             generation.scheduled += length
             # Its last token is on its way, so the next step may give the slot away.
-            if generation.draws_scheduled == generation.request.max_new_tokens:
+            if generation.draws_scheduled == generation.terms.max_new_tokens:
                 self._release(generation)
         host_seconds = time.perf_counter() - start
         waiting = len(self._waiting)
-        return Flight(rows, tokens, bucket, running, waiting, start, host_seconds)
+        self._flights.append(
+            Flight(rows, tokens, bucket, running, waiting, start, host_seconds)
+        )
+        self._intact = True
+
+    def _admit(self, now: float) -> None:
+        """Gives the free slots to requests that wait."""
+        self._intact = False
+        while self._free and self._waiting:
+            generation = self._waiting.popleft()
+            generation.slot = self._free.popleft()
+            if generation.admitted is None:
+                generation.admitted = now
+            self._running[generation.id] = generation
+        self._intact = True
 
     def _plan(self) -> list[Row]:
         """Who takes part in the step, with how many tokens."""
@@ -548,34 +688,111 @@ class Engine:
             ).compile()
         return self._executables[bucket]
 
-    def _collect(self, flight: Flight) -> None:
-        """Waits for a step's tokens, and gives them to their requests."""
-        tokens = np.asarray(flight.tokens).tolist()
+    def _collect(self) -> None:
+        """Waits for the oldest step's tokens, and gives them to their requests."""
+        flight = self._flights[0]
+        try:
+            # An interruption here changes nothing: the tokens can be waited for again.
+            tokens = np.asarray(flight.tokens).tolist()
+        except Exception:
+            # The device has failed, and with this step's tokens its caches are lost.
+            self._intact = False
+            raise
         now = time.perf_counter()
+        self._intact = False
+        self._flights.popleft()
         for row, drawn in zip(flight.rows, tokens[: len(flight.rows)], strict=True):
             generation = row.generation
             # The request may have been cancelled, or stopped by the previous step's
             # token, while this step was under way.
             if not row.draws or generation.finish_reason is not None:
                 continue
+            generation.token_times.append(now)  # before the token: see `_mend`
             generation.tokens.append(drawn)
-            generation.token_times.append(now)
-            reason: FinishReason | None = None
-            if drawn in generation.request.stop_token_ids:
-                reason = "stop"
-            elif len(generation.tokens) == generation.request.max_new_tokens:
-                reason = "length"
-            if reason is not None:
+            if (reason := generation.reason_to_end()) is not None:
                 self._finish(generation, reason, now)
-            self._emit(generation, Event(generation.id, drawn, reason))
+            else:
+                self._news.append(generation)
         self._record(flight, now)
+        self._intact = True
+
+    def _deliver(self) -> None:
+        """Calls the requests' callbacks with their events, and notes what to return."""
+        while self._news:
+            generation = self._news[0]
+            index, on_event = generation.delivered, generation.terms.on_event
+            if index == generation.num_events:  # delivered by an interrupted step
+                self._news.popleft()
+            elif on_event is None:
+                # In this order no interruption can lose the event or deliver it twice.
+                if self._returning[-1:] != [(generation, index)]:
+                    self._returning.append((generation, index))
+                generation.delivered = index + 1
+                self._news.popleft()
+            else:
+                event = generation.event(index)
+                generation.delivered = index + 1
+                self._news.popleft()
+                self._in_callback = True
+                try:
+                    on_event(event)
+                finally:
+                    self._in_callback = False
+                self._returning.append((generation, index))
+
+    def _take_events(self) -> list[Event]:
+        events = [generation.event(index) for generation, index in self._returning]
+        self._returning = []
+        return events
 
     def _finish(self, generation: Generation, reason: FinishReason, now: float) -> None:
-        self._release(generation)
-        generation.finish_reason = reason
         generation.finished = now
-        del self._active[generation.id]
+        generation.finish_reason = reason  # after `finished`: see `_mend`
+        self._news.append(generation)  # before it leaves `_active`: see `_mend`
         self._stats.requests.append(generation)
+        del self._active[generation.id]
+        self._release(generation)
+
+    def _mend(self) -> None:
+        """Puts all in order after an exception in the midst of a change.
+
+        It may be interrupted itself, and starts anew then.
+        """
+        if self._intact:
+            return
+        for generation in self._active.values():
+            # The token is what counts; the other things follow it.
+            del generation.token_times[len(generation.tokens) :]
+            if generation.finish_reason is None:
+                generation.finished = None
+                if (reason := generation.reason_to_end()) is not None:
+                    generation.finished = generation.token_times[-1]
+                    generation.finish_reason = reason
+        told = dict.fromkeys([*self._news, *self._active.values()])
+        self._news = deque(
+            generation
+            for generation in told
+            for _ in range(generation.num_events - generation.delivered)
+        )
+        for generation in told:
+            generation.slot = PAD_SLOT_ID
+            if generation.finish_reason is None:
+                generation.scheduled = 0
+                tokens = np.array(generation.tokens, np.int32)
+                generation.text = np.concatenate([generation.prompt, tokens])
+            elif generation.id in self._active:
+                if generation not in self._stats.requests:
+                    self._stats.requests.append(generation)
+                del self._active[generation.id]
+        self._flights.clear()
+        self._running.clear()
+        self._free = deque(range(self._num_slots))
+        self._waiting = deque(self._active.values())
+        self._state = self._state_types  # The old caches make room for the new ones.
+        self._state = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self._state_types
+        )
+        self._intact = True
 
     def _release(self, generation: Generation) -> None:
         """Frees the slot, if there is one.
@@ -586,9 +803,6 @@ class Engine:
         if self._running.pop(generation.id, None) is not None:
             self._free.append(generation.slot)
             generation.slot = PAD_SLOT_ID
-
-    def _emit(self, generation: Generation, event: Event) -> None:
-        self._events.append((event, generation.request.on_event))
 
     def _record(self, flight: Flight, now: float) -> None:
         decodes = sum(row.decodes for row in flight.rows)
@@ -607,6 +821,60 @@ class Engine:
             )
         )
         self._last_collect = now
+
+
+def _brief(value: Any) -> str:
+    """The value and its type, for an error."""
+    text = repr(value)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{text} ({type(value).__name__})"
+
+
+def _items(
+    name: str, value: Any, what: str, refused: tuple = ()
+) -> np.ndarray | list[int]:
+    """Integers: a one-dimensional array as it is, anything else as a list.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        what: what it must be, in words.
+        refused: types that are not wanted, beside text and what can be read once only.
+    """
+    refused = (str, bytes, bytearray, Iterator, Mapping, *refused)
+    accepted = isinstance(value, Iterable) and isinstance(value, Sized)
+    if not accepted or isinstance(value, refused):
+        raise TypeError(f"{name} must be {what}, got {_brief(value)}")
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(
+                f"{name} must be {what}, got {array.dtype} of shape {array.shape}"
+            )
+        return array
+    items = []
+    for item in value:
+        try:
+            items.append(integer(name, item))
+        except TypeError:
+            raise ValueError(
+                f"{name} must be {what}, got {_brief(item)} in it"
+            ) from None
+    return items
+
+
+def _prompt(value: Any) -> np.ndarray:
+    """The prompt as an array of any integer dtype, or of Python's large integers."""
+    what = "a sequence of at least one integer"
+    items = _items("prompt", value, what, refused=(Set,))
+    if len(items) == 0:
+        raise ValueError(f"prompt must be {what}, got {_brief(value)}")
+    return np.asarray(items)
+
+
+def _stops(value: Any) -> frozenset[int]:
+    items = _items("stop_token_ids", value, "a collection of integers")
+    return frozenset(map(int, items))
 
 
 def _sizes(
@@ -639,13 +907,13 @@ def _pack(rows: list[Row], bucket: Bucket) -> Batch:
         if row.decodes:
             decodes[i] = True
         else:
-            tokens[end : end + length] = generation.prompt[start : start + length]
+            tokens[end : end + length] = generation.text[start : start + length]
         end += length
         offsets[i + 1] = end
         slots[i] = generation.slot
         has_initial_state[i] = start > 0
         if row.draws:
-            sampling = generation.request.sampling
+            sampling = generation.terms.sampling
             draws[i] = True
             seeds[i] = generation.seed
             positions[i] = start + length

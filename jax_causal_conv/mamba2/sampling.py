@@ -11,16 +11,51 @@ least some value.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def integer(name: str, value: Any) -> int:
+    """The value as an int. NumPy's integers are integers; booleans are none."""
+    if type(value) is int:
+        return value
+    if not (isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(
+        f"{name} must be an integer, got {value!r} ({type(value).__name__})"
+    )
+
+
+def _real(name: str, value: Any) -> float:
+    """The value as a float: a number, or an array of one number without dimensions."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return float("inf") if value > 0 else -float("inf")
+    kind = getattr(value, "dtype", bool)
+    real = jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
+    if not real or np.ndim(value):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} ({type(value).__name__})"
+        )
+    return float(value)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request's tokens are drawn; by default, greedily.
+
+    Numbers may be those of NumPy; they are kept as Python's.
 
     Attributes:
         temperature: divides the logits; 0 is greedy decoding.
@@ -31,6 +66,7 @@ class SamplingParams:
             takes the request's number, so that equal requests differ.
 
     Raises:
+        TypeError: a value is not a number or, `top_k` and `seed`, not an integer.
         ValueError: a value is out of its range.
     """
 
@@ -40,9 +76,15 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
+        for name in "temperature", "top_p":
+            object.__setattr__(self, name, _real(name, getattr(self, name)))
+        object.__setattr__(self, "top_k", integer("top_k", self.top_k))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", integer("seed", self.seed))
+        if not 0 <= self.temperature <= float(np.finfo(np.float32).max):
             raise ValueError(
-                f"temperature must be finite and >= 0, got {self.temperature}"
+                "temperature must be finite (in float32) and >= 0, got "
+                f"{self.temperature}"
             )
         if not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k must be in [0, 2**31), got {self.top_k}")

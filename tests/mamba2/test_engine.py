@@ -1,9 +1,16 @@
 """What a request generates in the engine, whatever comes and goes beside it."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import signal
+import sys
+import threading
+import time
 import types
+from collections import deque
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -614,44 +621,399 @@ def test_bad_requests_are_refused_and_leave_no_trace(engine, wrong, message):
     assert engine.idle and engine.step() == []
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"num_slots": 0},
-        {"max_tokens_per_step": 3},
-        {"max_prefills_per_step": 0},
-        {"max_waiting": -1},
-        {"history": -1},
-        {"token_buckets": [4, 8]},
-        {"token_buckets": []},
-        {"decode_buckets": [0, 4]},
-    ],
-    ids=str,
-)
-def test_bad_sizes_are_named(wrong):
-    model = Bigram(nnx.Rngs(0))
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Engine(model, **{"num_slots": 4, "max_tokens_per_step": 16, **wrong})
+WRONG = {
+    TypeError: {
+        "prompt": [None, 5, "text", b"text", {1, 2}, {1: 2}, iter([1]), len, 2.5],
+        "max_new_tokens": [
+            *(2.5, 2.0, float("nan"), float("inf"), None, "3", True),
+            *([3], np.float32(2), np.True_),
+        ],
+        "sampling": [None, 0.5, {"temperature": 1.0}, SamplingParams],
+        "stop_token_ids": [5, None, "text", b"text", iter([1]), (t for t in [1]), len],
+        "on_event": [5, "print", []],
+    },
+    ValueError: {
+        "prompt": [
+            *([[1, 2]], [[1], [2, 3]], [True], [1, True], ["1"], [None], [], [1, 2.0]),
+            *(np.array(3), np.array([1.0]), np.array([True]), np.zeros(0, int)),
+            *([2**70], [-1], np.array([2**63], np.uint64), jnp.array([[1]]), range(62)),
+        ],
+        "max_new_tokens": [0, -1, -(2**70), np.int64(-1)],
+        "stop_token_ids": [
+            *([1.5], ["a"], [True], [[1]], [None], [-1], {VOCAB}, [2**70], range(62)),
+            *(np.array([[1]]), np.array([1.0]), np.array(1)),
+        ],
+    },
+}
 
 
-def test_default_buckets_are_halves():
-    sizes = {"num_slots": 6, "max_tokens_per_step": 100, "max_prefills_per_step": 9}
-    engine = Engine(Bigram(nnx.Rngs(0)), **sizes)
-    assert engine.buckets == (
-        *(Bucket(n, n, 0) for n in (1, 2, 3, 6)),
-        Bucket(16, 6, 6),
-        Bucket(25, 6, 6),
-        Bucket(50, 6, 6),
-        Bucket(100, 6, 6),
-    )
-    sizes = {"num_slots": 20, "max_tokens_per_step": 24, "max_prefills_per_step": 9}
-    engine = Engine(Bigram(nnx.Rngs(0)), **sizes)
-    assert engine.buckets[-2:] == (Bucket(16, 16, 8), Bucket(24, 20, 9))
-
-
-def test_history_is_bounded():
-    engine = Engine(Bigram(nnx.Rngs(0)), num_slots=4, max_tokens_per_step=4, history=3)
-    generations = [engine.submit(Request([1], 2)) for _ in range(8)]
+def test_what_is_wrong_with_a_request_comes_out_of_submit_and_harms_no_other(
+    engine, alone
+):
+    good = Request([16, 5], 8)
+    mate = engine.submit(good)
+    count = 0
+    for error, names in WRONG.items():
+        for name, values in names.items():
+            for value in values:
+                wrong = Request(**{"prompt": [1], name: value})
+                with pytest.raises(error, match=f"{name}.*got|got a {name}"):
+                    engine.submit(wrong)
+                count += 1
+    assert count > 60
+    for value in None, [1, 2], good.prompt, Request:
+        with pytest.raises(TypeError, match="request must be a Request, got"):
+            engine.submit(value)
+    for value in None, 1.0, True, mate, "0":
+        with pytest.raises(TypeError, match="id must be an integer, got"):
+            engine.cancel(value)
+    assert (engine.num_waiting, len(engine._active)) == (1, 1)
     engine.run()
-    assert len(engine.stats.steps) == 3
-    assert list(engine.stats.requests) == generations[-3:]
+    assert_complete(mate, alone(good))
+
+
+def test_integers_of_any_kind_are_read_once_and_the_same(engine, alone):
+    usual = Request([3, 1, 4, 1, 5], 6)
+    whole = alone(usual)
+    stop = whole[3]
+    expected = whole[: whole.index(stop) + 1]
+    given = [3, 1, 4, 1, 5]
+    prompts = [given, tuple(given), deque(given), list(map(np.uint8, given))]
+    prompts += [np.array(given, np.uint64), jnp.array(given), np.array([*given, 9])[:5]]
+    stops = [[stop], (np.int32(stop),), {stop}, frozenset([stop]), {stop: 1}.keys()]
+    stops += [np.array([stop, stop]), jnp.array([stop])]
+    generations = []
+    for prompt, stop_token_ids in zip(prompts, stops, strict=True):
+        request = Request(prompt, np.int16(6), stop_token_ids=stop_token_ids)
+        generations.append(engine.submit(request))
+        assert generations[-1].request is request
+    given[:] = [0] * 5  # What is changed later is not seen.
+    stops[0].clear()
+    with pytest.raises(ValueError, match="read-only"):
+        generations[0].prompt[0] = 0
+    engine.run()
+    for generation in generations:
+        assert (generation.tokens, generation.finish_reason) == (expected, "stop")
+    for empty in [], (), set(), np.array([]), range(0):
+        generation = engine.submit(dataclasses.replace(usual, stop_token_ids=empty))
+        engine.run()
+        assert_complete(generation, whole)
+
+
+# ---- Interruptions -----------------------------------------------------------------
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before the given instruction of the engine's module.
+
+    Attributes:
+        count: instructions of that module that have been executed.
+        where: the name of the function that was interrupted.
+    """
+
+    def __init__(self, moment=None):
+        self.moment = moment
+        self.count = 0
+        self.where = None
+
+    def __enter__(self):
+        self.previous = sys.gettrace()
+        sys.settrace(self.enter)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.previous)
+
+    def enter(self, frame, event, _):
+        if frame.f_code.co_filename != Engine.step.__code__.co_filename:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self.count_instruction
+
+    def count_instruction(self, frame, event, _):
+        if event == "opcode":
+            self.count += 1
+            if self.count == self.moment:
+                self.where = frame.f_code.co_name
+                raise KeyboardInterrupt  # which ends all tracing
+        return self.count_instruction
+
+
+class Job(NamedTuple):
+    """A request that was submitted, and what it should become."""
+
+    generation: Any
+    seen: list
+    tokens: list
+    reason: str
+
+
+@pytest.fixture(scope="module")
+def submit_all(alone):
+    """Submits requests of all kinds: long, sampled, with stop tokens and callbacks."""
+    known = []
+    for i, some in enumerate(some_requests(7, seed=11)):
+        request = dataclasses.replace(some, max_new_tokens=2 + i % 4)
+        tokens = alone(request)
+        if i % 3 == 1:
+            tokens = tokens[: tokens.index(tokens[1]) + 1]
+            stops = {tokens[-1]}
+            request = dataclasses.replace(request, stop_token_ids=stops)
+        known.append((request, tokens, "stop" if i % 3 == 1 else "length"))
+
+    def submit(engine):
+        jobs = []
+        for i, (request, tokens, reason) in enumerate(known):
+            seen = []
+            own = dataclasses.replace(request, on_event=seen.append if i % 2 else None)
+            jobs.append(Job(engine.submit(own), seen, tokens, reason))
+        return jobs
+
+    return submit
+
+
+def drive(engine, jobs, moments=(), step=Engine.step):
+    """Steps until idle, interrupted after so many instructions each; checks all.
+
+    Returns:
+        The number of instructions, and the functions that were interrupted.
+    """
+    returned, where, count = [], [], 0
+    for moment in [*moments, None]:
+        with contextlib.suppress(KeyboardInterrupt), Interrupter(moment) as interrupter:
+            while not engine.idle:
+                returned += step(engine)
+        count += interrupter.count
+        where.append(interrupter.where)
+    # An interruption may come between the last instruction of a call and its caller.
+    lost = {"step", "run", "_take_events"} & set(where)
+    missed = "_deliver" in where  # and before the first instruction of a callback
+    check(engine, jobs, None if lost else returned, missed)
+    return count, where
+
+
+def check(engine, jobs, returned=None, missed=False):
+    """All that is known of the requests is complete, in order and there once."""
+    for generation, seen, tokens, reason in jobs:
+        assert (generation.tokens, generation.finish_reason) == (tokens, reason)
+        assert len(generation.token_times) == len(tokens)
+        assert generation.token_times == sorted(generation.token_times)
+        assert generation.finished == generation.token_times[-1]
+        assert engine.stats.requests.count(generation) == 1
+        assert generation.slot == PAD_SLOT_ID
+        id = generation.id
+        events = [Event(id, token) for token in tokens[:-1]]
+        events.append(Event(id, tokens[-1], reason))
+        if generation.request.on_event is not None:
+            left = iter(events)
+            assert all(event in left for event in seen), "out of order, or twice"
+            assert missed or seen == events
+        elif returned is not None:
+            assert [event for event in returned if event.id == id] == events
+    assert engine.idle and engine._intact
+    assert not engine._running and not engine._waiting and not engine._flights
+    assert sorted(engine._free) == [0, 1, 2, 3]
+
+
+def test_an_interruption_between_any_two_instructions_changes_nothing(
+    engine, submit_all
+):
+    rng = np.random.default_rng(0)
+    total, _ = drive(engine, submit_all(engine))
+    interrupted = set()
+    trials = 80
+    for i in range(trials):
+        moment = 1 + (i * total + int(rng.integers(total))) // trials
+        # A second one while the engine mends, or soon afterwards.
+        moments = [moment, int(rng.integers(1, 1200))][: 1 + i % 2]
+        step = Engine.run if i % 5 == 0 else Engine.step
+        interrupted |= set(drive(engine, submit_all(engine), moments, step)[1])
+    assert interrupted >= {"_dispatch", "_collect", "_deliver", "_pack", "_mend"}
+
+
+@pytest.fixture(scope="module")
+def bigrams():
+    """An engine that is cheap to run, and the tokens of three requests."""
+    engine = Engine(
+        Bigram(nnx.Rngs(0)), num_slots=2, max_tokens_per_step=2, decode_buckets=[2]
+    )
+    requests = [Request([1], 3), Request([2], 2), Request([3], 1)]
+    generations = [engine.submit(request) for request in requests]
+    engine.run()
+    return engine, requests, [generation.tokens for generation in generations]
+
+
+def test_every_few_instructions_a_short_run_may_be_interrupted(bigrams):
+    engine, requests, expected = bigrams
+    for moment in itertools.count(1, 5):
+        generations = [engine.submit(request) for request in requests]
+        with contextlib.suppress(KeyboardInterrupt), Interrupter(moment) as interrupter:
+            engine.run()
+        engine.run()
+        assert [generation.tokens for generation in generations] == expected, moment
+        assert engine.idle and sorted(engine._free) == [0, 1]
+        if interrupter.where is None:
+            break
+    assert moment > 1000
+
+
+@pytest.mark.parametrize("what", ["submit", "cancel"])
+def test_an_interrupted_submit_or_cancel_has_done_all_or_nothing(bigrams, what):
+    engine, requests, expected = bigrams
+    outcomes = set()
+    moment = hits = 0
+    while hits == moment:
+        moment += 1
+        generations = [engine.submit(request) for request in requests]
+        before = len(engine.stats.requests)
+        engine.step()  # The third still waits.
+        victim = generations[moment % 3]
+        with contextlib.suppress(KeyboardInterrupt), Interrupter(moment) as interrupter:
+            if what == "submit":
+                engine.submit(requests[0])
+            else:
+                engine.cancel(victim.id)
+        hits += interrupter.where is not None
+        events = engine.run()
+        for generation, tokens in zip(generations, expected, strict=True):
+            if generation.finish_reason == "cancelled":
+                assert generation is victim and what == "cancel"
+                assert Event(victim.id, None, "cancelled") in events
+                assert generation.tokens == tokens[: len(generation.tokens)]
+            else:
+                assert (generation.tokens, generation.finish_reason) == (
+                    tokens,
+                    "length",
+                )
+        ended = list(engine.stats.requests)[before:]
+        if what == "submit":
+            outcomes.add(len(ended))
+            assert all(g.tokens == expected[0] for g in set(ended) - set(generations))
+        else:
+            outcomes.add(victim.finish_reason)
+            assert len(ended) == 3
+        assert engine.idle and sorted(engine._free) == [0, 1]
+    assert hits > 50 and len(outcomes) == 2
+
+
+class Timer:
+    """A real signal after so many seconds, whose handler raises KeyboardInterrupt."""
+
+    def __init__(self, number):
+        self.number = number
+        self.armed = False
+
+    def __enter__(self):
+        self.previous = signal.signal(self.number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(self.number, self.previous)
+
+    def handle(self, *_):
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+    def call(self, seconds, function):
+        """Calls it, and says whether it was interrupted."""
+        send = functools.partial(
+            signal.pthread_kill, threading.get_ident(), self.number
+        )
+        timer = threading.Timer(seconds, send)
+        try:
+            self.armed = True
+            if self.number == signal.SIGALRM:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+            else:
+                timer.start()
+            function()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            self.armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if timer.ident is not None:
+                timer.join()
+        return False
+
+
+@pytest.mark.skipif(
+    not hasattr(signal, "setitimer")
+    or threading.current_thread() is not threading.main_thread(),
+    reason="signals come to the main thread of POSIX systems",
+)
+@pytest.mark.parametrize("name", ["SIGALRM", "SIGINT"])
+def test_real_signals_at_many_moments_change_nothing(engine, submit_all, name):
+    rng = np.random.default_rng(1)
+    start = time.perf_counter()
+    drive_jobs = submit_all(engine)
+    engine.run()
+    check(engine, drive_jobs)
+    usual = time.perf_counter() - start
+    hits = 0
+    with Timer(getattr(signal, name)) as timer:
+        for _ in range(25):
+            jobs = submit_all(engine)
+            while timer.call(rng.uniform(0, usual), engine.run):
+                hits += 1
+            engine.run()
+            check(engine, jobs, missed=True)
+    assert hits >= 5
+
+
+def test_lost_caches_are_made_anew_and_the_failure_is_raised(
+    engine, submit_all, monkeypatch
+):
+    """The device fails after it took the caches, or with the tokens of a step."""
+
+    def failing(_params, state, _batch):
+        jax.tree.map(lambda a: a.delete(), state)
+        raise RuntimeError("out of memory")
+
+    class Lost:
+        def __array__(self, *_, **__):
+            raise RuntimeError("the device is gone")
+
+    for steps in 0, 1, 4, 7:
+        jobs = submit_all(engine)
+        returned = [event for _ in range(steps) for event in engine.step()]
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_executable", lambda _: failing)
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    engine.step()
+        returned += engine.step()
+        engine._flights[0] = engine._flights[0]._replace(tokens=Lost())
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            engine.step()
+        returned += engine.run()
+        check(engine, jobs, returned)
+
+
+def test_an_interruption_while_waiting_for_the_device_costs_nothing(
+    engine, submit_all, monkeypatch
+):
+    jobs = submit_all(engine)
+    returned = engine.step()
+    caches = engine._state
+    flight = engine._flights[0]
+
+    class Slow:
+        def __array__(self, *_, **__):
+            raise KeyboardInterrupt
+
+    engine._flights[0] = flight._replace(tokens=Slow())
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert caches is not engine._state and len(engine._flights) == 2
+    assert engine._intact  # nothing has to be read again
+    engine._flights[0] = flight
+    returned += engine.run()
+    check(engine, jobs, returned)
+    prompts = sum(len(job.generation.prompt) for job in jobs)
+    assert sum(s.prefill_tokens for s in since(engine, flight.start)) == prompts
+
+
+def since(engine, start):
+    return [step for step in engine.stats.steps if step.start >= start]

@@ -239,6 +239,8 @@ def test_one_token_in_the_vocabulary():
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
+        {"temperature": 1e39},
+        {"temperature": 10**400},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
@@ -250,3 +252,28 @@ def test_one_token_in_the_vocabulary():
 def test_parameters_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("temperature", value) for value in ("0.5", None, True, 1j, [1.0])],
+        *[("top_k", value) for value in (2.0, "3", None, True, np.True_, [1])],
+        *[("top_p", value) for value in ("0.5", None, False, np.ones(1))],
+        *[("seed", value) for value in (1.0, "1", True, np.float32(1), [1])],
+    ],
+    ids=str,
+)
+def test_parameters_of_a_wrong_type_are_named(name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be .*, got "):
+        SamplingParams(**{name: value})
+
+
+def test_numbers_of_arrays_are_kept_as_those_of_python():
+    got = SamplingParams(
+        np.float32(0.5), np.int64(3), jnp.float32(0.25), np.uint32(2**32 - 1)
+    )
+    assert got == SamplingParams(0.5, 3, 0.25, 2**32 - 1)
+    kept = [got.temperature, got.top_k, got.top_p, got.seed]
+    assert list(map(type, kept)) == [float, int, float, int]
+    assert type(SamplingParams(temperature=1).temperature) is float
