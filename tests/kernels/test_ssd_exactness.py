@@ -30,8 +30,8 @@ CALL = (
     if HAS_GPU
     else interpreter.call
 )
-# Over the largest element of a head's state. Tensor cores cut off what a float32 sum has
-# no room for, always towards zero, so that a head that forgets nothing loses a little
+# Over the largest element of a head's state. Tensor cores cut off what a float32 sum
+# has no room for, always towards zero, so that a head that forgets nothing loses a little
 # more with each of its 300 to 400 tokens; others forget what they have lost.
 STATE_ERROR = 1e-6
 # The same of outputs, beyond their one rounding. What is rounded to bfloat16 may be the
