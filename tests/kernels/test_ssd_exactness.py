@@ -31,8 +31,8 @@ CALL = (
     else interpreter.call
 )
 # Over the largest element of a head's state. Tensor cores cut off what a float32 sum
-# has no room for, always towards zero, so that a head that forgets nothing loses a little
-# more with each of its 300 to 400 tokens; others forget what they have lost.
+# has no room for, always towards zero: a head that forgets nothing loses a little more
+# with each of its 300 to 400 tokens, while others forget what they have lost.
 STATE_ERROR = 1e-6
 # The same of outputs, beyond their one rounding. What is rounded to bfloat16 may be the
 # product of operands of 16 bits: a 200th of that rounding, at most.
