@@ -222,7 +222,8 @@ def _dot(a, b, acc, FAST: tl.constexpr):
 def _to_tf32(a):
     """Rounded to the 11 bits that a product in TF32 keeps."""
     bits = a.to(tl.int32, bitcast=True)
-    return ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
+    rounded = ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
+    return tl.where(finite(a), rounded, a)  # rounding up would turn some NaN into 0
 
 
 @triton.jit
