@@ -394,18 +394,6 @@ def test_nan_of_a_token_is_seen_from_there_on(implementation):
         assert np.isfinite(np.delete(states, slots[:2], axis=0)).all()
 
 
-def test_any_nan_stays_one(implementation):
-    """Also that of all bits, which a GPU makes: to round it up would make it a zero."""
-    kinds = dict.fromkeys(("x", "B", "C"), FLOAT16)
-    arrays = batch([40], **kinds).arrays
-    dt = arrays["dt"].astype(np.float32)
-    dt[3] = np.uint32(0x7FFFFFFF).view(np.float32)
-    y, states = ssd_cases.call(batch([40], **kinds).replace(dt=dt), implementation)
-    assert np.isnan(y[3:]).all()
-    slot = arrays["cache_indices"][0]
-    assert np.isnan(states[slot]).all()
-
-
 def test_two_sequences_in_one_slot_harm_nobody_else(implementation):
     """None may be; then what becomes of these two is open."""
     case = batch([12, 2, 12, 1, 1, 12], num_slots=9)
