@@ -219,10 +219,11 @@ def _dot(a, b, acc, FAST: tl.constexpr):
 
 
 @triton.jit
-def _to_tf32(a):
+def to_tf32(a):
     """Rounded to the 11 bits that a product in TF32 keeps."""
     bits = a.to(tl.int32, bitcast=True)
-    return ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
+    rounded = ((bits + 4096) & -8192).to(tl.float32, bitcast=True)
+    return tl.where(finite(a), rounded, a)  # rounding up would turn some NaN into 0
 
 
 @triton.jit
@@ -257,10 +258,10 @@ def dot_left(wide, narrow, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     elif narrow.dtype == tl.float16:
         # float16 has too short a range for the terms, but TF32 holds its values.
         exact = narrow.to(tl.float32)
-        term = _to_tf32(wide)
+        term = to_tf32(wide)
         acc = tl.dot(term, exact, acc, input_precision="tf32")
         if PARTS > 1:
-            rest = _to_tf32(wide - term)
+            rest = to_tf32(wide - term)
             acc = tl.dot(rest, exact, acc, input_precision="tf32")
     elif PARTS > 1:
         acc = tl.dot(wide, narrow.to(tl.float32), acc, input_precision="tf32x3")
@@ -280,10 +281,10 @@ def dot_right(narrow, wide, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
         acc = _dot(narrow, rest.to(tl.bfloat16), acc, FAST)
     elif narrow.dtype == tl.float16:
         exact = narrow.to(tl.float32)
-        term = _to_tf32(wide)
+        term = to_tf32(wide)
         acc = tl.dot(exact, term, acc, input_precision="tf32")
         if PARTS > 1:
-            rest = _to_tf32(wide - term)
+            rest = to_tf32(wide - term)
             acc = tl.dot(exact, rest, acc, input_precision="tf32")
     elif PARTS > 1:
         acc = tl.dot(narrow.to(tl.float32), wide, acc, input_precision="tf32x3")
