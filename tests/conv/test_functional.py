@@ -16,6 +16,8 @@ from tests.support import checks
 from tests.support.draws import draw_packed, draw_update, ints
 from tests.support.platforms import KERNEL_CALLS, ON_CPU, exported, needs_triton
 
+pytestmark = pytest.mark.forward_only
+
 WIDTH = 4
 
 

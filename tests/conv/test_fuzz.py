@@ -14,7 +14,7 @@ import pytest
 from tests.support import REPOSITORY, cases, checks, fuzz, reference, ssd_cases
 from tests.support.cases import FLOATS, PackedShape, UpdateShape
 
-SECONDS = 20
+SECONDS = 15
 
 
 def commit_seed():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jax_causal_conv as jcc
-from tests.support import checks, gpu_compiler
+from tests.support import checks, gpu_compiler, quick
 from tests.support.draws import ints
 from tests.support.gpu_compiler import CompiledProgram, Program
 from tests.support.gradients import (
@@ -90,7 +90,8 @@ def test_each_layer_of_a_stacked_cache_is_as_if_alone(implementation, op, remat)
         results = run(floats, rest)
         return weighted(results, cotangents), results
 
-    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    jit = jax.jit if implementation is None else quick.jit
+    gradient = jit(jax.grad(loss, has_aux=True))
     got, results = gradient(floats, rest, stack(cotangents))
     for number, case in enumerate(cases):
         assert_values(pick(results, number), case, f"layer {number}")
@@ -116,7 +117,7 @@ def test_gradients_of_rematerialised_layers_that_feed_each_other(implementation)
         out, inputs = jax.lax.scan(layer, x, parameters)
         return out.sum(), inputs
 
-    got, inputs = jax.jit(jax.grad(loss, has_aux=True))(parameters, x)
+    got, inputs = quick.jit(jax.grad(loss, has_aux=True))(parameters, x)
     cotangent = np.ones(x.shape)
     for number in reversed(range(LAYERS)):
         # The chain rule in float64, at the inputs that the layers saw.

@@ -610,16 +610,16 @@ def mapped(op, kind):
     return gpu_program(run, (filters, *each), specs, kind)
 
 
-FORWARD = [
-    f"forward-{axis}-{op}-{kind}"
-    for axis, ops in {
-        "channels": BY_CHANNELS,
-        "rows": ("update", "ring", "dense"),
-    }.items()
-    for op in ops
-    for kind in KINDS
-]
 # Both kinds of mesh divide a kernel in one way: a half of the pairs will do.
+FORWARD = [
+    "forward-channels-packed-Auto",
+    "forward-channels-update-Explicit",
+    "forward-channels-ring-Auto",
+    "forward-channels-dense-Explicit",
+    "forward-rows-update-Auto",
+    "forward-rows-ring-Explicit",
+    "forward-rows-dense-Auto",
+]
 GRADIENTS = {
     "channels": [
         "gradient-channels-packed-Auto",
