@@ -407,6 +407,7 @@ class Engine:
         decode_buckets: Iterable[int] | None = None,
         max_waiting: int = 1024,
         cache_dtype: Any = None,
+        ssm_dtype: Any = jnp.float32,
         history: int = 100_000,
     ):
         """Allocates the caches; compiles nothing yet.
@@ -422,7 +423,9 @@ class Engine:
             decode_buckets: sizes of steps without, one token per row. The largest must
                 be `num_slots`. None: it and its halves, down to 1.
             max_waiting: requests that may wait for a slot.
-            cache_dtype: of the caches, as for the model's `init_cache`.
+            cache_dtype: of the conv states, `dtype` of the model's `init_cache`.
+            ssm_dtype: of the SSM states. bfloat16 halves what a decode step moves, and
+                rounds the states at each.
             history: how many steps and finished requests `stats` remembers.
 
         Raises:
@@ -463,7 +466,7 @@ class Engine:
         )
         self._executables: dict[Bucket, jax.stages.Compiled] = {}
         self._state = DeviceState(
-            model.init_cache(num_slots, dtype=cache_dtype),
+            model.init_cache(num_slots, dtype=cache_dtype, ssm_dtype=ssm_dtype),
             jnp.zeros(num_slots, jnp.int32),
         )
         self._state_types = jax.tree.map(

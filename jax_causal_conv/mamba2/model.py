@@ -237,20 +237,25 @@ class Mamba2LM(nnx.Module):
         return self._logits(hidden[last]), tuple(new_cache)
 
     def init_cache(
-        self, num_slots: int, *, dtype: DTypeLike | None = None
+        self,
+        num_slots: int,
+        *,
+        dtype: DTypeLike | None = None,
+        ssm_dtype: DTypeLike = jnp.float32,
     ) -> tuple[Mamba2Cache, ...]:
         """The caches of all layers, zero.
 
         Args:
             num_slots: S, how many requests fit.
-            dtype: of the conv states; None is the computation's. SSM states are
-                float32.
+            dtype: of the conv states; None is the computation's.
+            ssm_dtype: of the SSM states.
 
         Returns:
             One `Mamba2Cache` per layer.
         """
         return tuple(
-            layer.mixer.init_cache(num_slots, dtype=dtype) for layer in self.layers
+            layer.mixer.init_cache(num_slots, dtype=dtype, ssm_dtype=ssm_dtype)
+            for layer in self.layers
         )
 
     def _embed(self, tokens: ArrayLike) -> jax.Array:

@@ -97,7 +97,7 @@ class Bigram(nnx.Module):
     def packed(self, tokens, cache, query_start_loc, **_):
         return self.logits[tokens[jnp.maximum(query_start_loc[1:] - 1, 0)]], cache
 
-    def init_cache(self, num_slots, *, dtype=None):
+    def init_cache(self, num_slots, *, dtype=None, ssm_dtype=None):
         return jnp.zeros((num_slots, 1), dtype)
 
 
@@ -238,6 +238,26 @@ def test_tokens_equal_one_sequence_at_a_time_through_packed(model, alone):
             tokens, count, seen = jnp.full(1, got[-1]), 1, jnp.array(True)
             position += 1
         assert got == alone(request)
+
+
+def test_states_may_be_bfloat16(model):
+    """Then a token follows from states that were rounded after each step."""
+    narrow = Engine(model, num_slots=2, max_tokens_per_step=16, ssm_dtype=jnp.bfloat16)
+    request = Request(list(range(1, 9)), 4)
+    generation = narrow.submit(request)
+    narrow.run()
+
+    cache = model.init_cache(1, ssm_dtype=jnp.bfloat16)
+    assert {layer.ssm.dtype for layer in cache} == {jnp.dtype(jnp.bfloat16)}
+    tokens, seen, want = request.prompt, False, []
+    for _ in range(4):
+        offsets = jnp.array([0, len(tokens)])
+        logits, cache = model.packed(
+            jnp.array(tokens), cache, offsets, has_initial_state=jnp.array([seen])
+        )
+        tokens, seen = [int(logits[0].argmax())], True
+        want += tokens
+    assert generation.tokens == want
 
 
 def test_tokens_depend_on_the_whole_prompt(engine, alone):
