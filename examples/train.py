@@ -4,7 +4,8 @@ The text is what every Python carries for `help()`: the topics of `pydoc_data`, 
 400,000 bytes without repetitions. Each topic is a document. Documents are packed back
 to back into rows, and segment ids keep them apart. Some are held out; the model has to
 predict them much better than the frequencies of byte pairs do. What is saved is a
-checkpoint in transformers' layout, for `examples.serve` and `examples.generate`.
+checkpoint in transformers' layout, for `examples.serve` and
+`python -m jax_causal_conv.mamba2.generate`.
 """
 
 import argparse
