@@ -269,7 +269,9 @@ def timeline(log: list[Step], utf8: bool) -> Table:
 
 def report(console: Console, log: list[Step], facts: dict[str, str]) -> None:
     mixed = max(log, key=lambda s: (min(s.decodes, 2 * s.prefills), s.tokens))
-    console.print(f"\n{mixed}:", " ".join(map(str, mixed.rows)), markup=False)
+    console.print(f"\nthe most mixed batch, {mixed}")
+    console.print("its rows, as topic[token] or topic[start:end]:", markup=False)
+    console.print(" ".join(map(str, mixed.rows)), markup=False)
     console.print(f"\nall {len(log)} steps, from left to right:")
     console.print(timeline(log, console.encoding.startswith("utf")))
     table = Table(show_header=False)

@@ -120,6 +120,45 @@ def test_training_lowers_the_held_out_loss_and_draws_it(trained):
     assert (trained / train.LOSS_CURVE).read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rate", "nan"], "--learning-rate must be finite"),
+        (["--learning-rate", "0"], "--learning-rate must be finite and above 0"),
+        (["--seed", "-1"], "--seed must be in"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--out", __file__], "--out must be a directory"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("texts", [([], [b"x"]), ([b"x"], [])])
+def test_training_without_text_says_so(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "documents", lambda: texts)
+    assert train.main(["--out", str(tmp_path / "new")]) == 2
+    assert "no help topics" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 20])  # the last update, or one before it
+def test_training_that_diverges_saves_nothing(steps, tmp_path, monkeypatch, capsys):
+    texts = [bytes(range(1, 200))]
+    monkeypatch.setattr(train, "documents", lambda: (texts, texts))
+    nothing = train.optax.sgd(float("nan"))
+    monkeypatch.setattr(train, "optimizer", lambda steps, peak: nothing)
+    sizes = ["--d-model", "16", "--layers", "1", "--batch", "2"]
+    arguments = [*sizes, "--length", "32", "--steps", str(steps)]
+    assert train.main([*arguments, "--out", str(tmp_path / "new")]) == 1
+    message = capsys.readouterr().err
+    assert "the loss is nan after 1 steps" in message and "--learning-rate" in message
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """The runs of all servers, in turn; with a recorded list, those instead."""
