@@ -13,7 +13,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from examples.byte_text import END, VOCAB, documents
+from jax_causal_conv import pack_documents
 from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM, save
 
 WEIGHT_DECAY = 0.1
@@ -48,20 +49,12 @@ class Rows(NamedTuple):
 
 def pack(texts: Sequence[bytes], length: int) -> Rows:
     """Documents back to back in rows of `length` tokens; the last row is padded."""
-    ends = np.array([END], np.int32)
-    inputs, targets, segment_ids = [], [], []
-    for i, text in enumerate(texts):
-        tokens = np.frombuffer(text, np.uint8).astype(np.int32)
-        inputs += [ends, tokens]
-        targets += [tokens, ends]
-        segment_ids.append(np.full(len(tokens) + 1, i, np.int32))
-
-    def rows(parts: Iterable[np.ndarray], fill: int) -> np.ndarray:
-        stream = np.concatenate(list(parts))
-        stream = np.pad(stream, (0, -len(stream) % length), constant_values=fill)
-        return stream.reshape(-1, length)
-
-    return Rows(rows(inputs, END), rows(targets, END), rows(segment_ids, -1))
+    tokens = [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
+    inputs = [np.append(END, document) for document in tokens]
+    targets = [np.append(document, END) for document in tokens]
+    packed = pack_documents(inputs, length, pad=END)
+    after = pack_documents(targets, length, pad=END).tokens
+    return Rows(packed.tokens, after, packed.segment_ids)
 
 
 def batches(

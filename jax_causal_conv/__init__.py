@@ -9,12 +9,15 @@ from .metadata import build_metadata, validate_batch
 from .op.primitive import target_compute_capability
 from .operands import PAD_SLOT_ID
 from .packed import causal_conv1d_fn
+from .packing import PackedBatch, PackedDocuments, pack_batch, pack_documents
 from .states import layer_slots, varlen_conv_states
 from .update import causal_conv1d_update
 
 __all__ = [
     "PAD_SLOT_ID",
     "ConvMetadata",
+    "PackedBatch",
+    "PackedDocuments",
     "__version__",
     "build_metadata",
     "causal_conv1d",
@@ -22,6 +25,8 @@ __all__ = [
     "causal_conv1d_update",
     "halo_state",
     "layer_slots",
+    "pack_batch",
+    "pack_documents",
     "ssd",
     "ssd_packed",
     "target_compute_capability",

@@ -1,5 +1,7 @@
 """Metadata of a packed batch, and the check of one before it is served."""
 
+import warnings
+
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -52,25 +54,41 @@ def validate_batch(
     *,
     num_tokens: int,
     num_slots: int,
+    has_initial_state: ArrayLike | None = None,
+    num_rejected_tokens: ArrayLike | None = None,
+    metadata: ConvMetadata | None = None,
+    state_len: int | None = None,
+    width: int | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
 ) -> None:
     """Checks a packed batch on the host, eagerly, for servers and notebooks.
 
     The ops accept any integers; this tells a mistake from an intention. Empty
-    sequences and pad slots are exempt from the checks of slots.
+    sequences and pad slots are exempt from the checks of slots. Pass what the op gets:
+    what is left out is not checked.
 
     Args:
         query_start_loc: `(N+1,)` integers.
         cache_indices: `(N,)` integers, None = `arange(N)`.
         num_tokens: T.
         num_slots: S.
+        has_initial_state: `(N,)` bool or None, all False, as the op has it.
+        num_rejected_tokens: `(N,)` integers.
+        metadata: what the op would get with this batch.
+        state_len: L, the length of a slot, and
+        width: W, of the filter: rejected tokens need L >= W-1 + r.
         pad_slot_id: the slot number that means "skip".
 
     Raises:
-        ValueError: names the first offending entry: `query_start_loc[0] != 0`, a
-            decreasing or too large offset, a slot out of range, a slot used by two
-            live sequences.
+        ValueError: names the first offending entry: `query_start_loc[0] != 0` (lengths
+            in the place of offsets are recognised), a decreasing or too large offset, a
+            slot out of range, a slot used by two live sequences, metadata of another
+            batch, more rejected tokens than a slot of `state_len` has room for.
         TypeError: not integers, or traced values.
+
+    Warns:
+        UserWarning: all live sequences have one token, and none has an initial state:
+            decodes that forget what came before.
     """
     num_tokens = checks.static_int("num_tokens", num_tokens, minimum=0)
     num_slots = checks.static_int("num_slots", num_slots, minimum=0)
@@ -78,7 +96,10 @@ def validate_batch(
     q = checks.host_integers("query_start_loc", query_start_loc)
     checks.at_least_one_offset(q)
     if q[0] != 0:
-        raise ValueError(f"query_start_loc[0] must be 0, got {q[0]}")
+        hint = ""
+        if (q > 0).all() and q.sum() <= num_tokens:
+            hint = "; these look like lengths: offsets are np.cumsum([0, *lengths])"
+        raise ValueError(f"query_start_loc[0] must be 0, got {q[0]}{hint}")
     decreasing = np.concatenate([[False], q[1:] < q[:-1]])
     if (bad := np.flatnonzero(decreasing | (q > num_tokens))).size:
         i = int(bad[0])
@@ -120,3 +141,73 @@ def validate_batch(
             f"cache_indices[{i}] = {slot} is already used by live sequence "
             f"{owner[slot]}; two live sequences must not share a slot"
         )
+    live = live[(slots[live] >= 0) & (slots[live] < num_slots)]
+    seen = _seen(has_initial_state, n)
+    _warn_of_lost_history(q, live, seen)
+    if num_rejected_tokens is not None:
+        _check_rejected(num_rejected_tokens, live[seen[live]], n, state_len, width)
+    if metadata is not None:
+        _check_metadata(metadata, q, num_tokens)
+
+
+def _seen(has_initial_state: ArrayLike | None, n: int) -> np.ndarray:
+    if has_initial_state is None:
+        return np.zeros(n, bool)
+    return np.asarray(checks.has_initial_state(has_initial_state, n))
+
+
+def _warn_of_lost_history(q: np.ndarray, live: np.ndarray, seen: np.ndarray) -> None:
+    """Warns of decode steps that start from nothing."""
+    if live.size > 1 and (np.diff(q)[live] == 1).all() and not seen[live].any():
+        warnings.warn(
+            f"all {live.size} live sequences have one token and no initial state: "
+            "decode steps need has_initial_state=True, or they forget their history",
+            stacklevel=3,
+        )
+
+
+def _check_rejected(
+    value: ArrayLike,
+    rows: np.ndarray,
+    n: int,
+    state_len: int | None,
+    width: int | None,
+) -> None:
+    rejected = checks.host_integers("num_rejected_tokens", value)
+    if rejected.size != n:
+        raise ValueError(
+            f"num_rejected_tokens must have shape (N,) = ({n},), got {rejected.shape}"
+        )
+    least = 0 if width is None else checks.static_int("width", width, minimum=1) - 1
+    for i in rows[rejected[rows] < 0][:1]:
+        raise ValueError(
+            f"num_rejected_tokens[{i}] must not be negative, got {rejected[i]}"
+        )
+    if state_len is None:
+        return
+    state_len = checks.static_int("state_len", state_len, minimum=0)
+    for i in rows[rejected[rows] > state_len - least][:1]:
+        raise ValueError(
+            f"num_rejected_tokens[{i}] = {rejected[i]} needs slots of L >= W-1 + r = "
+            f"{least + int(rejected[i])} rows, got state_len = {state_len}"
+        )
+
+
+def _check_metadata(metadata: ConvMetadata, q: np.ndarray, num_tokens: int) -> None:
+    if not isinstance(metadata, ConvMetadata):
+        raise TypeError(
+            f"metadata must be a ConvMetadata or None, got {type(metadata).__name__}"
+        )
+    expected = build_metadata(q, num_tokens, block_m=metadata.block_m)
+    for name in ("chunk_seq", "chunk_offset"):
+        got, want = np.asarray(getattr(metadata, name)), getattr(expected, name)
+        if got.shape != want.shape:
+            raise ValueError(
+                f"metadata.{name} must have shape {want.shape} for this batch, got "
+                f"{got.shape}"
+            )
+        for p in np.flatnonzero(got != want)[:1]:
+            raise ValueError(
+                f"metadata is of another batch: {name}[{p}] is {got[p]}, and with this "
+                f"query_start_loc {want[p]}; build it anew for every step"
+            )
