@@ -5,7 +5,7 @@ narrowed, so that a 64-bit number out of range can never wrap into somebody's sl
 """
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from .columns import Columns
-from .operands import PAD_SLOT_ID
+from .operands import PAD_SLOT_ID, Implementation
 
 IMPLEMENTATIONS = (None, "xla", "triton", "interpret")
 
@@ -23,6 +23,10 @@ _INT32_MAX = 2**31 - 1
 
 def _is_jax(value: Any) -> bool:
     return isinstance(value, jax.Array)  # tracers included
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, jax.Array)) and value.ndim > 0
 
 
 def _shape(name: str, got: tuple, expected: tuple, letters: str) -> None:
@@ -42,6 +46,11 @@ def float_array(
     """A jax array of a supported float dtype and the expected shape (None is any)."""
     if value is None:
         raise TypeError(f"{name} must be an array of shape {letters}, got None")
+    if isinstance(value, (tuple, list)) and any(map(_is_array, value)):
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name} must be one array of shape {letters}, got a {kind} of {len(value)}"
+        )
     array = jnp.asarray(value)
     array = lax.convert_element_type(array, array.dtype)  # drops a weak type
     if array.dtype.name not in _FLOATS:
@@ -262,7 +271,8 @@ def filters(weight: Any, bias: Any, x: jax.Array, dim: int) -> tuple[Any, Any]:
     Only float64 data is worth float64 parameters; with a narrower x they become
     float32.
     """
-    weight = float_array("weight", weight, (dim, None), "(D, W)")
+    weight = float_array("weight", weight, (None, None), "(D, W)")
+    _same_channels(x, weight, dim)
     if weight.shape[1] == 0:
         raise ValueError(
             f"weight must have shape (D, W) with W >= 1, got {weight.shape}"
@@ -337,7 +347,7 @@ def pad_slot(pad_slot_id: Any, num_slots: int) -> int:
     return pad if 0 <= pad < num_slots else PAD_SLOT_ID
 
 
-def implementation_for(implementation: Any, x: jax.Array) -> str | None:
+def implementation_for(implementation: Any, x: jax.Array) -> Implementation:
     """A valid `implementation`, with what x's dtype says about None."""
     known = implementation is None or isinstance(implementation, str)
     if not known or implementation not in IMPLEMENTATIONS:
@@ -345,10 +355,29 @@ def implementation_for(implementation: Any, x: jax.Array) -> str | None:
             f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}"
         )
     if x.dtype != jnp.float64:
-        return implementation
+        return cast(Implementation, implementation)
     if implementation in ("triton", "interpret"):
         raise TypeError(
             f'x must not be float64 with implementation="{implementation}", whose '
             'kernels accumulate in float32; got float64. Use "xla" or None'
         )
     return "xla"
+
+
+def _same_channels(x: jax.Array, weight: jax.Array, dim: int) -> None:
+    """Raises where x and the filter have different channels, saying which to mend."""
+    if weight.shape[0] == dim:
+        return
+    if weight.shape[1] == dim:
+        raise ValueError(
+            f"weight must have shape (D, W) with D = {dim}, the channels of x, got "
+            f"{weight.shape}: it looks transposed"
+        )
+    hint = ""
+    if weight.shape[0] in x.shape[:-1]:
+        axis = x.shape.index(weight.shape[0])
+        hint = f": its axis {axis} has as many, and channels come last here"
+    raise ValueError(
+        f"x must have D = {weight.shape[0]} channels in its last axis, as "
+        f"weight (D, W) = {weight.shape} has, got x of shape {x.shape}{hint}"
+    )

@@ -1,16 +1,61 @@
 """`causal_conv1d`: the dense op, for training and plain prefill."""
 
+from __future__ import annotations
+
+from typing import Literal, Unpack, overload
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import checks
+from .arguments import Activation, DenseArguments, Implementation
 from .columns import Output
 from .op import gradients
 from .op.ops import DENSE
 from .operands import ConvSpec, DenseOperands
 
 
+@overload
+def causal_conv1d(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_final_state: Literal[False] = False,
+    split: None = None,
+    **arguments: Unpack[DenseArguments],
+) -> jax.Array: ...
+@overload
+def causal_conv1d(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_final_state: Literal[True],
+    split: None = None,
+    **arguments: Unpack[DenseArguments],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def causal_conv1d(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_final_state: Literal[False] = False,
+    split: tuple[int, ...],
+    **arguments: Unpack[DenseArguments],
+) -> tuple[jax.Array, ...]: ...
+@overload
+def causal_conv1d(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    return_final_state: bool = False,
+    split: tuple[int, ...] | None = None,
+    **arguments: Unpack[DenseArguments],
+) -> Output | tuple[Output, jax.Array]: ...
 def causal_conv1d(
     x: ArrayLike,
     weight: ArrayLike,
@@ -18,11 +63,11 @@ def causal_conv1d(
     *,
     initial_state: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
-    activation: str | bool | None = None,
+    activation: Activation = None,
     return_final_state: bool = False,
     channel_offset: int | None = None,
     split: tuple[int, ...] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> Output | tuple[Output, jax.Array]:
     """Causal depthwise conv of B rows of T tokens.
 

@@ -1,5 +1,7 @@
 """`halo_state`: the dense op with its time axis sharded over devices."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

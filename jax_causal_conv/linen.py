@@ -1,6 +1,6 @@
 """A Flax Linen layer over the ops; needs the extra `flax`."""
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from . import checks
+from .arguments import Activation, Implementation, PackedOptions, UpdateOptions
 from .columns import Output
 from .dense import causal_conv1d
 from .packed import causal_conv1d_fn
@@ -61,12 +62,12 @@ class CausalConv1d(nn.Module):
     features: int
     kernel_size: int
     use_bias: bool = True
-    activation: str | bool | None = None
+    activation: Activation = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = default_kernel_init
     bias_init: Initializer = default_bias_init
-    implementation: str | None = None
+    implementation: Implementation = None
 
     def setup(self):
         """Creates the params."""
@@ -113,7 +114,7 @@ class CausalConv1d(nn.Module):
         x: ArrayLike,
         conv_states: ArrayLike,
         query_start_loc: ArrayLike,
-        **batch: Any,
+        **batch: Unpack[PackedOptions],
     ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_fn` to packed tokens `(T, D)`, for serving.
 
@@ -132,7 +133,7 @@ class CausalConv1d(nn.Module):
         )
 
     def decode(
-        self, x: ArrayLike, conv_state: ArrayLike, **batch: Any
+        self, x: ArrayLike, conv_state: ArrayLike, **batch: Unpack[UpdateOptions]
     ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_update` to `(B, D)` or `(B, Q, D)`, for decoding.
 

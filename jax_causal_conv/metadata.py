@@ -1,5 +1,7 @@
 """Metadata of a packed batch, and the check of one before it is served."""
 
+from __future__ import annotations
+
 import warnings
 
 import numpy as np

@@ -1,8 +1,10 @@
 """The conv as a Flax NNX layer. Its public home is `jax_causal_conv.nnx`."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from . import checks
+from .arguments import Activation, Implementation, PackedOptions, UpdateOptions
 from .columns import Output
 from .dense import causal_conv1d
 from .packed import causal_conv1d_fn
@@ -75,14 +78,14 @@ class CausalConv1d(nnx.Module):
         kernel_size: int,
         *,
         use_bias: bool = True,
-        activation: str | bool | None = None,
+        activation: Activation = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
         kernel_metadata: Mapping[str, Any] = _NO_METADATA,
         bias_metadata: Mapping[str, Any] = _NO_METADATA,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
         self.features = checks.static_int("features", features, minimum=0)
@@ -139,7 +142,7 @@ class CausalConv1d(nnx.Module):
         x: ArrayLike,
         conv_states: ArrayLike,
         query_start_loc: ArrayLike,
-        **batch: Any,
+        **batch: Unpack[PackedOptions],
     ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_fn` to packed tokens `(T, D)`, for serving.
 
@@ -159,7 +162,7 @@ class CausalConv1d(nnx.Module):
         )
 
     def decode(
-        self, x: ArrayLike, conv_state: ArrayLike, **batch: Any
+        self, x: ArrayLike, conv_state: ArrayLike, **batch: Unpack[UpdateOptions]
     ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_update` to `(B, D)` or `(B, Q, D)`, for decoding.
 

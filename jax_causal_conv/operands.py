@@ -8,9 +8,15 @@ shapes, cotangents, the names of dimensions.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from .columns import ALL, Columns
+
+Activation: TypeAlias = Literal["silu", "swish"] | bool | None
+"""What callers may say about the activation; True is silu, False is None."""
+
+Implementation: TypeAlias = Literal["xla", "triton", "interpret"] | None
+"""Who computes; None chooses at lowering."""
 
 PAD_SLOT_ID = -1
 """The slot number that means "skip this sequence" unless the caller names another."""

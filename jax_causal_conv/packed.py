@@ -1,10 +1,15 @@
 """`causal_conv1d_fn`: the packed op, prefill and decode mixed in one call."""
 
+from __future__ import annotations
+
+from typing import Unpack, overload
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import checks
+from .arguments import Activation, Implementation, PackedArguments
 from .chunks import ConvMetadata, num_programs
 from .columns import Output
 from .op import gradients
@@ -12,6 +17,39 @@ from .op.ops import PACKED
 from .operands import PAD_SLOT_ID, ConvSpec, PackedOperands
 
 
+@overload
+def causal_conv1d_fn(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike,
+    query_start_loc: ArrayLike,
+    *,
+    split: None = None,
+    **arguments: Unpack[PackedArguments],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def causal_conv1d_fn(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike,
+    query_start_loc: ArrayLike,
+    *,
+    split: tuple[int, ...],
+    **arguments: Unpack[PackedArguments],
+) -> tuple[tuple[jax.Array, ...], jax.Array]: ...
+@overload
+def causal_conv1d_fn(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    conv_states: ArrayLike,
+    query_start_loc: ArrayLike,
+    *,
+    split: tuple[int, ...] | None = None,
+    **arguments: Unpack[PackedArguments],
+) -> tuple[Output, jax.Array]: ...
 def causal_conv1d_fn(
     x: ArrayLike,
     weight: ArrayLike,
@@ -22,12 +60,12 @@ def causal_conv1d_fn(
     cache_indices: ArrayLike | None = None,
     has_initial_state: ArrayLike | None = None,
     num_rejected_tokens: ArrayLike | None = None,
-    activation: str | bool | None = "silu",
+    activation: Activation = "silu",
     metadata: ConvMetadata | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
     channel_offset: int | None = None,
     split: tuple[int, ...] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Output, jax.Array]:
     """Causal depthwise conv of a packed batch, with its conv states updated.
 

@@ -1,10 +1,12 @@
 """Packing on the host: rows of requests into a batch, documents into rows."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from . import checks
 from .chunks import ConvMetadata

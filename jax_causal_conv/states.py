@@ -1,5 +1,7 @@
 """Helpers around the conv-state cache."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,22 +1,60 @@
 """`causal_conv1d_update`: the decode op, Q tokens for each of B requests."""
 
+from __future__ import annotations
+
+from typing import Unpack, overload
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import checks
+from .arguments import Activation, Implementation, UpdateArguments
 from .columns import Output
 from .op import gradients
 from .op.ops import UPDATE
 from .operands import PAD_SLOT_ID, ConvSpec, UpdateOperands
 
 
+@overload
 def causal_conv1d_update(
     x: ArrayLike,
     conv_state: ArrayLike,
     weight: ArrayLike,
     bias: ArrayLike | None = None,
-    activation: str | bool | None = None,
+    activation: Activation = None,
+    *,
+    split: None = None,
+    **arguments: Unpack[UpdateArguments],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def causal_conv1d_update(
+    x: ArrayLike,
+    conv_state: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    activation: Activation = None,
+    *,
+    split: tuple[int, ...],
+    **arguments: Unpack[UpdateArguments],
+) -> tuple[tuple[jax.Array, ...], jax.Array]: ...
+@overload
+def causal_conv1d_update(
+    x: ArrayLike,
+    conv_state: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    activation: Activation = None,
+    *,
+    split: tuple[int, ...] | None = None,
+    **arguments: Unpack[UpdateArguments],
+) -> tuple[Output, jax.Array]: ...
+def causal_conv1d_update(
+    x: ArrayLike,
+    conv_state: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    activation: Activation = None,
     *,
     cache_seqlens: ArrayLike | None = None,
     conv_state_indices: ArrayLike | None = None,
@@ -24,7 +62,7 @@ def causal_conv1d_update(
     pad_slot_id: int = PAD_SLOT_ID,
     channel_offset: int | None = None,
     split: tuple[int, ...] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Output, jax.Array]:
     """Advances B requests by Q tokens each, and their conv states with them.
 

@@ -17,6 +17,8 @@ read it in float32. `norm_before_gate` in a transformers config is without effec
 and here.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -35,6 +37,7 @@ from jax.typing import DTypeLike
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ..arguments import Implementation
 from .config import Mamba2Config
 from .model import Mamba2LM
 
@@ -79,7 +82,7 @@ def load(
     param_dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
     precision: jax.lax.PrecisionLike = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> Mamba2LM:
     """Loads a model from a directory in either published layout.
 

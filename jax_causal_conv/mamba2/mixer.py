@@ -1,5 +1,7 @@
 """The mixer of a Mamba-2 block as a Flax NNX layer, and the gated norm inside it."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from .. import batch, checks
+from ..arguments import Activation, Implementation
 from ..metadata import ConvMetadata
 from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from ..operands import PAD_SLOT_ID
@@ -186,7 +189,7 @@ class Mamba2Mixer(nnx.Module):
         norm_before_gate: bool = False,
         norm_groups: int | None = None,
         norm_eps: float = 1e-5,
-        activation: str | bool | None = "silu",
+        activation: Activation = "silu",
         num_shards: int = 1,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -197,7 +200,7 @@ class Mamba2Mixer(nnx.Module):
         out_bias_init: Initializer = default_bias_init,
         conv_bias_init: Initializer = default_bias_init,
         precision: jax.lax.PrecisionLike = None,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
         d_model = checks.static_int("d_model", d_model, minimum=1)
@@ -299,6 +302,7 @@ class Mamba2Mixer(nnx.Module):
             TypeError: a dtype is wrong.
             ValueError: a shape is wrong.
         """
+        self._check_input(u, 3, "(B, T, d_model)", "packed tokens go to `packed`")
         z, arguments, _ = self._ssd_arguments(
             u,
             lambda xbc, **columns: (
@@ -346,6 +350,12 @@ class Mamba2Mixer(nnx.Module):
             TypeError: a dtype or the type of a static argument is wrong.
             ValueError: a shape or size is wrong, or `metadata` is for other sizes.
         """
+        self._check_input(u, 2, "(T, d_model)", "rows are for calling the mixer")
+        if not isinstance(cache, Mamba2Cache):
+            raise TypeError(
+                "cache must be a Mamba2Cache, as init_cache makes it, got "
+                f"{type(cache).__name__}"
+            )
         if max_prefills is not None:
             cache_indices = _without_surplus(
                 u, cache, query_start_loc, cache_indices, max_prefills, pad_slot_id
@@ -390,6 +400,16 @@ class Mamba2Mixer(nnx.Module):
         shape = (num_slots, self.num_heads, self.headdim, self.d_state)
         conv = self.conv.init_state(num_slots, dtype=dtype)
         return Mamba2Cache(conv, jnp.zeros(shape, ssm_dtype))
+
+    def _check_input(self, u: ArrayLike, rank: int, letters: str, other: str) -> None:
+        shape = jnp.shape(u)
+        features = self.in_proj.in_features
+        if len(shape) == rank and shape[-1] == features:
+            return
+        hint = f": {other}" if shape[-1:] == (features,) else ""
+        raise ValueError(
+            f"u must have shape {letters} with d_model = {features}, got {shape}{hint}"
+        )
 
     @property
     def _conv_sizes(self) -> tuple[int, int, int]:

@@ -1,5 +1,7 @@
 """The Mamba2 language model, for training and for packed serving."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from ..arguments import Implementation
 from ..batch import sanitize_offsets
 from ..metadata import ConvMetadata, build_metadata
 from ..operands import PAD_SLOT_ID
@@ -43,7 +46,7 @@ class Block(nnx.Module):
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         precision: jax.lax.PrecisionLike,
-        implementation: str | None,
+        implementation: Implementation,
         rngs: nnx.Rngs,
     ):
         self.norm = RMSNorm(
@@ -132,7 +135,7 @@ class Mamba2LM(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -178,6 +181,7 @@ class Mamba2LM(nnx.Module):
             `(B, T, vocab_size)` float32 logits of each next token. Those at padding
             are finite and without meaning.
         """
+        _check_tokens(tokens, 2, "(B, T)", "packed tokens go to `packed`")
         hidden = self._embed(tokens)
         for layer in self.layers:
             hidden = layer(hidden, segment_ids)
@@ -214,6 +218,13 @@ class Mamba2LM(nnx.Module):
             `(N, vocab_size)` float32 logits after each sequence's last token, finite
             and without meaning for empty and skipped sequences; and the new cache.
         """
+        _check_tokens(tokens, 1, "(T,)", "rows (B, T) are for calling the model")
+        if isinstance(cache, Mamba2Cache) or len(cache) != len(self.layers):
+            got = "one" if isinstance(cache, Mamba2Cache) else len(cache)
+            raise ValueError(
+                f"cache must have one Mamba2Cache for each of {len(self.layers)} "
+                f"layers, as init_cache makes it, got {got}"
+            )
         hidden = self._embed(tokens)
         num_tokens = hidden.shape[0]
         if metadata is None:
@@ -281,3 +292,13 @@ class Mamba2LM(nnx.Module):
             head.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
+
+
+def _check_tokens(tokens: ArrayLike, rank: int, letters: str, other: str) -> None:
+    """Raises unless the tokens are integers of that rank."""
+    shape = jnp.shape(tokens)
+    if len(shape) != rank:
+        raise ValueError(f"tokens must have shape {letters}, got {shape}: {other}")
+    dtype = jnp.result_type(tokens)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers, got dtype {dtype}")

@@ -4,20 +4,59 @@ The letters of shapes are those of the conv's ops, and: H heads of P channels, G
 of H // G heads, K state size, c tokens in a chunk.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .. import checks
+from ..arguments import Implementation, SSDArguments
 from ..batch import accumulator
 from ..op import gradients
 from ..op.ops import SSD, SSD_PACKED
 from ..operands import PAD_SLOT_ID, SSDOperands, SSDPackedOperands, SSDSpec
 
 
+@overload
+def ssd(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None = None,
+    *,
+    return_final_state: Literal[False] = False,
+    **arguments: Unpack[SSDArguments],
+) -> jax.Array: ...
+@overload
+def ssd(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None = None,
+    *,
+    return_final_state: Literal[True],
+    **arguments: Unpack[SSDArguments],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def ssd(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None = None,
+    *,
+    return_final_state: bool = False,
+    **arguments: Unpack[SSDArguments],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 def ssd(
     x: ArrayLike,
     dt: ArrayLike,
@@ -34,7 +73,7 @@ def ssd(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     precision: jax.lax.PrecisionLike = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """State-space duality over B rows of T tokens, for training and plain prefill.
 
@@ -153,7 +192,7 @@ def ssd_packed(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     precision: jax.lax.PrecisionLike = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
     """State-space duality of a packed batch, with its states updated.
 

@@ -295,7 +295,7 @@ def test_initialisers_and_metadata_carry_partitioning():
 def test_wrong_arguments_are_named(kind):
     x, weight, bias = draw_layer(10)
     conv = layer(kind, weight, bias)
-    with pytest.raises(ValueError, match=r"weight must have shape \(D, W\)"):
+    with pytest.raises(ValueError, match="x must have D = 6 channels"):
         conv(x[..., :-1])
     with pytest.raises(TypeError, match="unexpected keyword argument 'slots'"):
         conv.decode(x[:, 0], conv.init_state(2), slots=None)

@@ -14,6 +14,7 @@ FLOORS = (
     ("operands",),
     ("batch", "checks"),
     ("slots", "chunks"),
+    ("arguments",),
     ("xla", "kernels"),
     ("op",),
     (
