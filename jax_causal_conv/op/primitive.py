@@ -200,6 +200,14 @@ batching.primitive_batchers[causal_conv_p] = _batch
 
 
 def _lower(ctx, *leaves, function):
+    module = ctx.module_context
+    if len(module.platforms) > 1:
+        # jax lowers a jitted function (`jnp.cumsum`, say) once for a whole module, by
+        # the rules of the platform that comes first: one that it lowered for CUDA
+        # would run on the CPU too, where XLA may not know it. Each of our branches
+        # gets its own.
+        own = module.replace(cached_primitive_lowerings={})
+        ctx = ctx.replace(module_context=own)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
