@@ -55,6 +55,25 @@ def jax_triton_has_backend_options() -> bool:
     return _at_least(kernel_compilers()["jax-triton"], 0, 4)
 
 
+def require_jax_triton() -> None:
+    """Raises ImportError, saying why, where jax-triton cannot lower a kernel.
+
+    It needs a CUDA plugin of jax's. Without one jax-triton 0.3 cannot be imported, but
+    0.4 can, and fails in the middle of a lowering; as it does if Triton is too old.
+    """
+    import jax_triton  # noqa: F401
+    from jaxlib import gpu_triton
+
+    if not hasattr(gpu_triton, "TritonKernel"):
+        raise ImportError(f"jaxlib {importlib.metadata.version('jaxlib')} finds no CUDA plugin")
+    versions = kernel_compilers()
+    if jax_triton_wants_newer(versions["jax-triton"], versions["triton"]):
+        raise ImportError(
+            f"jax-triton {versions['jax-triton']} does not work with "
+            f"triton {versions['triton']}"
+        )
+
+
 def jax_triton_wants_newer(jax_triton: str, triton: str) -> bool:
     """Does this version of jax-triton fail while lowering, with this one of Triton?"""
     return _at_least(jax_triton, 0, 4) and not _at_least(triton, 3, 7)

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from .. import checks
-from ..compat import __version__, kernel_compilers
+from ..compat import __version__, kernel_compilers, require_jax_triton
 from . import sharding
 from .record import Op
 
@@ -222,6 +222,7 @@ def _lower_to_xla(ctx, *leaves, **params):
 
 def _lower_to_triton(ctx, *leaves, **params):
     try:
+        require_jax_triton()
         from ..kernels import bridge
     except ImportError as error:
         cure = 'pip install "jax[cuda13]" jax-triton (or jax[cuda12])'
