@@ -8,6 +8,7 @@ import importlib.metadata
 import re
 
 import jax
+from jaxlib import gpu_triton
 
 __version__ = "0.1.0"
 """That of this package."""
@@ -61,11 +62,9 @@ def require_jax_triton() -> None:
     It needs a CUDA plugin of jax's. Without one jax-triton 0.3 cannot be imported, but
     0.4 can, and fails in the middle of a lowering; as it does if Triton is too old.
     """
-    import jax_triton  # noqa: F401
-    from jaxlib import gpu_triton
-
+    importlib.import_module("jax_triton")
     if not hasattr(gpu_triton, "TritonKernel"):
-        raise ImportError(f"jaxlib {importlib.metadata.version('jaxlib')} finds no CUDA plugin")
+        raise ImportError("jaxlib finds no CUDA plugin of its version")
     versions = kernel_compilers()
     if jax_triton_wants_newer(versions["jax-triton"], versions["triton"]):
         raise ImportError(
