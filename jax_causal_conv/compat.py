@@ -8,6 +8,7 @@ import importlib.metadata
 import re
 
 import jax
+from jaxlib import gpu_triton
 
 __version__ = "0.2.0"
 """That of this package."""
@@ -53,6 +54,23 @@ def jax_triton_passes_updated_twice() -> bool:
 def jax_triton_has_backend_options() -> bool:
     """Do compiler options go to jax-triton in a record, and results as `out_type`?"""
     return _at_least(kernel_compilers()["jax-triton"], 0, 4)
+
+
+def require_jax_triton() -> None:
+    """Raises ImportError, saying why, where jax-triton cannot lower a kernel.
+
+    It needs a CUDA plugin of jax's. Without one jax-triton 0.3 cannot be imported, but
+    0.4 can, and fails in the middle of a lowering; as it does if Triton is too old.
+    """
+    importlib.import_module("jax_triton")
+    if not hasattr(gpu_triton, "TritonKernel"):
+        raise ImportError("jaxlib finds no CUDA plugin of its version")
+    versions = kernel_compilers()
+    if jax_triton_wants_newer(versions["jax-triton"], versions["triton"]):
+        raise ImportError(
+            f"jax-triton {versions['jax-triton']} does not work with "
+            f"triton {versions['triton']}"
+        )
 
 
 def jax_triton_wants_newer(jax_triton: str, triton: str) -> bool:

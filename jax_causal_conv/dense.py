@@ -15,6 +15,8 @@ from .op import gradients
 from .op.ops import DENSE
 from .operands import ConvSpec, DenseOperands
 
+__all__ = ["causal_conv1d"]
+
 
 @overload
 def causal_conv1d(

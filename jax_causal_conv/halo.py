@@ -8,6 +8,8 @@ from jax.typing import ArrayLike
 
 from . import checks
 
+__all__ = ["halo_state"]
+
 
 def halo_state(
     x: ArrayLike,

@@ -14,6 +14,8 @@ from .dense import causal_conv1d
 from .packed import causal_conv1d_fn
 from .update import causal_conv1d_update
 
+__all__ = ["CausalConv1d", "default_bias_init", "default_kernel_init"]
+
 try:
     from flax import linen as nn
     from flax.linen.dtypes import canonicalize_dtype

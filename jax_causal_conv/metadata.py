@@ -12,6 +12,8 @@ from .chunks import ConvMetadata, chunk_metadata
 from .kernels.tiles import default_block_m
 from .operands import PAD_SLOT_ID
 
+__all__ = ["build_metadata", "validate_batch"]
+
 
 def build_metadata(
     query_start_loc: ArrayLike, num_tokens: int, *, block_m: int | None = None

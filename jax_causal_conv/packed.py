@@ -16,6 +16,8 @@ from .op import gradients
 from .op.ops import PACKED
 from .operands import PAD_SLOT_ID, ConvSpec, PackedOperands
 
+__all__ = ["causal_conv1d_fn"]
+
 
 @overload
 def causal_conv1d_fn(

@@ -13,6 +13,14 @@ from .chunks import ConvMetadata
 from .metadata import build_metadata
 from .operands import PAD_SLOT_ID
 
+__all__ = [
+    "BatchArguments",
+    "PackedBatch",
+    "PackedDocuments",
+    "pack_batch",
+    "pack_documents",
+]
+
 
 class BatchArguments(TypedDict):
     """What `causal_conv1d_fn` and the layers' `packed` take by name."""

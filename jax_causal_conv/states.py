@@ -11,6 +11,8 @@ from .batch import accumulator, sanitize_offsets, sequences
 from .operands import PAD_SLOT_ID
 from .slots import slots_after, wide_slots
 
+__all__ = ["layer_slots", "varlen_conv_states"]
+
 
 def varlen_conv_states(
     x: ArrayLike,

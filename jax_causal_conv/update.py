@@ -15,6 +15,8 @@ from .op import gradients
 from .op.ops import UPDATE
 from .operands import PAD_SLOT_ID, ConvSpec, UpdateOperands
 
+__all__ = ["causal_conv1d_update"]
+
 
 @overload
 def causal_conv1d_update(

@@ -41,6 +41,8 @@ from ..arguments import Implementation
 from .config import Mamba2Config
 from .model import Mamba2LM
 
+__all__ = ["load", "save"]
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+__all__ = ["Mamba2Config"]
+
 # Our fields under the names of transformers' Mamba2Config, with its default values.
 _HF_FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 32768),

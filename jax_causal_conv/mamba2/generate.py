@@ -21,6 +21,8 @@ from .config import Mamba2Config
 from .engine import Engine, Event, Request
 from .sampling import SamplingParams
 
+__all__ = ["main", "printable", "stop_tokens", "stream", "text_of"]
+
 TOKENIZER = "tokenizer.json"
 BYTES = 256  # the vocabulary of a model whose tokens are bytes
 

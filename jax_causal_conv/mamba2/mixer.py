@@ -21,6 +21,8 @@ from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from ..operands import PAD_SLOT_ID
 from .ssd import ssd, ssd_packed
 
+__all__ = ["GatedRMSNorm", "Mamba2Cache", "Mamba2Mixer"]
+
 _default_linear_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 

@@ -16,6 +16,8 @@ from ..operands import PAD_SLOT_ID
 from .config import Mamba2Config
 from .mixer import Mamba2Cache, Mamba2Mixer
 
+__all__ = ["Mamba2LM"]
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32, rounded once to `dtype`."""

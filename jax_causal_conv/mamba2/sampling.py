@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["GREEDY", "SamplingParams", "sample"]
+
 
 def integer(name: str, value: Any) -> int:
     """The value as an int. NumPy's integers are integers; booleans are none."""

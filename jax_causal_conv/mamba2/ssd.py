@@ -20,6 +20,8 @@ from ..op import gradients
 from ..op.ops import SSD, SSD_PACKED
 from ..operands import PAD_SLOT_ID, SSDOperands, SSDPackedOperands, SSDSpec
 
+__all__ = ["ssd", "ssd_packed"]
+
 
 @overload
 def ssd(

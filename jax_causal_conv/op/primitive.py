@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from .. import checks
-from ..compat import __version__, kernel_compilers
+from ..compat import __version__, kernel_compilers, require_jax_triton
 from . import sharding
 from .record import Op
 
@@ -200,6 +200,14 @@ batching.primitive_batchers[causal_conv_p] = _batch
 
 
 def _lower(ctx, *leaves, function):
+    module = ctx.module_context
+    if len(module.platforms) > 1:
+        # jax lowers a jitted function (`jnp.cumsum`, say) once for a whole module, by
+        # the rules of the platform that comes first: one that it lowered for CUDA
+        # would run on the CPU too, where XLA may not know it. Each of our branches
+        # gets its own.
+        own = module.replace(cached_primitive_lowerings={})
+        ctx = ctx.replace(module_context=own)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
@@ -214,6 +222,7 @@ def _lower_to_xla(ctx, *leaves, **params):
 
 def _lower_to_triton(ctx, *leaves, **params):
     try:
+        require_jax_triton()
         from ..kernels import bridge
     except ImportError as error:
         cure = 'pip install "jax[cuda13]" jax-triton (or jax[cuda12])'

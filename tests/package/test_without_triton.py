@@ -1,13 +1,27 @@
-"""Hosts without Triton (macOS, TPU) import the package and run the XLA path."""
+"""Hosts whose kernels cannot be lowered import the package and run the XLA path.
+
+That is without Triton (macOS, TPU), and without jax's CUDA plugin (what pip gives).
+"""
 
 import subprocess
 import sys
 import textwrap
 
+import pytest
+
+from tests.support.platforms import needs_triton
+
+MISSING = {
+    "triton": """
+        for name in ("triton", "jax_triton"):
+            sys.modules[name] = None  # importing it raises ImportError
+    """,
+    "plugin": """
+        from jaxlib import plugin_support
+        plugin_support.import_from_plugin = lambda *names, **how: None
+    """,
+}
 PROLOGUE = """
-import sys
-for name in ("triton", "jax_triton"):
-    sys.modules[name] = None  # importing it raises ImportError
 import warnings
 import jax
 import jax.numpy as jnp
@@ -19,16 +33,23 @@ args = (x, w, None, s, q)
 """
 
 
-def run(body: str) -> str:
-    script = PROLOGUE + textwrap.dedent(body)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(params=["triton", pytest.param("plugin", marks=needs_triton)])
+def run(request):
+    """Runs a script where something is missing, and returns what it prints."""
+
+    def run_script(body: str) -> str:
+        parts = MISSING[request.param], PROLOGUE, body
+        script = "import sys\n" + "\n".join(map(textwrap.dedent, parts))
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run_script
 
 
-def test_every_op_runs_and_differentiates():
+def test_every_op_runs_and_differentiates(run):
     out = run("""
         y, states = jax.jit(jax_causal_conv.causal_conv1d_fn)(*args)
         z, _ = jax_causal_conv.causal_conv1d_update(x[:2], states, w)
@@ -38,7 +59,7 @@ def test_every_op_runs_and_differentiates():
     assert out.split("\n")[0] == "(4, 8) (2, 8) (8, 3)"
 
 
-def test_lowering_for_cuda_falls_back_to_xla_and_says_so_once():
+def test_lowering_for_cuda_falls_back_to_xla_and_says_so_once(run):
     out = run("""
         step = jax.jit(lambda x: jax_causal_conv.causal_conv1d_fn(x, *args[1:]))
         with warnings.catch_warnings(record=True) as caught:
@@ -53,7 +74,7 @@ def test_lowering_for_cuda_falls_back_to_xla_and_says_so_once():
     assert out.split("\n")[0] == "1 True False"
 
 
-def test_asking_for_the_kernels_names_the_cure():
+def test_asking_for_the_kernels_names_the_cure(run):
     out = run("""
         def step(x):
             return jax_causal_conv.causal_conv1d_fn(
