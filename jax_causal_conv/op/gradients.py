@@ -58,7 +58,13 @@ def call(
         function: Callable = functools.partial(primitive.run, op, "xla", spec)
     else:
         function = functools.partial(_RULES[op], implementation, spec)
-    return sharding.on_mesh(function, op, spec, operands)
+    try:
+        return sharding.on_mesh(function, op, spec, operands)
+    except TypeError as error:
+        # Within jit jax raises it later, where nobody can add to it.
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(primitive.OTHER_DERIVATIVES.format(error)) from error
 
 
 def _conv_cotangents(implementation, spec, op: Op, operands):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from .. import checks
 from ..compat import __version__, kernel_compilers, require_jax_triton
@@ -197,6 +197,20 @@ def _batch(leaves, dims, **params):
 
 
 batching.primitive_batchers[causal_conv_p] = _batch
+
+OTHER_DERIVATIVES = (
+    'forward mode and derivatives of higher order need implementation="xla", given to '
+    "the op, layer or model: {}"
+)
+
+
+def _no_jvp(primals, tangents, **params):
+    raise NotImplementedError(
+        OTHER_DERIVATIVES.format("kernels have first-order, reverse-mode gradients")
+    )
+
+
+ad.primitive_jvps[causal_conv_p] = _no_jvp
 
 
 def _lower(ctx, *leaves, function):

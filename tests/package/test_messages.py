@@ -113,6 +113,18 @@ CASES = {
         ValueError,
         ["cache", "2 layers", "got 1"],
     ),
+    "forward mode": (
+        lambda: jax.jvp(
+            lambda w: causal_conv1d(ones(1, 5, D), w), (WEIGHT,), (WEIGHT,)
+        ),
+        TypeError,
+        ["forward mode", 'implementation="xla"', "forward-mode"],
+    ),
+    "a derivative of a derivative": (
+        lambda: jax.hessian(lambda w: causal_conv1d(ones(1, 5, D), w).sum())(WEIGHT),
+        NotImplementedError,
+        ["higher order", 'implementation="xla"'],
+    ),
 }
 
 
