@@ -425,7 +425,7 @@ def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
     window = ()
     from_x = only_if(first > 0, block)
     for k in tl.static_range(W - 1):
-        back: tl.constexpr = (W - 1 - k) * C.DILATION
+        back = (W - 1 - k) * C.DILATION
         row = history - back
         # Where a row must not be seen, no channel of it is loaded.
         from_slot = only_if((first == 0) & (row >= 0), block)
