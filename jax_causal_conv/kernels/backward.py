@@ -373,11 +373,23 @@ def backward_walk(
 
 
 @triton.jit
+def no_sums(C: tl.constexpr):
+    """A `Filter` of zeros."""
+    W: tl.constexpr = C.W
+    zeros = tl.full([C.BLOCK_N], 0, tl.float32)
+    taps = ()
+    for _ in tl.static_range(W):
+        taps = taps + (zeros,)
+    return Filter(taps, zeros)
+
+
+@triton.jit
 def backward_chunk(
+    token,
     x_ptr,
     dy,
     dx_ptr,
-    rows_of_history,
+    history,
     dslot,
     segment_ptr,
     filter,
@@ -388,45 +400,48 @@ def backward_chunk(
     """Gradients of a chunk's tokens, walk after walk.
 
     Args:
-        x_ptr, dx_ptr: scalar pointers to the chunk's first row.
-        dy: `Rows`, the first one that of the chunk's first token.
-        rows_of_history: pointers to the history's first row, and to its gradient's.
+        token: number of the chunk's first token in the arrays of all.
+        x_ptr: scalar pointer to its row of x.
+        dy: `Rows` of all tokens.
+        dx_ptr: to the first of all rows of dx.
+        history: pointers to all sequences' history and to its gradient, and the number
+            of the element with which the sequence's begins.
         dslot: `SlotRows`, or None.
-        segment_ptr: to the segment id of the chunk's first token, or None.
-        chunk: position of its first token, how many there are, and how many from there
-            to the sequence's end.
+        segment_ptr: to the segment ids of all tokens, or None.
+        chunk: position of its first token, how many there are, and the length of its
+            sequence.
 
     Returns:
         The `Filter` of the sums over the chunk's tokens, for dweight and dbias.
     """
     W: tl.constexpr = C.W
-    history_ptr, dhistory_ptr = rows_of_history
-    first, rows, left = chunk
-    zeros = tl.full([C.BLOCK_N], 0, tl.float32)
-    taps = ()
-    for _ in tl.static_range(W):
-        taps = taps + (zeros,)
-    sums = Filter(taps, zeros)
+    history_ptr, dhistory_ptr, element = history
+    first, rows, length = chunk
+    history_ptr += element
     if C.DILATION == 1:
         window = load_window(x_ptr, history_ptr, first, C.REACH, block, C)
         segments = None
         if segment_ptr is not None:
-            segments = segments_before(segment_ptr, first, 0, C)
+            segments = segments_before(segment_ptr + token, first, 0, C)
         return backward_walk(
             x_ptr,
-            dy,
-            dx_ptr,
-            dhistory_ptr,
+            Rows(dy.ptr + token * dy.stride, dy.stride),
+            dx_ptr + token * C.D,
+            dhistory_ptr + element,
             dslot,
             segments,
             window,
-            sums,
+            no_sums(C),
             filter,
-            Chunk(first, 0, rows, left),
+            Chunk(first, 0, rows, length - first),
             block,
             C,
         )
     else:
+        dhistory_ptr += element
+        dx_ptr += token * C.D
+        dy = Rows(dy.ptr + token * dy.stride, dy.stride)
+        sums = no_sums(C)
         for phase in range(C.DILATION):
             own_history = dhistory_ptr + phase * C.D
             if phase < rows:
@@ -436,7 +451,8 @@ def backward_chunk(
                 )
                 segments = None
                 if segment_ptr is not None:
-                    segments = segments_before(segment_ptr + phase, first, phase, C)
+                    own_ptr = segment_ptr + token + phase
+                    segments = segments_before(own_ptr, first, phase, C)
                 sums = backward_walk(
                     row_ptr,
                     walk_of(dy, phase, C),
@@ -447,7 +463,12 @@ def backward_chunk(
                     window,
                     sums,
                     filter,
-                    Chunk(first, phase, in_walk(rows, phase, C), in_walk(left, phase, C)),
+                    Chunk(
+                        first,
+                        phase,
+                        in_walk(rows, phase, C),
+                        in_walk(length - first, phase, C),
+                    ),
                     block,
                     C,
                 )
@@ -506,18 +527,16 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
             dslot = SlotRows(inputs.dslots + row.to(tl.int64) * (C.L * C.D), start, end)
         filter = load_filter(inputs.weight, inputs.bias, block, C)
         x_ptr = inputs.x + C.OFFSET + token * C.X
-        segment_ptr = None
-        if inputs.segment_ids is not None:
-            segment_ptr = inputs.segment_ids + token
         sums = backward_chunk(
+            token,
             x_ptr,
-            Rows(dy.ptr + token * dy.stride, dy.stride),
-            outputs.dx + token * C.D,
-            (inputs.history + history_rows, dhistory_ptr),
+            dy,
+            outputs.dx,
+            (inputs.history, outputs.dhistory, history_rows),
             dslot,
-            segment_ptr,
+            inputs.segment_ids,
             filter,
-            (first, rows, row_len - first),
+            (first, rows, row_len),
             block,
             C,
         )
@@ -564,14 +583,15 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
                     dslot_ptr = inputs.dslots + seq.to(tl.int64) * (C.L * C.D)
                     dslot = SlotRows(dslot_ptr, 0, length)
                 sums = backward_chunk(
+                    token,
                     x_ptr,
-                    Rows(dy.ptr + token * dy.stride, dy.stride),
-                    outputs.dx + token * C.D,
-                    (inputs.history + history_rows, outputs.dhistory + history_rows),
+                    dy,
+                    outputs.dx,
+                    (inputs.history, outputs.dhistory, history_rows),
                     dslot,
                     None,
                     filter,
-                    (first, rows, length - first),
+                    (first, rows, length),
                     block,
                     C,
                 )

@@ -64,7 +64,7 @@ def dense_kernel(inputs, outputs, C: tl.constexpr):
         Rows(out.ptr + token * out.stride, out.stride),
         C.L,
         filter,
-        (first, tl.minimum(inputs.block_m, inputs.row_len - first)),
+        (first, inputs.block_m, inputs.row_len - first),
         block,
         C,
     )

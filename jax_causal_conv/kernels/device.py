@@ -456,21 +456,22 @@ def filter_rows(
         segment_ptr: to the segment id of that row, or None.
         out: `Rows` of the output, the chunk's first one first.
         history: number of valid rows at the front of the slot; the newest last.
-        chunk: number of its first token, and how many there are.
+        chunk: number of its first token, how many tokens there are at most, and how
+            many from there to the sequence's end.
 
     Returns:
         The window behind the last row, where there is a single walk.
     """
-    first, rows = chunk
+    first, most, left = chunk
     if C.DILATION == 1:
         window = load_window(row_ptr, slot_ptr, first, history, block, C)
         segments = None
         if segment_ptr is not None:
             segments = segments_before(segment_ptr, first, 0, C)
-        return convolve_rows(
-            row_ptr, out, window, filter, segments, rows, block, C
-        )
+        rows = tl.minimum(most, left)
+        return convolve_rows(row_ptr, out, window, filter, segments, rows, block, C)
     else:
+        rows = tl.minimum(most, left)
         for phase in range(tl.minimum(rows, C.DILATION)):
             x_ptr = row_ptr + phase * tl.cast(C.X, tl.int64)
             window = load_window(x_ptr, slot_ptr, first, history + phase, block, C)

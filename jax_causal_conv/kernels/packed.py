@@ -144,7 +144,7 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
                     out,
                     history,
                     filter,
-                    (first, rows),
+                    (first, block_m, length - first),
                     block,
                     C,
                 )
