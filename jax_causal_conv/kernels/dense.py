@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .device import (
-    Rows,
     channel_block,
     filter_rows,
     load_filter,
@@ -54,17 +53,15 @@ def dense_kernel(inputs, outputs, C: tl.constexpr):
     slot_ptr = None
     if inputs.states is not None:
         slot_ptr = inputs.states + row.to(tl.int64) * (C.L * C.D)
-    segment_ptr = None
-    if inputs.segment_ids is not None:
-        segment_ptr = inputs.segment_ids + token
     filter_rows(
         row_ptr,
         slot_ptr,
-        segment_ptr,
-        Rows(out.ptr + token * out.stride, out.stride),
+        inputs.segment_ids,
+        out,
+        token,
         C.L,
         filter,
-        (first, inputs.block_m, inputs.row_len - first),
+        (first, inputs.block_m, inputs.row_len),
         block,
         C,
     )

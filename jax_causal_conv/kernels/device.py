@@ -446,38 +446,51 @@ def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
 
 @triton.jit
 def filter_rows(
-    row_ptr, slot_ptr, segment_ptr, out, history, filter, chunk, block, C: tl.constexpr
+    row_ptr,
+    slot_ptr,
+    segment_ptr,
+    out,
+    token,
+    history,
+    filter,
+    chunk,
+    block,
+    C: tl.constexpr,
 ):
     """Filters the rows of a chunk, walk after walk.
 
     Args:
         row_ptr: scalar pointer to the chunk's first row of x.
         slot_ptr: scalar pointer to row 0 of the slot; None if there is no history.
-        segment_ptr: to the segment id of that row, or None.
-        out: `Rows` of the output, the chunk's first one first.
+        segment_ptr: to segment ids, or None.
+        out: `Rows` of the output.
+        token: the number of the chunk's first row among these and among the ids.
         history: number of valid rows at the front of the slot; the newest last.
-        chunk: number of its first token, how many tokens there are at most, and how
-            many from there to the sequence's end.
+        chunk: position of its first token, how many tokens there are at most, and the
+            length of its sequence.
 
     Returns:
         The window behind the last row, where there is a single walk.
     """
-    first, most, left = chunk
+    first, most, length = chunk
     if C.DILATION == 1:
         window = load_window(row_ptr, slot_ptr, first, history, block, C)
         segments = None
         if segment_ptr is not None:
-            segments = segments_before(segment_ptr, first, 0, C)
-        rows = tl.minimum(most, left)
+            segments = segments_before(segment_ptr + token, first, 0, C)
+        out = Rows(out.ptr + token * out.stride, out.stride)
+        rows = tl.minimum(most, length - first)
         return convolve_rows(row_ptr, out, window, filter, segments, rows, block, C)
     else:
-        rows = tl.minimum(most, left)
+        out = Rows(out.ptr + token * out.stride, out.stride)
+        rows = tl.minimum(most, length - first)
         for phase in range(tl.minimum(rows, C.DILATION)):
             x_ptr = row_ptr + phase * tl.cast(C.X, tl.int64)
             window = load_window(x_ptr, slot_ptr, first, history + phase, block, C)
             segments = None
             if segment_ptr is not None:
-                segments = segments_before(segment_ptr + phase, first, phase, C)
+                own_ptr = segment_ptr + token + phase
+                segments = segments_before(own_ptr, first, phase, C)
             convolve_rows(
                 x_ptr,
                 walk_of(out, phase, C),

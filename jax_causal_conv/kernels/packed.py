@@ -142,9 +142,10 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
                     slot_ptr,
                     None,
                     out,
+                    0,
                     history,
                     filter,
-                    (first, block_m, length - first),
+                    (first, block_m, length),
                     block,
                     C,
                 )

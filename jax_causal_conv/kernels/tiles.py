@@ -103,7 +103,9 @@ def rows_backward(
             flight.
     """
     tile = _backward(filters, 0, rows=length)
-    if plain and filters.width == 4 and length >= 128 * filters.dilation:  # see benchmarks/NOTES.md
+    if (
+        plain and filters.width == 4 and length >= 128 * filters.dilation
+    ):  # see benchmarks/NOTES.md
         tile = dataclasses.replace(tile, group=2 * filters.width)
     block_m = max(_rows_block_m(batch * length, dim, tile.block_n), filters.reach)
     return dataclasses.replace(tile, block_m=block_m)

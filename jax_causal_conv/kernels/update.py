@@ -119,7 +119,16 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
                 rejected = tl.load(inputs.num_rejected + request)
                 history = C.L - tl.minimum(tl.maximum(rejected, 0), C.L)
             window = filter_rows(
-                row_ptr, slot_ptr, None, out, history, filter, (0, C.Q, C.Q), block, C
+                row_ptr,
+                slot_ptr,
+                None,
+                out,
+                0,
+                history,
+                filter,
+                (0, C.Q, C.Q),
+                block,
+                C,
             )
             if C.WINDOW_IS_SLOT:
                 store_window(slot_ptr, window, block, C)

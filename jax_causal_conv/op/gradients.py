@@ -25,7 +25,6 @@ from ..batch import (
 )
 from ..operands import (
     PAD_SLOT_ID,
-    ConvSpec,
     DenseOperands,
     PackedBackwardOperands,
     PackedOperands,

@@ -101,8 +101,7 @@ def _convolve_parts(spec: ConvSpec, x, filters, history, tokens: Tokens, dtype):
         strict=True,
     )
     return tuple(
-        _convolve(spec, x, w.T, b, h, tokens).astype(dtype)
-        for x, w, b, h in each
+        _convolve(spec, x, w.T, b, h, tokens).astype(dtype) for x, w, b, h in each
     )
 
 

@@ -193,9 +193,7 @@ def causal_conv1d_update(
                 with np.errstate(all="ignore"):
                     row = tokens[q].astype(conv_state.dtype)
                 new_state[slot, (position + q) % length] = row
-        out[b] = convolve(
-            history, tokens, weight, bias, activation, dilation, residual
-        )
+        out[b] = convolve(history, tokens, weight, bias, activation, dilation, residual)
     return out.reshape(x.shape), new_state
 
 
@@ -420,6 +418,7 @@ def gradients(
     With a `Measure` the absolute values of all factors are taken instead, and it says
     what dz is: sizes of sums, for error bounds.
     """
+
     def operand(array):
         array = array.astype(x.dtype if x.dtype == np.float64 else np.float32)
         return array.astype(np.float64)
