@@ -22,6 +22,8 @@ __all__ = [
 
 class _Choices(TypedDict, total=False):
     activation: Activation
+    dilation: int
+    residual: bool
     implementation: Implementation
 
 
@@ -57,6 +59,8 @@ class PackedArguments(_Choices, _Packed, total=False):
 class UpdateArguments(_Update, total=False):
     """Those of `causal_conv1d_update` that do not decide what it returns."""
 
+    dilation: int
+    residual: bool
     implementation: Implementation
 
 

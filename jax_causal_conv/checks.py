@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from .columns import Columns
-from .operands import PAD_SLOT_ID, Implementation
+from .operands import PAD_SLOT_ID, ConvSpec, Implementation
 
 IMPLEMENTATIONS = (None, "xla", "triton", "interpret")
 
@@ -198,7 +198,17 @@ def host_integers(name: str, value: Any) -> np.ndarray:
 
 
 # What callers may say, and the canonical name by which implementations know it.
-_ACTIVATIONS = {None: None, False: None, "silu": "silu", "swish": "silu", True: "silu"}
+_ACTIVATIONS = {
+    None: None,
+    False: None,
+    "silu": "silu",
+    "swish": "silu",
+    True: "silu",
+    "gelu": "gelu",
+    "relu": "relu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
 
 
 def activation_name(activation: Any) -> str | None:
@@ -206,8 +216,28 @@ def activation_name(activation: Any) -> str | None:
     known = activation is None or isinstance(activation, (bool, np.bool_, str))
     if known and activation in _ACTIVATIONS:
         return _ACTIVATIONS[activation]
+    names = ", ".join(f'"{name}"' for name in _ACTIVATIONS if isinstance(name, str))
     raise ValueError(
-        f'activation must be None, "silu", "swish", True or False, got {activation!r}'
+        f"activation must be None, {names}, True or False, got {activation!r}"
+    )
+
+
+def conv_spec(
+    activation: Any, columns: Columns, dilation: Any, residual: Any, weight: jax.Array
+) -> ConvSpec:
+    """What callers say about a conv with these filters, checked."""
+    width = weight.shape[1]
+    dilation = static_int("dilation", dilation, minimum=1)
+    if (width - 1) * dilation > _INT32_MAX // 2:
+        raise ValueError(
+            f"dilation must be at most {_INT32_MAX // 2 // (width - 1)} for W = "
+            f"{width}, got {dilation}"
+        )
+    return ConvSpec(
+        activation_name(activation),
+        columns,
+        dilation=dilation if width > 1 else 1,
+        residual=static_bool("residual", residual),
     )
 
 
@@ -302,16 +332,23 @@ def slots_array(
     return index_array(name, value, (count,), f"({letter},)", -1, num_slots)
 
 
-def state_array(name: str, value: Any, dim: int, width: int) -> jax.Array:
-    """Checked conv state `(S, L, D)` with L >= W-1."""
+def state_array(name: str, value: Any, dim: int, least: int) -> jax.Array:
+    """Checked conv state `(S, L, D)` with L >= `least`."""
     state = float_array(name, value, (None, None, dim), "(S, L, D)")
-    if state.shape[1] < width - 1:
+    _slot_length(name, state, least, "(S, L, D)", "(W-1) * dilation")
+    return state
+
+
+def _slot_length(
+    name: str, state: jax.Array, least: int, letters: str, meaning: str
+) -> None:
+    """Raises where slots have fewer rows than `least`, or too many elements."""
+    if state.shape[1] < least:
         raise ValueError(
-            f"{name} must have shape (S, L, D) with L >= W-1 = {width - 1}, "
+            f"{name} must have shape {letters} with L >= {meaning} = {least}, "
             f"got {state.shape}"
         )
     _slot_size(name, state)
-    return state
 
 
 def _slot_size(name: str, state: jax.Array) -> None:
@@ -321,16 +358,13 @@ def _slot_size(name: str, state: jax.Array) -> None:
         )
 
 
-def row_states(name: str, value: Any, out: Any, least: int) -> jax.Array:
-    """Checked states `(B, L, D)` of the rows of `out`, with L >= W-1 = `least`."""
+def row_states(
+    name: str, value: Any, out: Any, least: int, meaning: str = "(W-1) * dilation"
+) -> jax.Array:
+    """Checked states `(B, L, D)` of the rows of `out`, with L >= `least`."""
     batch, _, dim = out.shape
     state = float_array(name, value, (batch, None, dim), "(B, L, D)")
-    if state.shape[1] < least:
-        raise ValueError(
-            f"{name} must have shape (B, L, D) with L >= W-1 = {least}, "
-            f"got {state.shape}"
-        )
-    _slot_size(name, state)
+    _slot_length(name, state, least, "(B, L, D)", meaning)
     return state
 
 

@@ -32,7 +32,8 @@ def halo_state(
     Args:
         x: `(B, T, D)`, this device's tokens; `T >= state_len`.
         axis_name: the mesh axis over which time is sharded, in order.
-        state_len: tokens to receive: W-1, the filter's width less one.
+        state_len: tokens to receive: (W-1) * dilation, what the filter spans before a
+            token.
         segment_ids: `(B, T)` integers as for `causal_conv1d`, or None.
         initial_state: `(B, L, D)` with `L >= state_len`, the state before the whole
             sequence, the same on all devices of the axis. None is zeros.
@@ -60,7 +61,9 @@ def halo_state(
             f"got {length}"
         )
     if initial_state is not None:
-        initial_state = checks.row_states("initial_state", initial_state, inputs, count)
+        initial_state = checks.row_states(
+            "initial_state", initial_state, inputs, count, "state_len"
+        )
     if segment_ids is not None:
         segment_ids = checks.integer_array(
             "segment_ids", segment_ids, (batch, length), "(B, T)"

@@ -25,9 +25,9 @@ def build_metadata(
             safe. NumPy (or a list) is computed on the host; a jax array or tracer in
             the graph, without a host sync. Both give the same arrays.
         num_tokens: T, the number of rows of x (static).
-        block_m: tokens per chunk; must be at least W-1 for the op. None is the
-            kernels' own choice from T and N: as little as 8 in small batches, so say
-            it for filters wider than 9.
+        block_m: tokens per chunk; must be at least (W-1) * dilation for the op. None is
+            the kernels' own choice from T and N: as little as 8 in small batches, so
+            say it for filters that span more.
 
     Returns:
         The `ConvMetadata` of this batch; of NumPy arrays if the input was.

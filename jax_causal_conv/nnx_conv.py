@@ -47,7 +47,7 @@ class CausalConv1d(nnx.Module):
         features: D, the number of channels.
         kernel_size: W, the width of the filter, an int >= 1.
         use_bias: whether there is a bias.
-        activation: as for `causal_conv1d_fn`.
+        activation, dilation, residual: as for `causal_conv1d_fn`.
         dtype: of the computation and of outputs; None infers it from x and parameters.
         param_dtype: of the parameters.
         kernel_init: called with shape `(D, W)`, so that fan-in is the *last* axis. The
@@ -79,6 +79,8 @@ class CausalConv1d(nnx.Module):
         *,
         use_bias: bool = True,
         activation: Activation = None,
+        dilation: int = 1,
+        residual: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
@@ -93,6 +95,8 @@ class CausalConv1d(nnx.Module):
         checks.activation_name(activation)
         self.use_bias = use_bias
         self.activation = activation
+        self.dilation = checks.static_int("dilation", dilation, minimum=1)
+        self.residual = checks.static_bool("residual", residual)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.implementation = implementation
@@ -131,6 +135,8 @@ class CausalConv1d(nnx.Module):
             initial_state=initial_state,
             segment_ids=segment_ids,
             activation=self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             return_final_state=return_final_state,
             channel_offset=channel_offset,
             split=split,
@@ -157,6 +163,8 @@ class CausalConv1d(nnx.Module):
             conv_states,
             query_start_loc,
             activation=self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             implementation=self.implementation,
             **batch,
         )
@@ -176,6 +184,8 @@ class CausalConv1d(nnx.Module):
             kernel,
             bias,
             self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             implementation=self.implementation,
             **batch,
         )
@@ -191,13 +201,15 @@ class CausalConv1d(nnx.Module):
 
         Args:
             num_slots: S.
-            state_len: L >= W-1, more for speculative decoding. None is W-1.
+            state_len: L >= (W-1) * dilation, the default; more for speculative
+                decoding.
             dtype: None is the layer's `dtype`, else its `param_dtype`.
 
         Returns:
             `(S, L, D)` zeros.
         """
-        rows = self.kernel_size - 1 if state_len is None else state_len
+        reach = (self.kernel_size - 1) * self.dilation
+        rows = reach if state_len is None else state_len
         dtype = dtype or self.dtype or self.param_dtype
         return jnp.zeros((num_slots, rows, self.features), dtype)
 

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from .columns import ALL, Columns
 
-Activation: TypeAlias = Literal["silu", "swish"] | bool | None
+Activation: TypeAlias = (
+    Literal["silu", "swish", "gelu", "relu", "sigmoid", "tanh"] | bool | None
+)
 """What callers may say about the activation; True is silu, False is None."""
 
 Implementation: TypeAlias = Literal["xla", "triton", "interpret"] | None
@@ -31,12 +33,20 @@ class ConvSpec:
         columns: which columns of x are read, and the parts of the output.
         pad_slot_id: the slot number that means "skip this sequence".
         final_state_len: L of the dense op's final state; None if none is wanted.
+        dilation: tokens from one tap to the next; 1 if there is a single tap.
+        residual: whether the op's columns of x are added to the output.
     """
 
     activation: str | None = None
     columns: Columns = ALL
     pad_slot_id: int = PAD_SLOT_ID
     final_state_len: int | None = None
+    dilation: int = 1
+    residual: bool = False
+
+    def reach(self, width: int) -> int:
+        """R, how many tokens before its own a filter of `width` taps spans."""
+        return (width - 1) * self.dilation
 
 
 class PackedOperands(NamedTuple):
@@ -112,7 +122,7 @@ class PackedBackwardOperands(NamedTuple):
         x: `(T, D)`, or wider.
         weight: `(D, W)`.
         bias: `(D,)`.
-        history: `(N, W-1, D)`, the rows before each sequence's first token.
+        history: `(N, R, D)`, the rows before each sequence's first token.
         dy: a tuple with the cotangent of each part of the output.
         dslots: `(N, L, D)`, the cotangent of what each sequence left in its slot.
         query_start_loc: `(N+1,)` int32.
@@ -138,7 +148,7 @@ class RowsBackwardOperands(NamedTuple):
         x: `(B, T, D)`, or wider.
         weight: `(D, W)`.
         bias: `(D,)`.
-        history: `(B, W-1, D)`, the rows before each row's first token.
+        history: `(B, R, D)`, the rows before each row's first token.
         dy: a tuple with the cotangent of each part of the output.
         dslots: `(B, L, D)`, the cotangent of the state after each row, which holds
             the last tokens of the row's last run that is not padding; None is zeros.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Unpack, overload
 
 import jax
@@ -14,7 +15,7 @@ from .chunks import ConvMetadata, num_programs
 from .columns import Output
 from .op import gradients
 from .op.ops import PACKED
-from .operands import PAD_SLOT_ID, ConvSpec, PackedOperands
+from .operands import PAD_SLOT_ID, PackedOperands
 
 __all__ = ["causal_conv1d_fn"]
 
@@ -67,6 +68,8 @@ def causal_conv1d_fn(
     pad_slot_id: int = PAD_SLOT_ID,
     channel_offset: int | None = None,
     split: tuple[int, ...] | None = None,
+    dilation: int = 1,
+    residual: bool = False,
     implementation: Implementation = None,
 ) -> tuple[Output, jax.Array]:
     """Causal depthwise conv of a packed batch, with its conv states updated.
@@ -76,9 +79,10 @@ def causal_conv1d_fn(
     `u[j >= 0]` the sequence's own input and `u[j < 0]` its history, the newest row of
     its slot being `u[-1]`, token p becomes
 
-        out = act(bias + sum_k weight[:, k] * u[p - (W-1) + k])
+        out = act(bias + sum_k weight[:, k] * u[p - (W-1-k) * dilation])
 
-    summed in float32 from exact products and rounded once. Afterwards the slot holds
+    plus x where `residual` says so, summed in float32 from exact products and rounded
+    once. Afterwards the slot holds
     the last L inputs of the request, oldest first, zeros before the first.
 
     A sequence is *skipped* if it is empty or its slot is `pad_slot_id` or outside
@@ -105,15 +109,17 @@ def causal_conv1d_fn(
         x: `(T, D)` inputs; float32, bfloat16 or float16 (float64: XLA only).
         weight: `(D, W)`, any W >= 1; `weight[:, W-1]` meets the current token.
         bias: `(D,)` or None.
-        conv_states: `(S, L, D)` cache, L >= W-1. Dtypes may be mixed freely.
+        conv_states: `(S, L, D)` cache, L >= (W-1) * dilation. Dtypes may be mixed
+            freely.
         query_start_loc: `(N+1,)` integers.
         cache_indices: `(N,)` integers, the slot of each sequence. None is `arange(N)`.
         has_initial_state: `(N,)` bool: does the slot hold history? None is all False.
         num_rejected_tokens: `(N,)` integers r, clamped into `[0, L]`: the last r rows
             of the slot were rejected drafts and are forgotten. Ignored without initial
             state, and by skipped sequences: pass it again with their next tokens.
-            Keep L >= W-1+max(r). None is 0.
-        activation: None, "silu" or "swish"; True is silu, False is None.
+            Keep L >= (W-1) * dilation + max(r). None is 0.
+        activation: None, "silu" or "swish", "gelu" (its form with tanh, as
+            `jax.nn.gelu`), "relu", "sigmoid" or "tanh"; True is silu, False is None.
         metadata: from `build_metadata`, to share it between layers. None builds it.
         pad_slot_id: static int, the slot number that means "skip".
         channel_offset: static int; x may then be wider than D, and the conv reads its
@@ -125,6 +131,10 @@ def causal_conv1d_fn(
             up to four). None: one array. With `channel_offset` or `split`, plain jit
             gathers channels that are sharded, since parts and shards need not
             coincide; under `shard_map` they are per shard.
+        dilation: static int >= 1, tokens from one tap to the next: token p meets
+            tokens p, p - dilation, …, p - (W-1) * dilation.
+        residual: whether the op's own columns of x are added to the output, in
+            float32, before its one rounding. Padding and skipped tokens stay zeros.
         implementation: None (Triton on CUDA, XLA elsewhere, chosen at lowering),
             "triton", "xla", or "interpret" (the Triton kernels in Triton's
             interpreter on the host, for debugging). A state without rows (L = 0, for
@@ -156,8 +166,9 @@ def causal_conv1d_fn(
     dim, columns = checks.columns(channel_offset, split, inputs, weight)
     implementation = checks.implementation_for(implementation, inputs)
     taps, bias = checks.filters(weight, bias, inputs, dim)
-    width = taps.shape[1]
-    states = checks.state_array("conv_states", conv_states, dim, width)
+    spec = checks.conv_spec(activation, columns, dilation, residual, taps)
+    reach = spec.reach(taps.shape[1])
+    states = checks.state_array("conv_states", conv_states, dim, reach)
     num_slots, state_len = states.shape[:2]
     offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs = offsets.shape[0] - 1
@@ -168,14 +179,11 @@ def causal_conv1d_fn(
     num_rejected = checks.num_rejected_tokens(
         num_rejected_tokens, num_seqs, "N", state_len
     )
-    spec = ConvSpec(
-        checks.activation_name(activation),
-        columns,
-        checks.pad_slot(pad_slot_id, num_slots),
-    )
+    pad = checks.pad_slot(pad_slot_id, num_slots)
+    spec = dataclasses.replace(spec, pad_slot_id=pad)
     block_m = 1
     if metadata is not None:
-        block_m = _checked_block_m(metadata, num_tokens, num_seqs, width)
+        block_m = _checked_block_m(metadata, num_tokens, num_seqs, reach)
     checks.token_count("T", num_tokens, block_m)
 
     if 0 in (num_tokens, dim, num_seqs, num_slots):
@@ -198,17 +206,17 @@ def causal_conv1d_fn(
     return columns.output(out), states
 
 
-def _checked_block_m(metadata, num_tokens: int, num_seqs: int, width: int) -> int:
+def _checked_block_m(metadata, num_tokens: int, num_seqs: int, reach: int) -> int:
     """The `block_m` of metadata that fits the batch's sizes, or an error."""
     if not isinstance(metadata, ConvMetadata):
         raise TypeError(
             f"metadata must be a ConvMetadata or None, got {type(metadata).__name__}"
         )
     block_m = checks.static_int("metadata.block_m", metadata.block_m, minimum=1)
-    if block_m < width - 1:
+    if block_m < reach:
         raise ValueError(
-            f"metadata.block_m must be at least W-1 = {width - 1}, got {block_m}: "
-            "pass block_m to build_metadata"
+            f"metadata.block_m must be at least (W-1) * dilation = {reach}, got "
+            f"{block_m}: pass block_m to build_metadata"
         )
     programs = num_programs(num_tokens, num_seqs, block_m)
     for name in ("chunk_seq", "chunk_offset"):

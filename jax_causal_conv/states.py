@@ -64,7 +64,7 @@ def varlen_conv_states(
                 "cache_indices", cache_indices, (num_seqs,), "(N,)", -1, 2**31 - 2
             ).clip(max=2**31 - 2)
     else:
-        states = checks.state_array("conv_states", conv_states, dim, 1)
+        states = checks.state_array("conv_states", conv_states, dim, 0)
         dtype, (num_slots, history_len) = states.dtype, states.shape[:2]
         cache_indices = checks.slots_array(
             "cache_indices", cache_indices, states, "conv_states", num_seqs, "N"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Unpack, overload
 
 import jax
@@ -13,7 +14,7 @@ from .arguments import Activation, Implementation, UpdateArguments
 from .columns import Output
 from .op import gradients
 from .op.ops import UPDATE
-from .operands import PAD_SLOT_ID, ConvSpec, UpdateOperands
+from .operands import PAD_SLOT_ID, UpdateOperands
 
 __all__ = ["causal_conv1d_update"]
 
@@ -64,6 +65,8 @@ def causal_conv1d_update(
     pad_slot_id: int = PAD_SLOT_ID,
     channel_offset: int | None = None,
     split: tuple[int, ...] | None = None,
+    dilation: int = 1,
+    residual: bool = False,
     implementation: Implementation = None,
 ) -> tuple[Output, jax.Array]:
     """Advances B requests by Q tokens each, and their conv states with them.
@@ -80,12 +83,12 @@ def causal_conv1d_update(
 
     Args:
         x: `(B, D)`, or `(B, Q, D)` for Q tokens a row.
-        conv_state: `(S, L, D)` cache, L >= W-1, oldest input first.
+        conv_state: `(S, L, D)` cache, L >= (W-1) * dilation, oldest input first.
         weight: `(D, W)`; `weight[:, W-1]` meets the current token.
         bias: `(D,)` or None.
         activation: as for `causal_conv1d_fn`.
         cache_seqlens: `(B,)` integers c: the slot is a *circular buffer*. History is
-            the W-1 rows before position c mod L; input q goes to row `(c + q) mod L`;
+            the rows before position c mod L; input q goes to row `(c + q) mod L`;
             only those rows are written, and of Q > L inputs the last L survive. The
             caller advances c by Q, or by less to roll back.
         conv_state_indices: `(B,)` integers, the slot of each row. None is `arange(B)`.
@@ -95,6 +98,8 @@ def causal_conv1d_update(
         pad_slot_id: static int, the slot number that means "skip".
         channel_offset: the first column of an x wider than D, and
         split: sizes of the parts of `out`, both as for `causal_conv1d_fn`.
+        dilation: static int >= 1, tokens from one tap to the next.
+        residual: add the op's columns of x to the output, before it is rounded.
         implementation: as for `causal_conv1d_fn`.
 
     Returns:
@@ -118,7 +123,9 @@ def causal_conv1d_update(
     dim, columns = checks.columns(channel_offset, split, inputs, weight)
     implementation = checks.implementation_for(implementation, inputs)
     taps, bias = checks.filters(weight, bias, inputs, dim)
-    state = checks.state_array("conv_state", conv_state, dim, taps.shape[1])
+    spec = checks.conv_spec(activation, columns, dilation, residual, taps)
+    reach = spec.reach(taps.shape[1])
+    state = checks.state_array("conv_state", conv_state, dim, reach)
     num_slots, state_len = state.shape[:2]
     slots = checks.slots_array(
         "conv_state_indices", conv_state_indices, state, "conv_state", batch, "B"
@@ -135,11 +142,8 @@ def causal_conv1d_update(
     num_rejected = checks.num_rejected_tokens(
         num_rejected_tokens, batch, "B", state_len
     )
-    spec = ConvSpec(
-        checks.activation_name(activation),
-        columns,
-        checks.pad_slot(pad_slot_id, num_slots),
-    )
+    pad = checks.pad_slot(pad_slot_id, num_slots)
+    spec = dataclasses.replace(spec, pad_slot_id=pad)
     checks.token_count("B * Q", batch * query, 1)
 
     if 0 in (batch, query, dim, num_slots):

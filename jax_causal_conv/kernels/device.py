@@ -5,6 +5,11 @@ many as its `Rows` say, all others C.D. A pointer to a row of the input, or of a
 the output, points to where channel 0 is or would be. Pointers to rows are computed in
 64 bits, so that no product of sizes overflows. C is a static record of constants, whose
 fields have capital letters. No JAX here.
+
+With a dilation, tokens that are C.DILATION apart see each other alone: a run of tokens
+is as many walks, number `phase` over tokens phase, phase + C.DILATION and so on, each a
+conv without dilation. Windows, steps and segments are those of one walk. There is a
+single walk, of phase 0, where there is no dilation.
 """
 
 from dataclasses import dataclass
@@ -40,6 +45,8 @@ class Constants:
         PAD_SLOT_ID: the slot number that means "skip".
         SCAN: offsets that a program looks at together.
         Q: tokens of each row of a decode step.
+        DILATION: tokens from one tap to the next.
+        RESIDUAL: whether x is added to the output.
         FAST: whether to use CUDA spellings, which Triton's interpreter does not know;
             each has a plain twin beside it.
     """
@@ -62,7 +69,14 @@ class Constants:
     PAD_SLOT_ID: int = 0
     SCAN: int = 0
     Q: int = 0
+    DILATION: int = 1
+    RESIDUAL: bool = False
     FAST: bool = True
+
+    @property
+    def REACH(self) -> int:  # a constant like the others
+        """Tokens before its own that the filter spans."""
+        return (self.W - 1) * self.DILATION
 
 
 class Block(NamedTuple):
@@ -111,6 +125,9 @@ class Segments(NamedTuple):
             behind it, and sets ptr on now and then: see `count_from`.
         last: the segment id of the last token.
         visible: how many tokens before the last one are of its run, at most W-1.
+
+    With a dilation, last and visible are about the tokens of one walk, and ids must
+    differ from run to run, since those of the tokens between are not looked at.
     """
 
     ptr: Any
@@ -249,16 +266,16 @@ def load_filter(weight_ptr, bias_ptr, block, C: tl.constexpr):
 
 
 @triton.jit
-def segments_before(ptr, first, C: tl.constexpr):
-    """The `Segments` before token `first` of a row.
+def segments_before(ptr, first, phase, C: tl.constexpr):
+    """The `Segments` before token `first + phase` of a row.
 
     Args:
-        ptr: to the id of token `first`.
-        first: 0, where the run of token 0 sees all the history; or at least W-1.
+        ptr: to the id of that token.
+        first: 0, where the run of token 0 sees all the history; or at least C.REACH.
     """
     W: tl.constexpr = C.W
-    back = tl.where(first > 0, 1, 0)
-    last = tl.load(ptr - back)
+    back = tl.where(first > 0, C.DILATION, 0)
+    last = tl.load(ptr - tl.where(first > 0, C.DILATION, phase))
     same = first > 0
     visible = tl.where(same, 0, W - 1)
     for j in tl.static_range(2, W):
@@ -270,16 +287,17 @@ def segments_before(ptr, first, C: tl.constexpr):
 @triton.jit
 def next_token(segments, number, C: tl.constexpr):
     """The `Segments` one token later; that token has this number."""
-    segment = tl.load(segments.ptr + number)
+    segment = tl.load(segments.ptr + number * C.DILATION)
     same = segment == segments.last
     visible = tl.where(same, tl.minimum(segments.visible + 1, C.W - 1), 0)
     return Segments(segments.ptr, segment, visible)
 
 
 @triton.jit
-def count_from(segments, number):
+def count_from(segments, number, C: tl.constexpr):
     """The same `Segments`, in which the token of this number has number 0."""
-    return Segments(segments.ptr + number, segments.last, segments.visible)
+    ptr = segments.ptr + number * C.DILATION
+    return Segments(ptr, segments.last, segments.visible)
 
 
 @triton.jit
@@ -313,6 +331,8 @@ def filter_row(window, x, filter, segments, C: tl.constexpr):
     if segments is not None:
         window = within_reach(window, segments.visible, C)
     y = activate(preactivation(window + (x,), filter, C), C)
+    if C.RESIDUAL:
+        y += x
     if segments is not None:
         y = tl.where(segments.last >= 0, y, 0.0)
     return y
@@ -320,7 +340,7 @@ def filter_row(window, x, filter, segments, C: tl.constexpr):
 
 @triton.jit
 def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.constexpr):
-    """Filters `rows` consecutive rows, the window rolling in registers.
+    """Filters `rows` rows of a walk, the window rolling in registers.
 
     Each element of x is loaded and converted once. Whole groups of GROUP rows first,
     the next group's loads in flight while one is filtered; with GROUP a multiple of W
@@ -328,14 +348,14 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
 
     Args:
         row_ptr: scalar pointer to the first row of x.
-        out: `Rows` of the output, the first one first.
+        out: `Rows` of the walk's output, the first one first.
         window: tuple of the W-1 float32 rows before it, oldest first.
         segments: `Segments` before the first row, or None.
 
     Returns:
         The window behind the last row.
     """
-    X: tl.constexpr = C.X
+    X: tl.constexpr = C.X * C.DILATION
     GROUP: tl.constexpr = C.GROUP
     cols = block.cols
     mask = cols < block.limit
@@ -357,7 +377,7 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
             fresh = ahead
             out_ptrs += GROUP * out.stride
             if segments is not None:
-                segments = count_from(segments, GROUP)
+                segments = count_from(segments, GROUP, C)
     # Here a row is loaded while the one before it is filtered. The first one's load is
     # issued at once, beside those of the window.
     rest = rows % GROUP if GROUP > 1 else rows
@@ -374,7 +394,7 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
         fresh_row = ahead_row
         out_ptrs += out.stride
         if segments is not None:
-            segments = count_from(segments, 1)
+            segments = count_from(segments, 1, C)
     return window
 
 
@@ -391,19 +411,21 @@ def zero_rows(out, rows, block):
 
 @triton.jit
 def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
-    """The W-1 float32 rows before row `first` of a sequence, as a tuple.
+    """The W-1 float32 rows that a token's walk has before it, as a tuple.
 
     Args:
-        x_ptr: scalar pointer to row `first`.
+        x_ptr: scalar pointer to the token's row, which is in the chunk from `first` on.
         slot_ptr: scalar pointer to row 0 of the slot; None if there is no history.
-        first: 0, or at least W-1, so that all rows come from the slot or all from x.
-        history: number of valid rows at the front of the slot; the newest last.
+        first: 0, or at least C.REACH, so that all rows come from the slot or all from
+            x.
+        history: number of valid rows at the front of the slot, the newest last; more
+            by the token's phase.
     """
     W: tl.constexpr = C.W
     window = ()
     from_x = only_if(first > 0, block)
     for k in tl.static_range(W - 1):
-        back = W - 1 - k
+        back = (W - 1 - k) * C.DILATION
         row = history - back
         # Where a row must not be seen, no channel of it is loaded.
         from_slot = only_if((first == 0) & (row >= 0), block)
@@ -420,6 +442,81 @@ def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
             old = load_plain(slot_ptr + row * C.D, from_slot).to(tl.float32)
             window = window + (tl.where(first > 0, widen(x, C), old),)
     return window
+
+
+@triton.jit
+def filter_rows(
+    row_ptr,
+    slot_ptr,
+    segment_ptr,
+    out,
+    token,
+    history,
+    filter,
+    chunk,
+    block,
+    C: tl.constexpr,
+):
+    """Filters the rows of a chunk, walk after walk.
+
+    Args:
+        row_ptr: scalar pointer to the chunk's first row of x.
+        slot_ptr: scalar pointer to row 0 of the slot; None if there is no history.
+        segment_ptr: to segment ids, or None.
+        out: `Rows` of the output.
+        token: the number of the chunk's first row among these and among the ids.
+        history: number of valid rows at the front of the slot; the newest last.
+        chunk: position of its first token, how many tokens there are at most, and the
+            length of its sequence.
+
+    Returns:
+        The window behind the last row, where there is a single walk.
+    """
+    first, most, length = chunk
+    if C.DILATION == 1:
+        window = load_window(row_ptr, slot_ptr, first, history, block, C)
+        segments = None
+        if segment_ptr is not None:
+            segments = segments_before(segment_ptr + token, first, 0, C)
+        out = Rows(out.ptr + token * out.stride, out.stride)
+        rows = tl.minimum(most, length - first)
+        return convolve_rows(row_ptr, out, window, filter, segments, rows, block, C)
+    else:
+        out = Rows(out.ptr + token * out.stride, out.stride)
+        rows = tl.minimum(most, length - first)
+        for phase in range(tl.minimum(rows, C.DILATION)):
+            x_ptr = row_ptr + phase * tl.cast(C.X, tl.int64)
+            window = load_window(x_ptr, slot_ptr, first, history + phase, block, C)
+            segments = None
+            if segment_ptr is not None:
+                own_ptr = segment_ptr + token + phase
+                segments = segments_before(own_ptr, first, phase, C)
+            convolve_rows(
+                x_ptr,
+                walk_of(out, phase, C),
+                window,
+                filter,
+                segments,
+                in_walk(rows, phase, C),
+                block,
+                C,
+            )
+        return None
+
+
+@triton.jit
+def in_walk(count, phase, C: tl.constexpr):
+    """How many of `count` tokens a walk meets."""
+    if C.DILATION == 1:
+        return count
+    else:
+        return (count - phase + (C.DILATION - 1)) // C.DILATION
+
+
+@triton.jit
+def walk_of(rows, phase, C: tl.constexpr):
+    """Those of some `Rows` that a walk meets."""
+    return Rows(rows.ptr + phase * rows.stride, rows.stride * C.DILATION)
 
 
 @triton.jit

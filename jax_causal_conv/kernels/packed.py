@@ -9,9 +9,8 @@ from .device import (
     Offsets,
     Rows,
     channel_block,
-    convolve_rows,
+    filter_rows,
     load_filter,
-    load_window,
     offset_bound,
     roll_slot,
     store_window,
@@ -91,12 +90,12 @@ def sequence(seq, inputs, offsets, C: tl.constexpr):
 # chunk (chunk_seq == -1) zero the tokens that no sequence covers, and chunks of
 # skipped sequences are zeroed as well, so that `out` needs no memset.
 #
-# Reads: its rows of x and the W-1 rows before them; chunk 0 the sequence's slot.
+# Reads: its rows of x and the C.REACH rows before them; chunk 0 the sequence's slot.
 # Writes: its rows of out; chunk 0 of a live sequence its slot, in place.
 #
 # Race-free in a donated state buffer: live sequences own different slots, and of a
 # sequence only chunk 0 touches the slot (later chunks take their history from x,
-# which is why block_m >= W-1), in programs that own different channels. Within the
+# which is why block_m >= C.REACH), in programs that own different channels. Within the
 # program every read of the slot is before the first write: with a barrier between in
 # roll_slot, and in store_window of several warps; one warp reads and writes in order.
 # Rows of out belong to one program each, since sanitised offsets never overlap.
@@ -138,9 +137,17 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
             if (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID):
                 slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
                 first_ptr = row_ptr + first.to(tl.int64) * C.X
-                window = load_window(first_ptr, slot_ptr, first, history, block, C)
-                window = convolve_rows(
-                    first_ptr, out, window, filter, None, rows, block, C
+                window = filter_rows(
+                    first_ptr,
+                    slot_ptr,
+                    None,
+                    out,
+                    0,
+                    history,
+                    filter,
+                    (first, block_m, length),
+                    block,
+                    C,
                 )
                 if C.WINDOW_IS_SLOT and (chunk == 0) & (length <= block_m):
                     store_window(slot_ptr, window, block, C)

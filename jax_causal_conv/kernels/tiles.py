@@ -44,12 +44,19 @@ class Filters:
         itemsize: bytes of an element of x.
         alignment: a number of elements that divides the position of every row and
             part.
+        dilation: tokens from one tap to the next.
     """
 
     dim: int
     width: int
     itemsize: int
     alignment: int
+    dilation: int = 1
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before its own a filter spans."""
+        return (self.width - 1) * self.dilation
 
 
 def packed(filters: Filters, state_len: int, num_tokens: int, num_seqs: int) -> Tiles:
@@ -75,7 +82,7 @@ def update(filters: Filters, state_len: int, num_tokens: int) -> Tiles:
 def dense(filters: Filters, batch: int, length: int) -> Tiles:
     """Tiles of the dense forward kernel for B rows of T tokens."""
     block_m = packed_block_m(filters, batch * length, batch)
-    return _forward(filters, filters.width - 1, block_m, rows=block_m)
+    return _forward(filters, filters.reach, block_m, rows=block_m)
 
 
 def packed_backward(filters: Filters, block_m: int) -> Tiles:
@@ -96,9 +103,11 @@ def rows_backward(
             flight.
     """
     tile = _backward(filters, 0, rows=length)
-    if plain and filters.width == 4 and length >= 128:  # see benchmarks/NOTES.md
+    if (
+        plain and filters.width == 4 and length >= 128 * filters.dilation
+    ):  # see benchmarks/NOTES.md
         tile = dataclasses.replace(tile, group=2 * filters.width)
-    block_m = max(_rows_block_m(batch * length, dim, tile.block_n), filters.width - 1)
+    block_m = max(_rows_block_m(batch * length, dim, tile.block_n), filters.reach)
     return dataclasses.replace(tile, block_m=block_m)
 
 
@@ -107,7 +116,7 @@ def packed_block_m(filters: Filters, num_tokens: int, num_seqs: int) -> int:
 
     So a chunk finds all of its history in the slot, or all of it in x.
     """
-    return max(default_block_m(num_tokens, num_seqs), filters.width - 1)
+    return max(default_block_m(num_tokens, num_seqs), filters.reach)
 
 
 def _forward(
@@ -148,7 +157,7 @@ def _tiles(
     # A multiple of W lets the window rotate through the registers without moves; a
     # very wide filter would unroll into too much code and takes one row at a time.
     group = width * max(1, 4 // width) if width <= 8 else 1
-    if rows < group:
+    if -(-rows // filters.dilation) < group:
         group = 1
     l_block = power_of_two(state_len)
     slot_n = max(1, min(block_n, _SLOT_TILE // l_block))

@@ -9,11 +9,13 @@ from .device import (
     Rows,
     channel_block,
     convolve_rows,
+    filter_rows,
+    in_walk,
     load_filter,
     load_plain,
-    load_window,
     roll_slot,
     store_window,
+    walk_of,
     zero_rows,
 )
 
@@ -39,11 +41,15 @@ class UpdateOutputs(NamedTuple):
 
 @triton.jit
 def load_ring(slot_ptr, cursor, block, C: tl.constexpr):
-    """The W-1 float32 rows before row `cursor` of a circular buffer, as a tuple."""
+    """The W-1 float32 rows that the walk of row `cursor` has before it, as a tuple.
+
+    The rows are those of a circular buffer, and cursor may be up to C.DILATION - 1
+    more than the number of its last row.
+    """
     W: tl.constexpr = C.W
     window = ()
     for k in tl.static_range(W - 1):
-        row = cursor - (W - 1 - k)
+        row = cursor - (W - 1 - k) * C.DILATION
         row = tl.where(row < 0, row + C.L, row)
         window = window + (load_plain(slot_ptr + row * C.D, block).to(tl.float32),)
     return window
@@ -74,7 +80,7 @@ def store_ring(row_ptr, slot_ptr, cursor, block, C: tl.constexpr):
 # warps have a barrier in between; a single one reads and writes in order. So updating a
 # donated buffer in place is race-free.
 #
-# With cache_seqlens slots are circular buffers: history is the W-1 rows before the
+# With cache_seqlens slots are circular buffers: history is the C.REACH rows before the
 # cursor, input q goes to row (cursor + q) mod L.
 @triton.jit
 def update_kernel(inputs, outputs, C: tl.constexpr):
@@ -94,16 +100,36 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
             cursor = tl.load(inputs.cache_seqlens + request) % C.L
             # The remainder has the sign of the dividend.
             cursor = tl.where(cursor < 0, cursor + C.L, cursor)
-            window = load_ring(slot_ptr, cursor, block, C)
-            convolve_rows(row_ptr, out, window, filter, None, C.Q, block, C)
+            for phase in range(min(C.DILATION, C.Q)):
+                window = load_ring(slot_ptr, cursor + phase, block, C)
+                convolve_rows(
+                    row_ptr + phase * tl.cast(C.X, tl.int64),
+                    walk_of(out, phase, C),
+                    window,
+                    filter,
+                    None,
+                    in_walk(C.Q, phase, C),
+                    block,
+                    C,
+                )
             store_ring(row_ptr, slot_ptr, cursor, block, C)
         else:
             history = C.L
             if inputs.num_rejected is not None:
                 rejected = tl.load(inputs.num_rejected + request)
                 history = C.L - tl.minimum(tl.maximum(rejected, 0), C.L)
-            window = load_window(row_ptr, slot_ptr, 0, history, block, C)
-            window = convolve_rows(row_ptr, out, window, filter, None, C.Q, block, C)
+            window = filter_rows(
+                row_ptr,
+                slot_ptr,
+                None,
+                out,
+                0,
+                history,
+                filter,
+                (0, C.Q, C.Q),
+                block,
+                C,
+            )
             if C.WINDOW_IS_SLOT:
                 store_window(slot_ptr, window, block, C)
             else:

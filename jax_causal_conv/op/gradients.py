@@ -2,10 +2,11 @@
 
 XLA's own differentiation of `xla/forward.py` is right too, in any mode and order; the
 rules here are faster, and the only ones that Triton kernels can have. Those of the conv
-keep the inputs and the gathered history (W-1 rows a sequence), never the cache, so that
+keep the inputs and the gathered history (as many rows a sequence as the filter reaches back), never the cache, so that
 a donated cache can be updated in place. Those of the SSD keep all operands.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,6 @@ from ..batch import (
 )
 from ..operands import (
     PAD_SLOT_ID,
-    ConvSpec,
     DenseOperands,
     PackedBackwardOperands,
     PackedOperands,
@@ -76,7 +76,7 @@ def _conv_cotangents(implementation, spec, op: Op, operands):
     """
     x, weight, bias, *_ = operands
     # Only what the backward ops read, so that calls which differ in the rest are one.
-    spec = ConvSpec(spec.activation, spec.columns)
+    spec = dataclasses.replace(spec, pad_slot_id=PAD_SLOT_ID, final_state_len=None)
     dx, dweight, dbias, dhistory = primitive.run(op, implementation, spec, operands)
     gradients = {
         "x": spec.columns.widen(dx, x.shape[-1]),
@@ -98,9 +98,9 @@ def _state_cotangent(dstates, dslots, dhistory, seqs: Sequences, source):
         dstates: `(S, L, D)` cotangent of the updated cache.
         dslots: `(N, L, D)` cotangent of each live sequence's old slot through the rows
             that survived in it.
-        dhistory: `(N, W-1, D)` the same through the convolution.
+        dhistory: `(N, R, D)` the same through the convolution.
         seqs: the sequences.
-        source: `(N, W-1)` the row of the slot that each history row was; out of
+        source: `(N, R)` the row of the slot that each history row was; out of
             bounds if it was a row of zeros.
     """
     row = jnp.arange(dslots.shape[0])[:, None]
@@ -147,7 +147,7 @@ def _packed_forward(implementation, spec, operands: PackedOperands):
         spec.pad_slot_id,
     )
     wide = wide_slots(states, seqs, states.dtype)  # as stored
-    history = history_before(states, wide, seqs, operands.weight.shape[1] - 1)
+    history = history_before(states, wide, seqs, spec.reach(operands.weight.shape[1]))
     states, history = read_before(states, history)
     operands = operands._replace(states=states)
     results = primitive.run(PACKED, implementation, spec, operands)
@@ -188,14 +188,14 @@ def _update_history(count: int, query: int, pad_slot_id: int, operands: UpdateOp
     """What the gradient of an update has to keep of its states.
 
     Args:
-        count: W-1.
+        count: R, the filter's reach.
         query: Q.
         pad_slot_id: the slot number that means "skip".
         operands: their x and filter are not looked at; slots are given.
 
     Returns:
         The sequences, their positions in circular buffers or None, and their history
-        `(B, W-1, D)` in the dtype of the states.
+        `(B, R, D)` in the dtype of the states.
     """
     offsets = jnp.arange(operands.slots.shape[0] + 1, dtype=jnp.int32) * query
     states, cursor = operands.states, operands.cache_seqlens
@@ -212,7 +212,8 @@ def _update_history(count: int, query: int, pad_slot_id: int, operands: UpdateOp
 def _update_forward(implementation, spec, operands: UpdateOperands):
     (batch, query, _), states = operands.x.shape, operands.states
     slots = slots_one_by_one(operands.slots, batch, states.shape[0], spec.pad_slot_id)
-    gather = functools.partial(_update_history, operands.weight.shape[1] - 1, query)
+    reach = spec.reach(operands.weight.shape[1])
+    gather = functools.partial(_update_history, reach, query)
     read = operands._replace(x=None, weight=None, bias=None)
     if slots is not None:
         of_row = row_by_row(functools.partial(gather, PAD_SLOT_ID))
@@ -275,7 +276,7 @@ def _dense_backward(implementation, spec, operands: DenseOperands, cotangents):
     if dfinal is not None and dfinal.shape[1] == 0:  # without rows, as for W = 1
         dfinal = None
     (batch, length, _), (dim, width) = x.shape, weight.shape
-    count = width - 1
+    count = spec.reach(width)
     if states is None:
         history = jnp.zeros((batch, count, dim), x.dtype)
     else:

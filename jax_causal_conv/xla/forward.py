@@ -1,11 +1,12 @@
 """The forward ops in XLA.
 
 Everything is a gather of rows: token p of a sequence needs rows p-1 … p-(W-1) of
-x, or, before the sequence's first token, rows of its history. A select picks one of
+x (with a dilation every so many), or, before the sequence's first token, rows of its history. A select picks one of
 the two, so that what a token must not see is never multiplied with anything. The
 loop over taps is static and XLA fuses it into one pass over the output.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -49,22 +50,23 @@ from ..slots import (
 from .activations import ACTIVATIONS
 
 
-def taps_of(x, history, tokens: Tokens, width: int):
+def taps_of(spec: ConvSpec, x, history, tokens: Tokens, width: int):
     """Yields what each filter tap meets, newest first: W arrays `(T, D)`.
 
     x and history are of the accumulator's dtype; tokens that are not live meet zeros.
     """
     token = jnp.arange(x.shape[0], dtype=jnp.int32)
-    for d in range(width):
-        tap = take_rows(x, jnp.maximum(token - d, 0))
-        if d:
-            row = width - 1 + tokens.position - d
+    for k in range(width):
+        back = spec.reach(k + 1)
+        tap = take_rows(x, jnp.maximum(token - back, 0))
+        if back:
+            row = spec.reach(width) + tokens.position - back
             old = take_rows(history, tokens.owner, jnp.maximum(row, 0))
-            tap = jnp.where((tokens.position >= d)[:, None], tap, old)
+            tap = jnp.where((tokens.position >= back)[:, None], tap, old)
         yield jnp.where(tokens.live[:, None], tap, 0)
 
 
-def _convolve(x, weight, bias, history, tokens: Tokens, activation: str | None):
+def _convolve(spec: ConvSpec, x, weight, bias, history, tokens: Tokens):
     """`act(bias + Σ w·u)` for each row of x `(T, D)`; zeros where not live.
 
     x, history and the result are of the accumulator's dtype.
@@ -76,9 +78,12 @@ def _convolve(x, weight, bias, history, tokens: Tokens, activation: str | None):
         [weight[:, k].astype(x.dtype) for k in range(width)]
     )
     acc = jnp.zeros(x.shape, x.dtype) if bias is None else bias.astype(x.dtype)
-    for d, tap in enumerate(taps_of(x, history, tokens, width)):
-        acc = acc + tap * filter_taps[width - 1 - d]
-    return jnp.where(tokens.live[:, None], ACTIVATIONS[activation](acc), 0)
+    for k, tap in enumerate(taps_of(spec, x, history, tokens, width)):
+        acc = acc + tap * filter_taps[width - 1 - k]
+    out = ACTIVATIONS[spec.activation].of(acc)
+    if spec.residual:
+        out = out + x
+    return jnp.where(tokens.live[:, None], out, 0)
 
 
 def _convolve_parts(spec: ConvSpec, x, filters, history, tokens: Tokens, dtype):
@@ -96,8 +101,7 @@ def _convolve_parts(spec: ConvSpec, x, filters, history, tokens: Tokens, dtype):
         strict=True,
     )
     return tuple(
-        _convolve(x, w.T, b, h, tokens, spec.activation).astype(dtype)
-        for x, w, b, h in each
+        _convolve(spec, x, w.T, b, h, tokens).astype(dtype) for x, w, b, h in each
     )
 
 
@@ -228,7 +232,7 @@ def packed(spec: ConvSpec, operands: PackedOperands) -> tuple[jax.Array, ...]:
         seqs,
         spec.columns,
         lambda states, wide, seqs: outputs(
-            history_before(states, wide, seqs, width - 1)
+            history_before(states, wide, seqs, spec.reach(width))
         ),
     )
 
@@ -239,7 +243,7 @@ def update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
     slots = slots_one_by_one(operands.slots, batch, num_slots, spec.pad_slot_id)
     if slots is None:
         return _update(spec, operands)
-    spec = ConvSpec(spec.activation, spec.columns, PAD_SLOT_ID)
+    spec = dataclasses.replace(spec, pad_slot_id=PAD_SLOT_ID)
     weight, bias = operands.weight, operands.bias
 
     def of_row(row):
@@ -277,12 +281,12 @@ def _update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
             seqs,
             spec.columns,
             lambda states, wide, seqs: outputs(
-                history_before(states, wide, seqs, width - 1)
+                history_before(states, wide, seqs, spec.reach(width))
             ),
         )
     # Reduced before anything is added to it, so that no sum overflows.
     cursor = jnp.mod(operands.cache_seqlens, state_len)
-    history = ring_before(states, wide, seqs, cursor, width - 1)
+    history = ring_before(states, wide, seqs, cursor, spec.reach(width))
     # Of more than L inputs only the last L are stored, so that none of the buffer's
     # rows is written twice.
     stored = jnp.arange(query - min(query, state_len), query)
@@ -294,7 +298,7 @@ def _update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
 
 
 def with_zeros(history):
-    """Each row's two histories, `(B, 2, W-1, D)`; see `tokens_of_runs`."""
+    """Each row's two histories, `(B, 2, R, D)`; see `tokens_of_runs`."""
     return jnp.stack([history, jnp.zeros_like(history)], axis=1)
 
 
@@ -302,14 +306,15 @@ def dense(spec: ConvSpec, operands: DenseOperands) -> tuple[jax.Array, ...]:
     """`causal_conv1d` on checked arguments."""
     x, weight, bias, states, segment_ids = operands
     x = spec.columns.of(x, weight.shape[0])
-    (batch, length, dim), width, dtype = x.shape, weight.shape[1], x.dtype
+    (batch, length, dim), dtype = x.shape, x.dtype
+    reach = spec.reach(weight.shape[1])
     wide_x = x.astype(accumulator(x))
     if states is None:
         wide = None
-        history = jnp.zeros((batch, width - 1, dim), wide_x.dtype)
+        history = jnp.zeros((batch, reach, dim), wide_x.dtype)
     else:
         wide = states.astype(wide_x.dtype)
-        history = wide[:, states.shape[1] - (width - 1) :]
+        history = wide[:, states.shape[1] - reach :]
     runs = runs_of(segment_ids, batch, length)
 
     def convolve_row(x, history, tokens):

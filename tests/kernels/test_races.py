@@ -93,6 +93,18 @@ CASES = {
     "malformed offsets": packed([4, 6, 5, 3]).replace(
         query_start_loc=slots(9, 3, 2**31 - 1, -(2**31), 30)
     ),
+    "dilation": packed(
+        [1, 17, 2, 9],
+        rejected=[0, 2],
+        dilation=2,
+        residual=True,
+        state_len=8,
+        block_m=8,
+    ),
+    "dilation, decode": update(dilation=2, state_len=9),
+    "dilation, circular": update(
+        dilation=2, cache_seqlens=True, num_rejected_tokens=False, state_len=7
+    ),
     "decode": update(),
     "decode, more rejected rows than inputs": update(
         arrays={"num_rejected_tokens": slots(4, 5, 6, 0, 9)}

@@ -302,7 +302,7 @@ def test_wrong_arguments_are_named(kind):
     with pytest.raises(ValueError, match="implementation must be one of"):
         layer(kind, weight, bias, implementation="cuda")(x)
     with pytest.raises(ValueError, match='activation must be None, "silu"'):
-        layer(kind, weight, bias, activation="gelu")(x)
+        layer(kind, weight, bias, activation="elu")(x)
     for size, error in (((4,), TypeError), (0, ValueError)):
         with pytest.raises(error, match="kernel_size must be"):
             if kind == "nnx":

@@ -17,7 +17,8 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 INT32 = np.dtype("int32")
 FLOATS = (np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16))
 CHANNELS = (1, 3, 64, 100, 257, 2064)
-ACTIVATIONS = (None, "silu", "swish", True, False)
+ACTIVATIONS = tuple(reference.ACTIVATIONS)  # names, True and False
+DILATIONS = (1, 1, 1, 2, 3, 5)
 MAX_WIDTH, MAX_EXTRA = 8, 10  # L goes from W-1 to W+9
 GRID = MAX_WIDTH * (MAX_EXTRA + 1)  # every (W, L) once
 
@@ -39,6 +40,8 @@ class PackedShape:
     has_initial_state: bool = True
     num_rejected_tokens: bool = True
     activation: str | bool | None = "silu"
+    dilation: int = 1
+    residual: bool = False
     pad_slot_id: int = reference.PAD_SLOT_ID
     block_m: int | None = None
 
@@ -60,7 +63,19 @@ class UpdateShape:
     cache_seqlens: bool = False
     num_rejected_tokens: bool = True
     activation: str | bool | None = "silu"
+    dilation: int = 1
+    residual: bool = False
     pad_slot_id: int = reference.PAD_SLOT_ID
+
+
+def conv_options(shape):
+    names = ("activation", "dilation", "residual")
+    return {name: getattr(shape, name) for name in names}
+
+
+def reach(shape):
+    """How many tokens before its own a filter of a shape spans."""
+    return (shape.width - 1) * shape.dilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +153,20 @@ def width_and_length(index):
     return width, width - 1 + index % (MAX_EXTRA + 1)
 
 
+def dilated(rng, width):
+    """Static options, and how many tokens before its own a filter then spans."""
+    options = {
+        "dilation": int(choose(rng, DILATIONS)),
+        "residual": bool(rng.random() < 0.3),
+    }
+    return options, (width - 1) * options["dilation"]
+
+
 def packed_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
     """A random shape; `small` suits an interpreter that takes its time."""
     width, state_len = width_and_length(rng.integers(GRID) if index is None else index)
+    dilation, reach = dilated(rng, width)
+    state_len += reach - (width - 1)
     cache_indices = rng.random() < 0.8
     num_seqs = int(choose(rng, (1, 2, 3, 5) if small else (1, 2, 3, 5, 9)))
     num_slots = int(choose(rng, (1, 4, 7, 12)))
@@ -160,21 +186,22 @@ def packed_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
         has_initial_state=rng.random() < 0.8,
         num_rejected_tokens=rng.random() < 0.5,
         activation=choose(rng, ACTIVATIONS),
+        **dilation,
         pad_slot_id=int(choose(rng, (-1, -1, -1, 0, 2, 300))),
-        block_m=maybe(rng, block_m),
+        block_m=maybe(rng, max(block_m, reach)),
     )
 
 
-def interesting_lengths(width, block_m):
+def interesting_lengths(reach, block_m):
     block = block_m or 16
     long = 3 * block + 1
-    lengths = {0, 1, width - 2, width - 1, width, block - 1, block, block + 1, long}
+    lengths = {0, 1, reach - 1, reach, reach + 1, block - 1, block, block + 1, long}
     return sorted(length for length in lengths if length >= 0)
 
 
 def random_offsets(rng, shape):
     """Valid offsets: interesting lengths, often an uncovered head and tail."""
-    lengths = interesting_lengths(shape.width, shape.block_m)
+    lengths = interesting_lengths(reach(shape), shape.block_m)
     head = min(int(choose(rng, (0, 0, 0, 1, 5))), shape.num_tokens)
     offsets = [head]
     for _ in range(shape.num_seqs):
@@ -263,12 +290,14 @@ def packed_case(shape: PackedShape, rng, *, malformed=False) -> Case:
         arrays["num_rejected_tokens"] = random_rejected(
             rng, shape.num_seqs, shape.state_len, shape.index_dtype, malformed
         )
-    options = {"activation": shape.activation, "pad_slot_id": shape.pad_slot_id}
+    options = conv_options(shape) | {"pad_slot_id": shape.pad_slot_id}
     return Case(shape, arrays, options)
 
 
 def update_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
     width, state_len = width_and_length(rng.integers(GRID) if index is None else index)
+    dilation, reach = dilated(rng, width)
+    state_len += reach - (width - 1)
     conv_state_indices = rng.random() < 0.8
     num_rows = int(choose(rng, (1, 3, 6) if small else (1, 3, 6, 17)))
     num_slots = int(choose(rng, (1, 4, 7, 20)))
@@ -288,6 +317,7 @@ def update_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
         cache_seqlens=circular,
         num_rejected_tokens=not circular and rng.random() < 0.6,
         activation=choose(rng, ACTIVATIONS),
+        **dilation,
         pad_slot_id=int(choose(rng, (-1, -1, -1, 0, 2, 300))),
     )
 
@@ -338,7 +368,7 @@ def update_case(shape: UpdateShape, rng, *, malformed=False) -> Case:
         arrays["num_rejected_tokens"] = random_rejected(
             rng, shape.num_rows, shape.state_len, shape.index_dtype, malformed
         )
-    options = {"activation": shape.activation, "pad_slot_id": shape.pad_slot_id}
+    options = conv_options(shape) | {"pad_slot_id": shape.pad_slot_id}
     return Case(shape, arrays, options)
 
 
@@ -355,6 +385,8 @@ class DenseShape:
     state_dtype: Any = FLOATS[0]
     segment_ids: bool = True
     activation: str | bool | None = "silu"
+    dilation: int = 1
+    residual: bool = False
 
 
 def random_segments(rng, shape):
@@ -363,7 +395,8 @@ def random_segments(rng, shape):
     for row in ids:
         first, previous = 0, None
         while first < shape.num_tokens:
-            length = int(choose(rng, (1, 1, 2, shape.width - 1, shape.width, 9, 20)))
+            span = reach(shape)
+            length = int(choose(rng, (1, 1, 2, span, span + 1, 9, 20)))
             segment = int(choose(rng, (-3, -1, 0, 1, 5)))
             if segment == previous:
                 continue
@@ -388,4 +421,4 @@ def dense_case(shape: DenseShape, rng) -> Case:
         arrays["initial_state"] = floats(rng, size, shape.state_dtype)
     if shape.segment_ids:
         arrays["segment_ids"] = random_segments(rng, shape)
-    return Case(shape, arrays, {"activation": shape.activation})
+    return Case(shape, arrays, conv_options(shape))

@@ -73,14 +73,16 @@ def kernel_shape(rng) -> PackedShape | UpdateShape:
     unusual = rng.random()
     if unusual < 0.08:  # few channels a program: several blocks of channels
         width = int(choose(rng, (9, 16, 33, 64)))
-        changes |= {"width": width, "state_len": width - 1 + int(rng.integers(3))}
+        changes |= {"width": width, "dilation": int(choose(rng, (1, 1, 3)))}
+        least = (width - 1) * changes["dilation"]
+        changes["state_len"] = least + int(rng.integers(3))
         changes["channels"] = int(choose(rng, (3, 65, 130)))
     elif unusual < 0.16:  # the slot is moved in pieces
         length = int(choose(rng, (32, 63, 300)))
-        changes["state_len"] = max(length, shape.width - 1)
+        changes["state_len"] = max(length, cases.reach(shape))
     shape = dataclasses.replace(shape, **changes)
     if isinstance(shape, PackedShape):
-        least = max(shape.width - 1, 1)
+        least = max(cases.reach(shape), 1)
         blocks = (None, None, least, least + 1, max(least, 8), 16, shape.num_tokens + 3)
         block_m = choose(rng, blocks)
         if block_m is not None:
@@ -285,6 +287,7 @@ def compare(case: Case, got: tuple, expected: Expected, what: str) -> None:
         case.arrays["weight"].shape[1],
         case.options["activation"],
         what,
+        case.options["residual"],
     )
     kept = expected.slots
     same_states(case, states[kept], expected.states[kept], what)
