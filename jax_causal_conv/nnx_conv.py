@@ -47,7 +47,9 @@ class CausalConv1d(nnx.Module):
         features: D, the number of channels.
         kernel_size: W, the width of the filter, an int >= 1.
         use_bias: whether there is a bias.
-        activation, dilation, residual: as for `causal_conv1d_fn`.
+        activation: as for `causal_conv1d_fn`, but none by default.
+        dilation: as for `causal_conv1d_fn`.
+        residual: as for `causal_conv1d_fn`.
         dtype: of the computation and of outputs; None infers it from x and parameters.
         param_dtype: of the parameters.
         kernel_init: called with shape `(D, W)`, so that fan-in is the *last* axis. The

@@ -18,11 +18,6 @@ from jax_causal_conv import (
 DECIDE = {"split", "return_final_state"}  # what a function returns
 # What a layer holds itself.
 LAYERS = {"activation", "dilation", "residual", "implementation"}
-    "activation",
-    "dilation",
-    "residual",
-    "implementation",
-}  # what a layer holds itself
 
 
 def by_name(function):
