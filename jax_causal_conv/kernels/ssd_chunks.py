@@ -337,9 +337,7 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
             here = (early.end < length) & (early.end // C.CHUNK >= low)
             here = here & (early.end // C.CHUNK < high)
             stops = whole, mid, Store(early.slot, early.end, early.live & here)
-            state = _through_stores(
-                inputs, y_ptr, work, state, low, stops, channels, C
-            )
+            state = _through_stores(inputs, y_ptr, work, state, low, stops, channels, C)
         if whole < high:
             state = _chunk(inputs, y_ptr, work, state, whole, C, False)
         if states_ptr is not None:

@@ -13,7 +13,7 @@ FLOORS = (
     ("compat", "columns"),
     ("operands",),
     ("batch", "checks"),
-    ("slots", "chunks"),
+    ("slots", "chunks", "replay"),
     ("xla", "kernels"),
     ("op",),
     ("packed", "update", "dense", "states", "halo", "metadata", "mamba2.ssd"),
