@@ -145,8 +145,8 @@ def serve_steps(inputs, outputs, state, its, begin, head, channels, C: tl.conste
 
 
 # One program advances one sequence of one token by it, or one of up to C.STEPS tokens
-# by these, for P_BLOCK channels of one head; the grid is 1-D, sequences x heads x blocks
-# of channels, blocks fastest.
+# by these, for P_BLOCK channels of one head; the grid is 1-D, sequences x heads x
+# blocks of channels, blocks fastest.
 #
 # Reads: the sequence's offsets (and those before it: cummax), slot, tokens, and its part
 # of the slot. Writes: its part of the slot, in place, or of others, and of the tokens'
