@@ -207,7 +207,9 @@ VALID = {
 def test_validate_batch_accepts_forks_and_snapshots():
     validate_batch(**VALID)
     validate_batch(**VALID | {"write_indices": [2, 3, 2, -1]})  # an empty one, and none
-    validate_batch(**VALID | {"snapshot_indices": [2, -1, 9, 1]})  # where its state goes
+    validate_batch(
+        **VALID | {"snapshot_indices": [2, -1, 9, 1]}
+    )  # where its state goes
 
 
 @pytest.mark.parametrize(
