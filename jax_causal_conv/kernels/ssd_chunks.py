@@ -241,7 +241,7 @@ def _store_within(inputs, work, state, i, store, when, channels, C: tl.constexpr
 
 @triton.jit
 def _on_the_way(store, length, low, high, C: tl.constexpr):
-    """The `Store`, if it ends within chunks `low` up to `high`, before the last token."""
+    """The `Store`, if it ends in chunks `low` up to `high`, before the last token."""
     chunk = store.end // C.CHUNK
     here = (store.end < length) & (chunk >= low) & (chunk < high)
     return Store(store.slot, store.end, store.live & here)

@@ -148,17 +148,17 @@ def serve_steps(inputs, outputs, state, its, begin, head, channels, C: tl.conste
 # by these, for P_BLOCK channels of one head; the grid is 1-D, sequences x heads x
 # blocks of channels, blocks fastest.
 #
-# Reads: the sequence's offsets (and those before it: cummax), slot, tokens, and its part
-# of the slot. Writes: its part of the slot, in place, or of others, and of the tokens'
-# outputs. A sequence of more tokens is surplus here: they are zeroed and its slot is
-# left alone, as with one that is skipped. The first sequence zeroes the tokens before it,
-# the last one those behind it, so that y needs no memset.
+# Reads: the sequence's offsets (and those before it: cummax), slot, tokens, and its
+# part of the slot. Writes: its part of the slot, in place, or of others, and of the
+# tokens' outputs. A sequence of more tokens is surplus here: they are zeroed and its
+# slot is left alone, as with one that is skipped. The first sequence zeroes the tokens
+# before it, the last one those behind it, so that y needs no memset.
 #
 # Race-free in a donated cache: live sequences write different slots, none of which
 # another one reads, and of a slot each program owns other elements. What it writes is
 # computed from what it has read at the same place of the slot that it reads, which
-# therefore may be any of those that it writes. Tokens belong to one sequence each, since
-# sanitised offsets never overlap.
+# therefore may be any of those that it writes. Tokens belong to one sequence each,
+# since sanitised offsets never overlap.
 #
 # Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
 # [0, S). The state and the token that it is in most batches, where every sequence has

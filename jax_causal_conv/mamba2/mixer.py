@@ -346,9 +346,9 @@ class Mamba2Mixer(nnx.Module):
                 `causal_conv1d_fn`, or None.
             metadata: from `build_metadata`, to share between layers. None builds it.
             max_prefills: static; how many live sequences may have more than one
-                token, or, in a cache for q drafts, than 1 + q. Of a batch with more the surplus ones, in order, are skipped: no
-                slot of theirs changes. 0 compiles a pure decode step. None is enough
-                for any batch.
+                token, or, in a cache for q drafts, more than 1 + q. Of a batch with
+                more the surplus ones, in order, are skipped: no slot of theirs changes.
+                0 compiles a step without prompts. None is enough for any batch.
             pad_slot_id: static int, the slot number that means "skip".
 
         Returns:

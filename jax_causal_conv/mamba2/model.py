@@ -218,7 +218,8 @@ class Mamba2LM(nnx.Module):
             metadata: of `build_metadata`, shared by all layers; None builds it here,
                 once.
             max_prefills: static, as for `ssd_packed`: how many live sequences may
-                have more than one token, or, in a cache for q drafts, than 1 + q. None is min(N, T // 2).
+                have more than one token, or, in a cache for q drafts, more than 1 + q.
+                None is min(N, T // 2).
             pad_slot_id: static, the slot number that means "skip".
 
         Returns:

@@ -267,11 +267,11 @@ def ssd_packed(
     parameters = _parameters(inputs, dt, A, B, C, D, "T")
     bias = _heads_or_none("dt_bias", dt_bias, heads)
     shape = (None, heads, dim, parameters.B.shape[2])
-    recent: tuple = ()
-    if isinstance(ssm_states, DraftStates):
-        ssm_states, *recent = ssm_states
+    drafts = ssm_states if isinstance(ssm_states, DraftStates) else None
+    if drafts is not None:
+        ssm_states = drafts.states
     states = checks.float_array("ssm_states", ssm_states, shape, "(S, H, P, K)")
-    recent = _recent(recent, states, parameters.B)
+    recent = () if drafts is None else _recent(drafts, states, parameters.B)
     offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs, num_slots = offsets.shape[0] - 1, states.shape[0]
     slots = checks.slots_array(
@@ -310,7 +310,7 @@ def ssd_packed(
         return y, DraftStates(states, *recent) if recent else states
     if recent and recent[0].shape[1]:
         checks.token_count("T + N * q", num_tokens + num_seqs * recent[0].shape[1], 1)
-        y, *drafts = gradients.call(
+        y, *new = gradients.call(
             SSD_REPLAY,
             implementation,
             spec,
@@ -320,7 +320,9 @@ def ssd_packed(
                 bias,
                 states,
                 offsets,
-                *recent,
+                recent_x=recent[0],
+                recent_dt=recent[1],
+                recent_B=recent[2],
                 slots=slots,
                 has_initial_state=has_initial_state,
                 num_rejected=num_rejected,
@@ -329,7 +331,7 @@ def ssd_packed(
                 snapshot_ends=snapshot_ends,
             ),
         )
-        return y, DraftStates(*drafts)
+        return y, DraftStates(*new)
     operands = SSDPackedOperands(
         inputs,
         *parameters,
@@ -346,20 +348,17 @@ def ssd_packed(
     return y, DraftStates(states, *recent) if recent else states
 
 
-def _recent(recent: Any, states: Any, B: Any) -> tuple:
-    """Checked x, dt and B of `DraftStates`, or nothing."""
-    if not recent:
-        return ()
-    x, dt, of_group = recent
+def _recent(drafts: DraftStates, states: Any, B: Any) -> tuple[Any, ...]:
+    """Checked x, dt and B of `DraftStates`."""
     num_slots, heads, dim, _ = states.shape
-    shape = (num_slots, None, heads, dim)
-    x = checks.float_array("ssm_states.x", x, shape, "(S, q, H, P)")
-    shape = x.shape[:2]
-    dt = checks.float_array("ssm_states.dt", dt, (*shape, heads), "(S, q, H)")
-    B = checks.float_array(
-        "ssm_states.B", of_group, (*shape, *B.shape[1:]), "(S, q, G, K)"
+    per_token = (heads, dim)
+    x = checks.float_array(
+        "ssm_states.x", drafts.x, (num_slots, None, *per_token), "(S, q, H, P)"
     )
-    return x, dt, B
+    lead = x.shape[:2]
+    dt = checks.float_array("ssm_states.dt", drafts.dt, (*lead, heads), "(S, q, H)")
+    of_group = (*lead, *B.shape[1:])
+    return x, dt, checks.float_array("ssm_states.B", drafts.B, of_group, "(S, q, G, K)")
 
 
 def _at_most(size: int, limit: int) -> int:

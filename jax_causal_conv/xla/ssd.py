@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -475,10 +475,10 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
         _by_group(x, groups, 1), _by_group(dt, groups), _by_group(A, groups), B, C
     )
     stores = batch.stores_of(seqs, operands, spec.pad_slot_id)
-    ends = [store.end for store in stores]
+    ends: list[Any] = [store.end for store in stores]
     if operands.write_ends is None:
         ends[-1] = None  # all tokens
-    of_prefills = [None] * len(ends)
+    of_prefills: list[Any] = [None] * len(ends)
     if spec.max_prefills:
         many, of_prefills, states = _run_prefills(
             spec, inputs, states, (seqs, prefills, tokens), ends
