@@ -1,5 +1,7 @@
 """Metadata of a packed batch, and the check of one before it is served."""
 
+from typing import Any
+
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -111,18 +113,8 @@ def validate_batch(
             )
     live = np.flatnonzero((q[1:] > q[:-1]) & (slots != pad_slot_id))
     if write_indices is not None or snapshot_indices is not None:
-        moves = {"cache_indices": slots}
-        for name, value in (
-            ("write_indices", write_indices),
-            ("snapshot_indices", snapshot_indices),
-        ):
-            if value is not None:
-                moves[name] = checks.host_integers(name, value)
-                if moves[name].size != n:
-                    raise ValueError(
-                        f"{name} must have shape (N,) = ({n},), got {moves[name].shape}"
-                    )
-        _validate_moves(live, moves, num_slots, pad_slot_id)
+        moves = {"write_indices": write_indices, "snapshot_indices": snapshot_indices}
+        _validate_moves(slots, live, moves, num_slots, pad_slot_id)
         return
     used, first = np.unique(slots[live], return_index=True)
     outside = live[(slots[live] < 0) | (slots[live] >= num_slots)]
@@ -142,20 +134,31 @@ def validate_batch(
 
 
 def _validate_moves(
-    live: np.ndarray, moves: dict[str, np.ndarray], num_slots: int, pad_slot_id: int
+    reads: np.ndarray,
+    live: np.ndarray,
+    moves: dict[str, Any],
+    num_slots: int,
+    pad_slot_id: int,
 ) -> None:
     """Raises where live sequences that read and write slots get in each other's way."""
-    for name, slots in moves.items():
-        for i in live.tolist():
-            slot = int(slots[i])
-            if slot != pad_slot_id and not 0 <= slot < num_slots:
+    writes = {}
+    for name, value in moves.items():
+        if value is not None:
+            writes[name] = checks.host_integers(name, value)
+            if writes[name].shape != reads.shape:
                 raise ValueError(
-                    f"{name}[{i}] = {slot} is outside [0, num_slots = {num_slots}) "
-                    f"and is not pad_slot_id = {pad_slot_id}"
+                    f"{name} must have shape (N,) = {reads.shape}, "
+                    f"got {writes[name].shape}"
                 )
-    reads = moves["cache_indices"]
-    writes = {"write_indices": reads} | moves
-    writes.pop("cache_indices")
+    for name, slots in {"cache_indices": reads, **writes}.items():
+        outside = (slots < 0) | (slots >= num_slots)
+        for i in live[outside[live] & (slots[live] != pad_slot_id)].tolist():
+            raise ValueError(
+                f"{name}[{i}] = {slots[i]} is outside [0, num_slots = {num_slots}) "
+                f"and is not pad_slot_id = {pad_slot_id}"
+            )
+    if "write_indices" not in writes:
+        writes = {"cache_indices": reads, **writes}
     written: dict[int, int] = {}
     for name, slots in writes.items():
         for i in live.tolist():
@@ -164,8 +167,8 @@ def _validate_moves(
                 continue
             if (other := written.setdefault(slot, i)) != i:
                 raise ValueError(
-                    f"{name}[{i}] = {slot} is already written by live sequence {other}; "
-                    "two live sequences must not write one slot"
+                    f"{name}[{i}] = {slot} is already written by live sequence "
+                    f"{other}; two live sequences must not write one slot"
                 )
     for i in live.tolist():
         if (other := written.get(int(reads[i]), i)) != i:

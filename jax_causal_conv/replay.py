@@ -2,13 +2,13 @@
 
 A slot holds the state *before* the last q tokens of a request, and of these tokens what
 the recurrence takes of them: x, dt and B, oldest first. Where the request had fewer,
-zeros stand in front, which change no state. A step puts those that were not rejected in
-front of its new tokens, and leaves the state q tokens behind: for a batch that is longer
-by q tokens a sequence that is the packed SSD, with states before the last tokens. So a
-state is read and written as often as without drafts.
+zeros stand in front, which change no state. A step puts those that were not rejected
+in front of its new tokens, and leaves the state q tokens behind: that is the packed SSD
+of a batch in which each sequence is longer by q tokens, with states before the last q.
+So a state is read and written as often as without drafts.
 
-The alternative is a state after each of q drafts: q more states written a step, each of
-which is some hundred times as large as what the recurrence takes of a token.
+The alternative is a state after each of q drafts: a step then writes q more states,
+each some hundred times as large as what the recurrence takes of a token.
 """
 
 import dataclasses
@@ -109,12 +109,11 @@ def replayed(
         y = jnp.where(tokens.live[:, None, None], take_rows(y, place), 0)
         row = jnp.arange(drafts, dtype=jnp.int32)
         rows_of = [(longer[:-1] + store.end)[:, None] + row for store in stores]
-        new = []
-        for old, tokens in zip(recent, (x, dt, B), strict=True):
+        new = list(recent)
+        for i, tokens in enumerate((x, dt, B)):
             for store, rows in zip(stores, rows_of, strict=True):
-                rows = take_rows(tokens, rows).astype(old.dtype)
-                old = store_rows(old, store, row, rows)
-            new.append(old)
+                last = take_rows(tokens, rows).astype(new[i].dtype)
+                new[i] = store_rows(new[i], store, row, last)
         return y, states, *new
 
     return packed_spec, packed_operands, results_of

@@ -235,8 +235,8 @@ def ssd_packed(
             there would have left.
         max_prefills: static int: how many live sequences may have more than one token.
             Surplus ones, in order, are skipped. With `DraftStates` those of up to 1 + q
-            tokens do not count, a token and its drafts. 0 compiles a decode step, without any
-            work for chunks. None is `min(N, T // 2)`: no batch has more.
+            tokens do not count, a token and its drafts. 0 compiles a decode step,
+            without any work for chunks. None is `min(N, T // 2)`: no batch has more.
         chunk_size: static int c >= 1, as for `ssd`.
         pad_slot_id: static int, the slot number that means "skip".
         dt_bias: `(H,)` or None, and

@@ -25,7 +25,6 @@ from ..operands import (
 from ..xla import backward, forward, ssd
 from .record import Op
 
-
 _SSDRecords = SSDOperands | SSDPackedOperands | SSDReplayOperands
 
 

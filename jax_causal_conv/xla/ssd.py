@@ -433,7 +433,7 @@ def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
     return _chunk_outputs(spec.exact, chunks, entering, None), states, entering
 
 
-def packed(spec: SSDSpec, operands: SSDPackedOperands):
+def packed(spec: SSDSpec, operands: SSDPackedOperands):  # noqa: PLR0915
     """`ssd_packed` on checked arguments: y, and the new states.
 
     There are at least one token, one sequence and one slot.

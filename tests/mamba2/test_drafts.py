@@ -271,7 +271,7 @@ def test_errors_name_the_argument():
     tokens, offsets = requests.draw(4), np.array([0, 4], np.int32)
     rejected = {"num_rejected_tokens": np.array([1], np.int32)}
     states = no_history()
-    with pytest.raises(ValueError, match="num_rejected_tokens needs .* DraftStates"):
+    with pytest.raises(ValueError, match=r"num_rejected_tokens needs .* DraftStates"):
         requests.run(tokens, states.states, offsets, "xla", **rejected)
     for name in ("x", "dt", "B"):
         wrong = states._replace(**{name: getattr(states, name)[:, :2, ..., :-1]})
