@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -120,14 +121,14 @@ def engine(warm_engine):
     engine = warm_engine("usual")
     yield engine
     assert engine.idle and engine.num_running == 0
-    assert sorted(engine._free) == [0, 1, 2, 3], "slots are missing"
+    assert sorted(engine._schedule.free) == [0, 1, 2, 3], "slots are missing"
 
 
 def poison(engine):
     """NaN in all slots that nobody has."""
-    free = jnp.array(list(engine._free), int)
-    cache = jax.tree.map(lambda a: a.at[free].set(jnp.nan), engine._state.cache)
-    engine._state = engine._state._replace(cache=cache)
+    free = jnp.array(list(engine._schedule.free), int)
+    cache = jax.tree.map(lambda a: a.at[free].set(jnp.nan), engine._device.state.cache)
+    engine._device.state = engine._device.state._replace(cache=cache)
 
 
 def some_requests(count, seed=0):
@@ -330,7 +331,7 @@ def test_without_warmup_buckets_are_compiled_on_first_use():
 
 def test_caches_are_donated(engine):
     engine.submit(Request([1, 2, 3], max_new_tokens=2))
-    before = jax.tree.leaves(engine._state)
+    before = jax.tree.leaves(engine._device.state)
     engine.step()
     assert all(array.is_deleted() for array in before)
     engine.run()
@@ -387,7 +388,7 @@ def test_cancelling_frees_the_slot_at_once(engine, alone):
     slot = prefilling.slot
     assert engine.cancel(waiting.id) and engine.num_waiting == 1
     assert engine.cancel(prefilling.id)
-    assert list(engine._free) == [slot] and engine.num_running == 3
+    assert list(engine._schedule.free) == [slot] and engine.num_running == 3
     assert waiting.finish_reason == prefilling.finish_reason == "cancelled"
     poison(engine)
     events = engine.step()
@@ -432,7 +433,7 @@ def test_random_arrivals_and_cancellations(engine, alone):
             poison(engine)
         engine.step()
         slots = [g.slot for g in generations if g.slot != PAD_SLOT_ID]
-        assert sorted([*slots, *engine._free]) == [0, 1, 2, 3]
+        assert sorted([*slots, *engine._schedule.free]) == [0, 1, 2, 3]
     engine.run()
     reasons = [g.finish_reason for g in generations]
     assert min(reasons.count("length"), reasons.count("cancelled")) > 10
@@ -723,11 +724,14 @@ def test_integers_of_any_kind_are_read_once_and_the_same(engine, alone):
 # ---- Interruptions -----------------------------------------------------------------
 
 
+ENGINE_FILES = os.path.dirname(Engine.step.__code__.co_filename)
+
+
 class Interrupter:
-    """Raises KeyboardInterrupt before the given instruction of the engine's module.
+    """Raises KeyboardInterrupt before the given instruction of the engine's modules.
 
     Attributes:
-        count: instructions of that module that have been executed.
+        count: instructions of these modules that have been executed.
         where: the name of the function that was interrupted.
     """
 
@@ -745,7 +749,7 @@ class Interrupter:
         sys.settrace(self.previous)
 
     def enter(self, frame, event, _):
-        if frame.f_code.co_filename != Engine.step.__code__.co_filename:
+        if not frame.f_code.co_filename.startswith(ENGINE_FILES):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self.count_instruction
@@ -806,8 +810,8 @@ def drive(engine, jobs, moments=(), step=Engine.step):
         count += interrupter.count
         where.append(interrupter.where)
     # An interruption may come between the last instruction of a call and its caller.
-    lost = {"step", "run", "_take_events"} & set(where)
-    missed = "_deliver" in where  # and before the first instruction of a callback
+    lost = {"step", "run", "take"} & set(where)
+    missed = "deliver" in where  # and before the first instruction of a callback
     check(engine, jobs, None if lost else returned, missed)
     return count, where
 
@@ -831,8 +835,12 @@ def check(engine, jobs, returned=None, missed=False):
         elif returned is not None:
             assert [event for event in returned if event.id == id] == events
     assert engine.idle and engine._intact
-    assert not engine._running and not engine._waiting and not engine._flights
-    assert sorted(engine._free) == [0, 1, 2, 3]
+    assert (
+        not engine._schedule.running
+        and not engine._schedule.waiting
+        and not engine._flights
+    )
+    assert sorted(engine._schedule.free) == [0, 1, 2, 3]
 
 
 def test_an_interruption_between_any_two_instructions_changes_nothing(
@@ -848,7 +856,7 @@ def test_an_interruption_between_any_two_instructions_changes_nothing(
         moments = [moment, int(rng.integers(1, 1200))][: 1 + i % 2]
         step = Engine.run if i % 5 == 0 else Engine.step
         interrupted |= set(drive(engine, submit_all(engine), moments, step)[1])
-    assert interrupted >= {"_dispatch", "_collect", "_deliver", "_pack", "_mend"}
+    assert interrupted >= {"_dispatch", "_collect", "deliver", "pack", "settle"}
 
 
 @pytest.fixture(scope="module")
@@ -871,7 +879,7 @@ def test_every_few_instructions_a_short_run_may_be_interrupted(bigrams):
             engine.run()
         engine.run()
         assert [generation.tokens for generation in generations] == expected, moment
-        assert engine.idle and sorted(engine._free) == [0, 1]
+        assert engine.idle and sorted(engine._schedule.free) == [0, 1]
         if interrupter.where is None:
             break
     assert moment > 1000
@@ -912,7 +920,7 @@ def test_an_interrupted_submit_or_cancel_has_done_all_or_nothing(bigrams, what):
         else:
             outcomes.add(victim.finish_reason)
             assert len(ended) == 3
-        assert engine.idle and sorted(engine._free) == [0, 1]
+        assert engine.idle and sorted(engine._schedule.free) == [0, 1]
     assert hits > 50 and len(outcomes) == 2
 
 
@@ -999,7 +1007,7 @@ def test_lost_caches_are_made_anew_and_the_failure_is_raised(
         jobs = submit_all(engine)
         returned = [event for _ in range(steps) for event in engine.step()]
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_executable", lambda _: failing)
+            patch.setattr(engine._device, "executable", lambda _: failing)
             for _ in range(2):
                 with pytest.raises(RuntimeError, match="out of memory"):
                     engine.step()
@@ -1016,7 +1024,7 @@ def test_an_interruption_while_waiting_for_the_device_costs_nothing(
 ):
     jobs = submit_all(engine)
     returned = engine.step()
-    caches = engine._state
+    caches = engine._device.state
     flight = engine._flights[0]
 
     class Slow:
@@ -1026,7 +1034,7 @@ def test_an_interruption_while_waiting_for_the_device_costs_nothing(
     engine._flights[0] = flight._replace(tokens=Slow())
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    assert caches is not engine._state and len(engine._flights) == 2
+    assert caches is not engine._device.state and len(engine._flights) == 2
     assert engine._intact  # nothing has to be read again
     engine._flights[0] = flight
     returned += engine.run()
