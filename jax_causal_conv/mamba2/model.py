@@ -204,6 +204,7 @@ class Mamba2LM(nnx.Module):
         metadata: ConvMetadata | None = None,
         max_prefills: int | None = None,
         pad_slot_id: int = PAD_SLOT_ID,
+        logits_at: ArrayLike | None = None,
     ) -> tuple[jax.Array, tuple[Mamba2Cache, ...]]:
         """One step of serving: prefills, chunks of them and decodes, packed.
 
@@ -227,10 +228,17 @@ class Mamba2LM(nnx.Module):
                 have more than one token, or, in a cache for q drafts, more than 1 + q.
                 None is min(N, T // 2).
             pad_slot_id: static, the slot number that means "skip".
+            logits_at: `(M,)` integers, the tokens whose logits are wanted, clipped into
+                [0, T); None is the last one of each sequence.
 
         Returns:
-            `(N, vocab_size)` float32 logits after each sequence's last token, finite
-            and without meaning for empty and skipped sequences; and the new cache.
+            `(N, vocab_size)` or `(M, vocab_size)` float32 logits after these tokens,
+            finite and without meaning for empty and skipped sequences; and the new
+            cache.
+
+        Raises:
+            TypeError: a dtype is wrong.
+            ValueError: a shape or size is wrong.
         """
         _check_tokens(tokens, 1, "(T,)", "rows (B, T) are for calling the model")
         if isinstance(cache, Mamba2Cache) or len(cache) != len(self.layers):
@@ -260,10 +268,12 @@ class Mamba2LM(nnx.Module):
                 pad_slot_id=pad_slot_id,
             )
             new_cache.append(new)
-        # T >= 1, so that `last` is a token even where a sequence is empty.
-        offsets = sanitize_offsets(jnp.asarray(query_start_loc), num_tokens)
-        last = jnp.maximum(offsets[1:] - 1, 0)
-        return self._logits(hidden[last]), tuple(new_cache)
+        if logits_at is None:
+            # T >= 1, so that this is a token even where a sequence is empty.
+            offsets = sanitize_offsets(jnp.asarray(query_start_loc), num_tokens)
+            logits_at = jnp.maximum(offsets[1:] - 1, 0)
+        wanted = jnp.take(hidden, jnp.asarray(logits_at), axis=0, mode="clip")
+        return self._logits(wanted), tuple(new_cache)
 
     def init_cache(
         self,
