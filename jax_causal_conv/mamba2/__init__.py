@@ -26,8 +26,10 @@ if TYPE_CHECKING:
         Stats,
         StepStats,
     )
+    from .families import mixer_from_hf
     from .mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
     from .model import Mamba2LM
+    from .short_conv import ShortConvMixer
 else:
     _MODULES = {
         "checkpoint": ("load", "save"),
@@ -43,8 +45,10 @@ else:
             "Stats",
             "StepStats",
         ),
+        "families": ("mixer_from_hf",),
         "mixer": ("GatedRMSNorm", "Mamba2Cache", "Mamba2Mixer"),
         "model": ("Mamba2LM",),
+        "short_conv": ("ShortConvMixer",),
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -80,9 +84,11 @@ __all__ = [
     "QueueFull",
     "Request",
     "SamplingParams",
+    "ShortConvMixer",
     "Stats",
     "StepStats",
     "load",
+    "mixer_from_hf",
     "sample",
     "save",
     "ssd",
