@@ -9,8 +9,10 @@ from .columns import Output
 from .op import gradients
 from .op.ops import DENSE
 from .operands import ConvSpec, DenseOperands
+from .promotion import promoting
 
 
+@promoting
 def causal_conv1d(
     x: ArrayLike,
     weight: ArrayLike,

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import checks
+from .promotion import promoting
 
 
+@promoting
 def halo_state(
     x: ArrayLike,
     axis_name: str,

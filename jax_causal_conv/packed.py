@@ -10,8 +10,10 @@ from .columns import Output
 from .op import gradients
 from .op.ops import PACKED
 from .operands import PAD_SLOT_ID, ConvSpec, PackedOperands
+from .promotion import promoting
 
 
+@promoting
 def causal_conv1d_fn(
     x: ArrayLike,
     weight: ArrayLike,

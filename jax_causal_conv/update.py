@@ -9,8 +9,10 @@ from .columns import Output
 from .op import gradients
 from .op.ops import UPDATE
 from .operands import PAD_SLOT_ID, ConvSpec, UpdateOperands
+from .promotion import promoting
 
 
+@promoting
 def causal_conv1d_update(
     x: ArrayLike,
     conv_state: ArrayLike,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
     from .model import Mamba2LM
+    from .parallel import tensor_parallel
 else:
     _MODULES = {
         "checkpoint": ("load", "save"),
@@ -41,6 +42,7 @@ else:
         ),
         "mixer": ("GatedRMSNorm", "Mamba2Cache", "Mamba2Mixer"),
         "model": ("Mamba2LM",),
+        "parallel": ("tensor_parallel",),
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -80,4 +82,5 @@ __all__ = [
     "save",
     "ssd",
     "ssd_packed",
+    "tensor_parallel",
 ]

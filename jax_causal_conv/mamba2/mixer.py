@@ -1,5 +1,6 @@
 """The mixer of a Mamba-2 block as a Flax NNX layer, and the gated norm inside it."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,12 +11,22 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from jax.nn.initializers import Initializer
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from .. import batch, checks
 from ..metadata import ConvMetadata
 from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from ..operands import PAD_SLOT_ID
+from ..promotion import promoting
+from .mesh import (
+    SharedColumns,
+    TiedConv,
+    TiedPromotion,
+    on_mesh,
+    place_like,
+    spec_of,
+)
 from .ssd import ssd, ssd_packed
 
 _default_linear_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -57,6 +68,7 @@ class GatedRMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
 
+    @promoting
     def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
         """Normalises y `(..., features)`, gated by z of the same shape."""
         scale = self.scale[...]
@@ -105,18 +117,26 @@ class Mamba2Mixer(nnx.Module):
     stays in its row of the output but reaches the gradients of in_proj, as in any
     linear layer.
 
-    **Tensor parallelism** over a mesh axis of n devices needs `num_shards=n`, which
-    must divide `n_groups`. Then in_proj's columns lie as n blocks, one per shard, of
-    that shard's z, x, B, C, dt, and the conv's channels as n blocks of x, B, C, so
-    that no shard needs another's columns. Shard the columns of `in_proj.kernel` (and
+    **Tensor parallelism** over a mesh axis of n devices needs `num_shards=n`. Then
+    in_proj's columns lie as n blocks, one per shard, of that shard's z, x, B, C, dt,
+    and the conv's channels as n blocks of x, B, C, so that no shard needs another's
+    columns. With fewer groups than shards every shard has its own copy of the columns
+    B and C of its heads' group (so the conv has C = d_inner + 2 * num_shards * d_state
+    channels). The copies of a group are one parameter: they begin equal, and each gets
+    the sum of their gradients, which keeps them equal under any optimiser that treats
+    elements alike. Shard the columns of `in_proj.kernel` (and
     its bias), the channels of `conv.kernel` and `conv.bias`, the rows of
     `out_proj.kernel`, the channels of `Mamba2Cache.conv` and the heads of
     `Mamba2Cache.ssm`, by `nnx.with_partitioning` around the initialisers or by
     `NamedSharding`; the `(H,)` vectors and `norm.scale` are small and may stay whole.
     Under plain jit the XLA implementation of the forward pass then communicates once,
-    in the sum of out_proj (and in the norm, where n does not divide `norm_groups`).
-    Published weights are brought into this layout by indexing with `in_proj_order` and
-    `conv_order`.
+    in the sum of out_proj, and, where n does not divide `norm_groups`, in the norm,
+    which sums one number per token and group. Published weights are brought into this
+    layout by indexing with `in_proj_order` and `conv_order`; `tensor_parallel` does all
+    of this for a whole model.
+
+    **Explicit meshes**, as `jax.make_mesh` makes them by default, are welcome: XLA
+    divides the mixer as on automatic axes, and the outputs are sharded like u.
 
     Args:
         d_model: features of input and output.
@@ -140,7 +160,8 @@ class Mamba2Mixer(nnx.Module):
             `n_groups=1` there is no difference.)
         norm_eps: the norm's epsilon.
         activation: of the conv, as for `causal_conv1d_fn`.
-        num_shards: blocks of the columns, for tensor parallelism.
+        num_shards: blocks of the columns, for tensor parallelism. It divides `n_groups`
+            or is a multiple of it, and divides the number of heads.
         dtype: of the computation; None infers it from u and parameters.
         param_dtype: of all parameters.
         kernel_init: of in_proj's kernel `(d_model, columns)`. The default for both
@@ -205,7 +226,12 @@ class Mamba2Mixer(nnx.Module):
         _divides("headdim", headdim, "d_inner = expand * d_model", d_inner)
         num_heads = d_inner // headdim
         _divides("n_groups", n_groups, "the number of heads", num_heads)
-        _divides("num_shards", num_shards, "n_groups", n_groups)
+        _divides("num_shards", num_shards, "the number of heads", num_heads)
+        if n_groups % num_shards and num_shards % n_groups:
+            raise ValueError(
+                "num_shards must divide n_groups or be a multiple of it, got "
+                f"{num_shards} and {n_groups}"
+            )
         self.d_model = d_model
         self.d_inner = d_inner
         self.d_state = checks.static_int("d_state", d_state, minimum=1)
@@ -220,6 +246,12 @@ class Mamba2Mixer(nnx.Module):
         self.implementation = implementation
 
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        promotion: dict[str, Any] = {}
+        make_conv: Callable[..., CausalConv1d] = CausalConv1d
+        if num_shards > n_groups:
+            of_in_proj = self._copies(2 * d_inner)
+            promotion["promote_dtype"] = TiedPromotion(of_in_proj)
+            make_conv = functools.partial(TiedConv, shared=self._copies(d_inner))
         self.in_proj = nnx.Linear(
             d_model,
             sum(self._in_proj_sizes),
@@ -228,8 +260,12 @@ class Mamba2Mixer(nnx.Module):
             bias_init=bias_init,
             rngs=rngs,
             **dtypes,
+            **promotion,
         )
-        self.conv = CausalConv1d(
+        if num_shards > n_groups:
+            of_in_proj.equalise(self.in_proj.kernel, 1)
+            of_in_proj.equalise(self.in_proj.bias, 0)
+        self.conv = make_conv(
             sum(self._conv_sizes),
             d_conv,
             use_bias=use_conv_bias,
@@ -272,15 +308,15 @@ class Mamba2Mixer(nnx.Module):
         """Columns of published in_proj weights in this mixer's order.
 
         `mixer.in_proj.kernel[...] = published[:, mixer.in_proj_order]` for a kernel
-        `(d_model, columns)`; the identity with one shard.
+        `(d_model, columns)`; the identity with one shard. With fewer groups than
+        shards the columns of B and C occur several times.
         """
-        z, _, dt = self._in_proj_sizes
-        return self._order((z, *self._conv_sizes, dt))
+        return self._order(("z", "x", "B", "C", "dt"))
 
     @property
     def conv_order(self) -> np.ndarray:
         """Channels of published conv weights in this mixer's order."""
-        return self._order(self._conv_sizes)
+        return self._order(("x", "B", "C"))
 
     def __call__(
         self, u: ArrayLike, *, segment_ids: ArrayLike | None = None
@@ -299,6 +335,12 @@ class Mamba2Mixer(nnx.Module):
             TypeError: a dtype is wrong.
             ValueError: a shape is wrong.
         """
+        return on_mesh(
+            Mamba2Mixer._rows, self, (u, segment_ids), lambda: P(*spec_of(u))
+        )
+
+    def _rows(self, u: ArrayLike, segment_ids: ArrayLike | None) -> jax.Array:
+        """`__call__`, where no axis of the mesh is explicit."""
         z, arguments, _ = self._ssd_arguments(
             u,
             lambda xbc, **columns: (
@@ -346,6 +388,29 @@ class Mamba2Mixer(nnx.Module):
             TypeError: a dtype or the type of a static argument is wrong.
             ValueError: a shape or size is wrong, or `metadata` is for other sizes.
         """
+        arrays = (u, cache, query_start_loc, cache_indices, has_initial_state, metadata)
+        return on_mesh(
+            functools.partial(
+                Mamba2Mixer._packed, max_prefills=max_prefills, pad_slot_id=pad_slot_id
+            ),
+            self,
+            arrays,
+            lambda: (P(*spec_of(u)), jax.tree.map(lambda a: P(*spec_of(a)), cache)),
+        )
+
+    def _packed(
+        self,
+        u: ArrayLike,
+        cache: Mamba2Cache,
+        query_start_loc: ArrayLike,
+        cache_indices: ArrayLike | None,
+        has_initial_state: ArrayLike | None,
+        metadata: ConvMetadata | None,
+        *,
+        max_prefills: int | None,
+        pad_slot_id: int,
+    ) -> tuple[jax.Array, Mamba2Cache]:
+        """`packed`, where no axis of the mesh is explicit."""
         if max_prefills is not None:
             cache_indices = _without_surplus(
                 u, cache, query_start_loc, cache_indices, max_prefills, pad_slot_id
@@ -385,16 +450,21 @@ class Mamba2Mixer(nnx.Module):
             ssm_dtype: of the SSM states.
 
         Returns:
-            A `Mamba2Cache` of zeros: `(S, W-1, C)` and `(S, H, P, K)`.
+            A `Mamba2Cache` of zeros: `(S, W-1, C)` and `(S, H, P, K)`. Channels and
+            heads lie on the devices that have the conv's.
         """
         shape = (num_slots, self.num_heads, self.headdim, self.d_state)
         conv = self.conv.init_state(num_slots, dtype=dtype)
-        return Mamba2Cache(conv, jnp.zeros(shape, ssm_dtype))
+        channels = self.conv.kernel[...]
+        return Mamba2Cache(
+            place_like(channels, conv, 2),
+            place_like(channels, jnp.zeros(shape, ssm_dtype), 1),
+        )
 
     @property
     def _conv_sizes(self) -> tuple[int, int, int]:
-        """Channels x, B, C."""
-        states = self.n_groups * self.d_state
+        """Channels x, B, C, with all copies of the latter two."""
+        states = self._stored_groups * self.d_state
         return self.d_inner, states, states
 
     @property
@@ -402,10 +472,31 @@ class Mamba2Mixer(nnx.Module):
         """Columns z, the conv's, dt."""
         return self.d_inner, sum(self._conv_sizes), self.num_heads
 
-    def _order(self, sizes: Sequence[int]) -> np.ndarray:
+    @property
+    def _stored_groups(self) -> int:
+        """Groups of B and C, of which each shard has at least one."""
+        return max(self.n_groups, self.num_shards)
+
+    def _copies(self, before: int) -> SharedColumns:
+        """The columns B and C of each shard, which follow its share of `before`."""
+        start = before // self.num_shards
+        stop = start + 2 * self.d_state
+        return SharedColumns(self.num_shards, self.n_groups, start, stop)
+
+    def _order(self, names: Sequence[str]) -> np.ndarray:
         """Indices of the parts' columns, in `num_shards` blocks of a share of each."""
-        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-        return np.hstack([p.reshape(self.num_shards, -1) for p in parts]).ravel()
+        states = self.n_groups * self.d_state
+        sizes = {"z": self.d_inner, "x": self.d_inner, "dt": self.num_heads}
+        parts, start = [], 0
+        for name in names:
+            size = sizes.get(name, states)
+            part = start + np.arange(size)
+            if name in ("B", "C"):
+                copies = self._stored_groups // self.n_groups
+                part = np.repeat(part.reshape(self.n_groups, -1), copies, axis=0)
+            parts.append(part.reshape(self.num_shards, -1))
+            start += size
+        return np.hstack(parts).ravel()
 
     def _split(self, columns: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
         """The parts of the last axis, which is laid out as by `_order`."""
@@ -446,8 +537,8 @@ class Mamba2Mixer(nnx.Module):
             "x": x.reshape(*rows, self.num_heads, self.headdim),
             "dt": dt,
             "A": -jnp.exp(_wide(self.A_log[...])),
-            "B": b.reshape(*rows, self.n_groups, self.d_state),
-            "C": c.reshape(*rows, self.n_groups, self.d_state),
+            "B": b.reshape(*rows, self._stored_groups, self.d_state),
+            "C": c.reshape(*rows, self._stored_groups, self.d_state),
             "D": _wide(self.D[...]),
             "dt_bias": _wide(self.dt_bias[...]),
             "dt_softplus": True,

@@ -1,16 +1,20 @@
 """The Mamba2 language model, for training and for packed serving."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
-from ..batch import sanitize_offsets
+from ..batch import accumulator, sanitize_offsets
 from ..metadata import ConvMetadata, build_metadata
 from ..operands import PAD_SLOT_ID
+from ..promotion import promoting
 from .config import Mamba2Config
+from .mesh import on_mesh, spec_of
 from .mixer import Mamba2Cache, Mamba2Mixer
 
 
@@ -24,13 +28,13 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones(features, param_dtype))
 
+    @promoting
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `(..., features)`, whatever its dtype."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(accumulator(x))
         mean = jnp.mean(x * x, axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean + self.epsilon) * self.scale[...]).astype(
-            self.dtype
-        )
+        scale = self.scale[...].astype(x.dtype)
+        return (x * jax.lax.rsqrt(mean + self.epsilon) * scale).astype(self.dtype)
 
 
 class Block(nnx.Module):
@@ -44,6 +48,7 @@ class Block(nnx.Module):
         param_dtype: DTypeLike,
         precision: jax.lax.PrecisionLike,
         implementation: str | None,
+        num_shards: int,
         rngs: nnx.Rngs,
     ):
         self.norm = RMSNorm(
@@ -68,6 +73,7 @@ class Block(nnx.Module):
             dt_init_floor=config.dt_init_floor,
             norm_before_gate=config.norm_before_gate,
             norm_eps=config.norm_eps,
+            num_shards=num_shards,
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
@@ -79,7 +85,8 @@ class Block(nnx.Module):
         self, hidden: jax.Array, segment_ids: ArrayLike | None = None
     ) -> jax.Array:
         """Rows `(B, T, d_model)`, for training."""
-        return hidden + self.mixer(self.norm(hidden), segment_ids=segment_ids)
+        mixed = self.mixer(self.norm(hidden), segment_ids=segment_ids)
+        return hidden + mixed.astype(hidden.dtype)
 
     def packed(
         self,
@@ -92,7 +99,7 @@ class Block(nnx.Module):
         mixed, cache = self.mixer.packed(
             self.norm(hidden), cache, query_start_loc, **batch
         )
-        return hidden + mixed, cache
+        return hidden + mixed.astype(hidden.dtype), cache
 
 
 class Mamba2LM(nnx.Module):
@@ -101,7 +108,8 @@ class Mamba2LM(nnx.Module):
     The layout of the published Mamba2 models (Dao and Gu, "Transformers are SSMs",
     2024) and of transformers' `Mamba2ForCausalLM`; `checkpoint` loads either. The
     model holds parameters only: caches are arguments and results, so that a server
-    may donate them.
+    may donate them. On a mesh with explicit axes logits are sharded like the tokens,
+    and the cache as it was.
 
     Parameters: `embed.embedding` (vocab_size, d_model); per layer `layers[i].norm` and
     `layers[i].mixer`; `norm`; `lm_head.kernel` (d_model, vocab_size), unless the
@@ -114,6 +122,7 @@ class Mamba2LM(nnx.Module):
         param_dtype: of the parameters.
         precision: of the SSD's products, as for `ssd`.
         implementation: of conv and SSD, as for `causal_conv1d_fn`.
+        num_shards: of the mixers, for tensor parallelism; see `tensor_parallel`.
         rngs: the stream `params` is used.
 
     Example:
@@ -133,13 +142,18 @@ class Mamba2LM(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         implementation: str | None = None,
+        num_shards: int = 1,
         rngs: nnx.Rngs,
     ):
         self.config = config
+        self.precision = precision
+        self.implementation = implementation
+        self.num_shards = num_shards
         self.dtype = jnp.dtype(dtype or param_dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         ops: Any = {"precision": precision, "implementation": implementation}
+        ops["num_shards"] = num_shards
         self.embed = nnx.Embed(
             config.vocab_size,
             config.d_model,
@@ -178,6 +192,15 @@ class Mamba2LM(nnx.Module):
             `(B, T, vocab_size)` float32 logits of each next token. Those at padding
             are finite and without meaning.
         """
+        return on_mesh(
+            Mamba2LM._rows,
+            self,
+            (tokens, segment_ids),
+            lambda: P(*spec_of(jnp.asarray(tokens)), None),
+        )
+
+    def _rows(self, tokens: ArrayLike, segment_ids: ArrayLike | None) -> jax.Array:
+        """`__call__`, where no axis of the mesh is explicit."""
         hidden = self._embed(tokens)
         for layer in self.layers:
             hidden = layer(hidden, segment_ids)
@@ -214,6 +237,29 @@ class Mamba2LM(nnx.Module):
             `(N, vocab_size)` float32 logits after each sequence's last token, finite
             and without meaning for empty and skipped sequences; and the new cache.
         """
+        batch = (query_start_loc, cache_indices, has_initial_state, metadata)
+        return on_mesh(
+            functools.partial(
+                Mamba2LM._packed, max_prefills=max_prefills, pad_slot_id=pad_slot_id
+            ),
+            self,
+            (tokens, cache, *batch),
+            lambda: (P(None, None), jax.tree.map(lambda a: P(*spec_of(a)), cache)),
+        )
+
+    def _packed(
+        self,
+        tokens: ArrayLike,
+        cache: tuple[Mamba2Cache, ...],
+        query_start_loc: ArrayLike,
+        cache_indices: ArrayLike | None,
+        has_initial_state: ArrayLike | None,
+        metadata: ConvMetadata | None,
+        *,
+        max_prefills: int | None,
+        pad_slot_id: int,
+    ) -> tuple[jax.Array, tuple[Mamba2Cache, ...]]:
+        """`packed`, where no axis of the mesh is explicit."""
         hidden = self._embed(tokens)
         num_tokens = hidden.shape[0]
         if metadata is None:
@@ -267,7 +313,7 @@ class Mamba2LM(nnx.Module):
         hidden = jnp.take(table, jnp.asarray(tokens), axis=0, mode="clip")
         hidden = hidden.astype(self.dtype)
         if self.config.residual_in_fp32:
-            hidden = hidden.astype(jnp.promote_types(self.dtype, jnp.float32))
+            hidden = hidden.astype(accumulator(hidden))
         return hidden
 
     def _logits(self, hidden: jax.Array) -> jax.Array:

@@ -16,8 +16,10 @@ from ..batch import accumulator
 from ..op import gradients
 from ..op.ops import SSD, SSD_PACKED
 from ..operands import PAD_SLOT_ID, SSDOperands, SSDPackedOperands, SSDSpec
+from ..promotion import promoting
 
 
+@promoting
 def ssd(
     x: ArrayLike,
     dt: ArrayLike,
@@ -134,6 +136,7 @@ def ssd(
     return (y, final[0]) if wanted else y
 
 
+@promoting
 def ssd_packed(
     x: ArrayLike,
     dt: ArrayLike,
