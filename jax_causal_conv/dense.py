@@ -15,6 +15,7 @@ from .columns import Output
 from .op import gradients
 from .op.ops import DENSE
 from .operands import DenseOperands
+from .promotion import promoting
 
 __all__ = ["causal_conv1d"]
 
@@ -59,6 +60,7 @@ def causal_conv1d(
     split: tuple[int, ...] | None = None,
     **arguments: Unpack[DenseArguments],
 ) -> Output | tuple[Output, jax.Array]: ...
+@promoting
 def causal_conv1d(
     x: ArrayLike,
     weight: ArrayLike,

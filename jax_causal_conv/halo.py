@@ -11,10 +11,12 @@ from jax.typing import ArrayLike
 
 from . import batch as batches
 from . import checks
+from .promotion import promoting
 
 __all__ = ["halo_state"]
 
 
+@promoting
 def halo_state(
     x: ArrayLike,
     axis_name: str,

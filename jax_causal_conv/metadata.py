@@ -12,10 +12,12 @@ from . import checks
 from .chunks import ConvMetadata, chunk_metadata
 from .kernels.tiles import default_block_m
 from .operands import PAD_SLOT_ID
+from .promotion import promoting
 
 __all__ = ["build_metadata", "validate_batch"]
 
 
+@promoting
 def build_metadata(
     query_start_loc: ArrayLike, num_tokens: int, *, block_m: int | None = None
 ) -> ConvMetadata:

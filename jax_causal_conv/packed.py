@@ -16,6 +16,7 @@ from .columns import Output
 from .op import gradients
 from .op.ops import PACKED
 from .operands import PAD_SLOT_ID, PackedOperands
+from .promotion import promoting
 
 __all__ = ["causal_conv1d_fn"]
 
@@ -53,6 +54,7 @@ def causal_conv1d_fn(
     split: tuple[int, ...] | None = None,
     **arguments: Unpack[PackedArguments],
 ) -> tuple[Output, jax.Array]: ...
+@promoting
 def causal_conv1d_fn(
     x: ArrayLike,
     weight: ArrayLike,

@@ -9,11 +9,13 @@ from jax.typing import ArrayLike
 from . import checks
 from .batch import accumulator, sanitize_offsets, sequences
 from .operands import PAD_SLOT_ID
+from .promotion import promoting
 from .slots import slots_after, wide_slots
 
 __all__ = ["layer_slots", "varlen_conv_states"]
 
 
+@promoting
 def varlen_conv_states(
     x: ArrayLike,
     query_start_loc: ArrayLike,
@@ -98,6 +100,7 @@ def varlen_conv_states(
     return jnp.where(seqs.live[:, None, None], rows, 0)
 
 
+@promoting
 def layer_slots(
     slots: ArrayLike,
     layer: ArrayLike | int,

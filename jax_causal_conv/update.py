@@ -15,6 +15,7 @@ from .columns import Output
 from .op import gradients
 from .op.ops import UPDATE
 from .operands import PAD_SLOT_ID, UpdateOperands
+from .promotion import promoting
 
 __all__ = ["causal_conv1d_update"]
 
@@ -52,6 +53,7 @@ def causal_conv1d_update(
     split: tuple[int, ...] | None = None,
     **arguments: Unpack[UpdateArguments],
 ) -> tuple[Output, jax.Array]: ...
+@promoting
 def causal_conv1d_update(
     x: ArrayLike,
     conv_state: ArrayLike,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .families import mixer_from_hf
     from .mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
     from .model import Mamba2LM
+    from .parallel import tensor_parallel
     from .short_conv import ShortConvMixer
 else:
     _MODULES = {
@@ -48,6 +49,7 @@ else:
         "families": ("mixer_from_hf",),
         "mixer": ("GatedRMSNorm", "Mamba2Cache", "Mamba2Mixer"),
         "model": ("Mamba2LM",),
+        "parallel": ("tensor_parallel",),
         "short_conv": ("ShortConvMixer",),
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -93,4 +95,5 @@ __all__ = [
     "save",
     "ssd",
     "ssd_packed",
+    "tensor_parallel",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from .. import batch, checks
@@ -21,6 +23,15 @@ from ..halo import halo_state, ssd_halo_state
 from ..metadata import ConvMetadata
 from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from ..operands import PAD_SLOT_ID
+from ..promotion import promoting
+from .mesh import (
+    SharedColumns,
+    TiedConv,
+    TiedPromotion,
+    on_mesh,
+    place_like,
+    spec_of,
+)
 from .ssd import DraftStates, ssd, ssd_packed
 
 __all__ = ["GatedRMSNorm", "Mamba2Cache", "Mamba2Mixer"]
@@ -73,6 +84,7 @@ class GatedRMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
 
+    @promoting
     def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
         """Normalises y `(..., features)`, gated by z of the same shape."""
         scale = self.scale[...]
@@ -138,18 +150,26 @@ class Mamba2Mixer(nnx.Module):
         ...     block, policy=policies.save_only_these_names("conv")
         ... )
 
-    **Tensor parallelism** over a mesh axis of n devices needs `num_shards=n`, which
-    must divide `n_groups`. Then in_proj's columns lie as n blocks, one per shard, of
-    that shard's z, x, B, C, dt, and the conv's channels as n blocks of x, B, C, so
-    that no shard needs another's columns. Shard the columns of `in_proj.kernel` (and
+    **Tensor parallelism** over a mesh axis of n devices needs `num_shards=n`. Then
+    in_proj's columns lie as n blocks, one per shard, of that shard's z, x, B, C, dt,
+    and the conv's channels as n blocks of x, B, C, so that no shard needs another's
+    columns. With fewer groups than shards every shard has its own copy of the columns
+    B and C of its heads' group (so the conv has C = d_inner + 2 * num_shards * d_state
+    channels). The copies of a group are one parameter: they begin equal, and each gets
+    the sum of their gradients, which keeps them equal under any optimiser that treats
+    elements alike. Shard the columns of `in_proj.kernel` (and
     its bias), the channels of `conv.kernel` and `conv.bias`, the rows of
     `out_proj.kernel`, the channels of `Mamba2Cache.conv` and the heads of
     `Mamba2Cache.ssm`, by `nnx.with_partitioning` around the initialisers or by
     `NamedSharding`; the `(H,)` vectors and `norm.scale` are small and may stay whole.
     Under plain jit the XLA implementation of the forward pass then communicates once,
-    in the sum of out_proj (and in the norm, where n does not divide `norm_groups`).
-    Published weights are brought into this layout by indexing with `in_proj_order` and
-    `conv_order`.
+    in the sum of out_proj, and, where n does not divide `norm_groups`, in the norm,
+    which sums one number per token and group. Published weights are brought into this
+    layout by indexing with `in_proj_order` and `conv_order`; `tensor_parallel` does all
+    of this for a whole model.
+
+    **Explicit meshes**, as `jax.make_mesh` makes them by default, are welcome: XLA
+    divides the mixer as on automatic axes, and the outputs are sharded like u.
 
     Args:
         d_model: features of input and output.
@@ -176,7 +196,8 @@ class Mamba2Mixer(nnx.Module):
             `n_groups=1` there is no difference.)
         norm_eps: the norm's epsilon.
         activation: of the conv, as for `causal_conv1d_fn`.
-        num_shards: blocks of the columns, for tensor parallelism.
+        num_shards: blocks of the columns, for tensor parallelism. It divides `n_groups`
+            or is a multiple of it, and divides the number of heads.
         dtype: of the computation; None infers it from u and parameters.
         param_dtype: of all parameters.
         kernel_init: of in_proj's kernel `(d_model, columns)`. The default for both
@@ -248,7 +269,12 @@ class Mamba2Mixer(nnx.Module):
             _divides("headdim", headdim, "d_inner", d_inner)
         num_heads = d_inner // headdim
         _divides("n_groups", n_groups, "the number of heads", num_heads)
-        _divides("num_shards", num_shards, "n_groups", n_groups)
+        _divides("num_shards", num_shards, "the number of heads", num_heads)
+        if n_groups % num_shards and num_shards % n_groups:
+            raise ValueError(
+                "num_shards must divide n_groups or be a multiple of it, got "
+                f"{num_shards} and {n_groups}"
+            )
         self.d_model = d_model
         self.d_inner = d_inner
         self.d_state = checks.static_int("d_state", d_state, minimum=1)
@@ -263,6 +289,12 @@ class Mamba2Mixer(nnx.Module):
         self.implementation = implementation
 
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        promotion: dict[str, Any] = {}
+        make_conv: Callable[..., CausalConv1d] = CausalConv1d
+        if num_shards > n_groups:
+            of_in_proj = self._copies(2 * d_inner)
+            promotion["promote_dtype"] = TiedPromotion(of_in_proj)
+            make_conv = functools.partial(TiedConv, shared=self._copies(d_inner))
         self.in_proj = nnx.Linear(
             d_model,
             sum(self._in_proj_sizes),
@@ -271,8 +303,12 @@ class Mamba2Mixer(nnx.Module):
             bias_init=bias_init,
             rngs=rngs,
             **dtypes,
+            **promotion,
         )
-        self.conv = CausalConv1d(
+        if num_shards > n_groups:
+            of_in_proj.equalise(self.in_proj.kernel, 1)
+            of_in_proj.equalise(self.in_proj.bias, 0)
+        self.conv = make_conv(
             sum(self._conv_sizes),
             d_conv,
             use_bias=use_conv_bias,
@@ -324,15 +360,15 @@ class Mamba2Mixer(nnx.Module):
         """Columns of published in_proj weights in this mixer's order.
 
         `mixer.in_proj.kernel[...] = published[:, mixer.in_proj_order]` for a kernel
-        `(d_model, columns)`; the identity with one shard.
+        `(d_model, columns)`; the identity with one shard. With fewer groups than
+        shards the columns of B and C occur several times.
         """
-        z, _, dt = self._in_proj_sizes
-        return self._order((z, *self._conv_sizes, dt))
+        return self._order(("z", "x", "B", "C", "dt"))
 
     @property
     def conv_order(self) -> np.ndarray:
         """Channels of published conv weights in this mixer's order."""
-        return self._order(self._conv_sizes)
+        return self._order(("x", "B", "C"))
 
     def __call__(
         self,
@@ -383,7 +419,34 @@ class Mamba2Mixer(nnx.Module):
             >>> out = apply(params, u, ids)
         """
         self._check_input(u, 3, "(B, T, d_model)", "packed tokens go to `packed`")
-        conv_before, ssm_before = initial_state or (None, None)
+        rows = {"segment_ids": segment_ids, "initial_state": initial_state}
+        options = {"return_final_state": return_final_state, "axis_name": axis_name}
+
+        def specs():
+            batch, *_ = mixed = spec_of(u)
+            channels, *_ = spec_of(self.conv.kernel[...])
+            after: Any = P(batch, None, channels), P(batch, channels)
+            return (P(*mixed), Mamba2Cache(*after)) if return_final_state else P(*mixed)
+
+        return on_mesh(
+            lambda mixer, u, rows: mixer._rows(u, **rows, **options),
+            self,
+            (u, rows),
+            specs,
+        )
+
+    def _rows(
+        self,
+        u: ArrayLike,
+        *,
+        segment_ids: ArrayLike | None,
+        initial_state: Mamba2Cache | None,
+        return_final_state: bool,
+        axis_name: str | None,
+    ) -> Any:
+        """`__call__`, where no axis of the mesh is explicit."""
+        before: Any = initial_state or (None, None)
+        conv_before, ssm_before = before
         options: dict[str, Any] = {
             "segment_ids": segment_ids,
             "return_final_state": return_final_state,
@@ -476,18 +539,47 @@ class Mamba2Mixer(nnx.Module):
                 "cache must be a Mamba2Cache, as init_cache makes it, got "
                 f"{type(cache).__name__}"
             )
-        if max_prefills is not None:
-            cache_indices = _without_surplus(
-                u, cache, query_start_loc, cache_indices, max_prefills, pad_slot_id
-            )
-        slots: dict[str, Any] = {
+        arrays = {
+            "cache": cache,
+            "query_start_loc": query_start_loc,
             "cache_indices": cache_indices,
             "has_initial_state": has_initial_state,
             "num_rejected_tokens": num_rejected_tokens,
             "write_indices": write_indices,
             "snapshot_ends": snapshot_ends,
             "snapshot_indices": snapshot_indices,
+            "metadata": metadata,
+        }
+        return on_mesh(
+            lambda mixer, u, arrays: mixer._packed(
+                u, **arrays, max_prefills=max_prefills, pad_slot_id=pad_slot_id
+            ),
+            self,
+            (u, arrays),
+            lambda: (P(*spec_of(u)), jax.tree.map(lambda a: P(*spec_of(a)), cache)),
+        )
+
+    def _packed(
+        self,
+        u: ArrayLike,
+        cache: Mamba2Cache,
+        query_start_loc: ArrayLike,
+        *,
+        cache_indices: ArrayLike | None,
+        metadata: ConvMetadata | None,
+        max_prefills: int | None,
+        pad_slot_id: int,
+        **sequences: ArrayLike | None,
+    ) -> tuple[jax.Array, Mamba2Cache]:
+        """`packed`, where no axis of the mesh is explicit."""
+        if max_prefills is not None:
+            cache_indices = _without_surplus(
+                u, cache, query_start_loc, cache_indices, max_prefills, pad_slot_id
+            )
+        slots: dict[str, Any] = {
+            "cache_indices": cache_indices,
             "pad_slot_id": pad_slot_id,
+            **sequences,
         }
         z, arguments, conv_states = self._ssd_arguments(
             u,
@@ -524,29 +616,33 @@ class Mamba2Mixer(nnx.Module):
 
         Returns:
             A `Mamba2Cache` of zeros: `(S, W-1, C)` and `(S, H, P, K)`; with drafts
-            `(S, W-1+q, C)` and `DraftStates`.
+            `(S, W-1+q, C)` and `DraftStates`. Channels and heads lie on the devices
+            that have the conv's.
 
         Raises:
             TypeError: `max_drafts` is no static int.
             ValueError: it is negative.
         """
         drafts = checks.static_int("max_drafts", max_drafts, minimum=0)
-        heads, of_group = (self.num_heads, self.headdim), (self.n_groups, self.d_state)
+        heads, of_group = (
+            (self.num_heads, self.headdim),
+            (self._stored_groups, self.d_state),
+        )
         rows = self.conv.kernel_size - 1 + drafts
         conv = self.conv.init_state(num_slots, state_len=rows, dtype=dtype)
-        ssm: Any = jnp.zeros((num_slots, *heads, self.d_state), ssm_dtype)
+        place = functools.partial(place_like, self.conv.kernel[...])
+        states = (num_slots, *heads, self.d_state)
+        ssm: Any = place(jnp.zeros(states, ssm_dtype), 1)
         if drafts:
-            recent, wide = (
-                (num_slots, drafts),
-                jnp.promote_types(conv.dtype, jnp.float32),
-            )
+            recent = num_slots, drafts
+            wide = jnp.promote_types(conv.dtype, jnp.float32)
             ssm = DraftStates(
                 ssm,
-                jnp.zeros((*recent, *heads), conv.dtype),
-                jnp.zeros((*recent, self.num_heads), wide),
-                jnp.zeros((*recent, *of_group), conv.dtype),
+                place(jnp.zeros((*recent, *heads), conv.dtype), 2),
+                place(jnp.zeros((*recent, self.num_heads), wide), 2),
+                place(jnp.zeros((*recent, *of_group), conv.dtype), 2),
             )
-        return Mamba2Cache(conv, ssm)
+        return Mamba2Cache(place(conv, 2), ssm)
 
     def _check_input(self, u: ArrayLike, rank: int, letters: str, other: str) -> None:
         shape = jnp.shape(u)
@@ -560,8 +656,8 @@ class Mamba2Mixer(nnx.Module):
 
     @property
     def _conv_sizes(self) -> tuple[int, int, int]:
-        """Channels x, B, C."""
-        states = self.n_groups * self.d_state
+        """Channels x, B, C, with all copies of the latter two."""
+        states = self._stored_groups * self.d_state
         return self.d_inner, states, states
 
     @property
@@ -569,10 +665,31 @@ class Mamba2Mixer(nnx.Module):
         """Columns z, the conv's, dt."""
         return self.d_inner, sum(self._conv_sizes), self.num_heads
 
-    def _order(self, sizes: Sequence[int]) -> np.ndarray:
+    @property
+    def _stored_groups(self) -> int:
+        """Groups of B and C, of which each shard has at least one."""
+        return max(self.n_groups, self.num_shards)
+
+    def _copies(self, before: int) -> SharedColumns:
+        """The columns B and C of each shard, which follow its share of `before`."""
+        start = before // self.num_shards
+        stop = start + 2 * self.d_state
+        return SharedColumns(self.num_shards, self.n_groups, start, stop)
+
+    def _order(self, names: Sequence[str]) -> np.ndarray:
         """Indices of the parts' columns, in `num_shards` blocks of a share of each."""
-        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-        return np.hstack([p.reshape(self.num_shards, -1) for p in parts]).ravel()
+        states = self.n_groups * self.d_state
+        sizes = {"z": self.d_inner, "x": self.d_inner, "dt": self.num_heads}
+        parts, start = [], 0
+        for name in names:
+            size = sizes.get(name, states)
+            part = start + np.arange(size)
+            if name in ("B", "C"):
+                copies = self._stored_groups // self.n_groups
+                part = np.repeat(part.reshape(self.n_groups, -1), copies, axis=0)
+            parts.append(part.reshape(self.num_shards, -1))
+            start += size
+        return np.hstack(parts).ravel()
 
     def _split(self, columns: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
         """The parts of the last axis, which is laid out as by `_order`."""
@@ -613,8 +730,8 @@ class Mamba2Mixer(nnx.Module):
             "x": x.reshape(*rows, self.num_heads, self.headdim),
             "dt": dt,
             "A": -jnp.exp(_wide(self.A_log[...])),
-            "B": b.reshape(*rows, self.n_groups, self.d_state),
-            "C": c.reshape(*rows, self.n_groups, self.d_state),
+            "B": b.reshape(*rows, self._stored_groups, self.d_state),
+            "C": c.reshape(*rows, self._stored_groups, self.d_state),
             "D": _wide(self.D[...]),
             "dt_bias": _wide(self.dt_bias[...]),
             "dt_softplus": True,

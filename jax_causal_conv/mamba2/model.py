@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from ..arguments import Implementation
-from ..batch import sanitize_offsets
+from ..batch import accumulator, sanitize_offsets
 from ..metadata import ConvMetadata, build_metadata
 from ..operands import PAD_SLOT_ID
+from ..promotion import promoting
 from .config import Mamba2Config
+from .mesh import on_mesh, spec_of
 from .mixer import Mamba2Cache, Mamba2Mixer
 
 __all__ = ["Mamba2LM"]
@@ -29,13 +32,13 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones(features, param_dtype))
 
+    @promoting
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `(..., features)`, whatever its dtype."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(accumulator(x))
         mean = jnp.mean(x * x, axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean + self.epsilon) * self.scale[...]).astype(
-            self.dtype
-        )
+        scale = self.scale[...].astype(x.dtype)
+        return (x * jax.lax.rsqrt(mean + self.epsilon) * scale).astype(self.dtype)
 
 
 class Block(nnx.Module):
@@ -49,6 +52,7 @@ class Block(nnx.Module):
         param_dtype: DTypeLike,
         precision: jax.lax.PrecisionLike,
         implementation: Implementation,
+        num_shards: int,
         rngs: nnx.Rngs,
     ):
         self.norm = RMSNorm(
@@ -73,6 +77,7 @@ class Block(nnx.Module):
             dt_init_floor=config.dt_init_floor,
             norm_before_gate=config.norm_before_gate,
             norm_eps=config.norm_eps,
+            num_shards=num_shards,
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
@@ -88,9 +93,9 @@ class Block(nnx.Module):
             self.norm(hidden), return_final_state=return_final_state, **rows
         )
         if not return_final_state:
-            return hidden + mixed
+            return hidden + mixed.astype(hidden.dtype)
         mixed, after = mixed
-        return hidden + mixed, after
+        return hidden + mixed.astype(hidden.dtype), after
 
     def packed(
         self,
@@ -103,7 +108,7 @@ class Block(nnx.Module):
         mixed, cache = self.mixer.packed(
             self.norm(hidden), cache, query_start_loc, **batch
         )
-        return hidden + mixed, cache
+        return hidden + mixed.astype(hidden.dtype), cache
 
 
 class Mamba2LM(nnx.Module):
@@ -112,7 +117,8 @@ class Mamba2LM(nnx.Module):
     The layout of the published Mamba2 models (Dao and Gu, "Transformers are SSMs",
     2024) and of transformers' `Mamba2ForCausalLM`; `checkpoint` loads either. The
     model holds parameters only: caches are arguments and results, so that a server
-    may donate them.
+    may donate them. On a mesh with explicit axes logits are sharded like the tokens,
+    and the cache as it was.
 
     Parameters: `embed.embedding` (vocab_size, d_model); per layer `layers[i].norm` and
     `layers[i].mixer`; `norm`; `lm_head.kernel` (d_model, vocab_size), unless the
@@ -125,6 +131,7 @@ class Mamba2LM(nnx.Module):
         param_dtype: of the parameters.
         precision: of the SSD's products, as for `ssd`.
         implementation: of conv and SSD, as for `causal_conv1d_fn`.
+        num_shards: of the mixers, for tensor parallelism; see `tensor_parallel`.
         rngs: the stream `params` is used.
 
     Example:
@@ -144,13 +151,18 @@ class Mamba2LM(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         precision: jax.lax.PrecisionLike = None,
         implementation: Implementation = None,
+        num_shards: int = 1,
         rngs: nnx.Rngs,
     ):
         self.config = config
+        self.precision = precision
+        self.implementation = implementation
+        self.num_shards = num_shards
         self.dtype = jnp.dtype(dtype or param_dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         ops: Any = {"precision": precision, "implementation": implementation}
+        ops["num_shards"] = num_shards
         self.embed = nnx.Embed(
             config.vocab_size,
             config.d_model,
@@ -201,6 +213,35 @@ class Mamba2LM(nnx.Module):
             and the states, one `Mamba2Cache` per layer.
         """
         _check_tokens(tokens, 2, "(B, T)", "packed tokens go to `packed`")
+        rows = {"segment_ids": segment_ids, "initial_state": initial_state}
+        options = {"return_final_state": return_final_state, "axis_name": axis_name}
+
+        def specs():
+            batch, *_ = ids = spec_of(jnp.asarray(tokens))
+            logits = P(*ids, None)
+            if not return_final_state:
+                return logits
+            channels, *_ = spec_of(self.layers[0].mixer.conv.kernel[...])
+            after: Any = P(batch, None, channels), P(batch, channels)
+            return logits, (Mamba2Cache(*after),) * len(self.layers)
+
+        return on_mesh(
+            lambda model, tokens, rows: model._rows(tokens, **rows, **options),
+            self,
+            (tokens, rows),
+            specs,
+        )
+
+    def _rows(
+        self,
+        tokens: ArrayLike,
+        *,
+        segment_ids: ArrayLike | None,
+        initial_state: tuple[Mamba2Cache, ...] | None,
+        return_final_state: bool,
+        axis_name: str | None,
+    ) -> Any:
+        """`__call__`, where no axis of the mesh is explicit."""
         hidden = self._embed(tokens)
         states = []
         before = initial_state or (None,) * len(self.layers)
@@ -276,6 +317,38 @@ class Mamba2LM(nnx.Module):
                 f"cache must have one Mamba2Cache for each of {len(self.layers)} "
                 f"layers, as init_cache makes it, got {got}"
             )
+        arrays = {
+            "cache": cache,
+            "query_start_loc": query_start_loc,
+            "cache_indices": cache_indices,
+            "has_initial_state": has_initial_state,
+            "num_rejected_tokens": num_rejected_tokens,
+            "write_indices": write_indices,
+            "snapshot_ends": snapshot_ends,
+            "snapshot_indices": snapshot_indices,
+            "metadata": metadata,
+            "logits_at": logits_at,
+        }
+        return on_mesh(
+            lambda model, tokens, arrays: model._packed(
+                tokens, **arrays, max_prefills=max_prefills, pad_slot_id=pad_slot_id
+            ),
+            self,
+            (tokens, arrays),
+            lambda: (P(None, None), jax.tree.map(lambda a: P(*spec_of(a)), cache)),
+        )
+
+    def _packed(
+        self,
+        tokens: ArrayLike,
+        cache: tuple[Mamba2Cache, ...],
+        query_start_loc: ArrayLike,
+        *,
+        metadata: ConvMetadata | None,
+        logits_at: ArrayLike | None,
+        **sequences: Any,
+    ) -> tuple[jax.Array, tuple[Mamba2Cache, ...]]:
+        """`packed`, where no axis of the mesh is explicit."""
         hidden = self._embed(tokens)
         num_tokens = hidden.shape[0]
         if metadata is None:
@@ -286,15 +359,8 @@ class Mamba2LM(nnx.Module):
                 hidden,
                 old,
                 query_start_loc,
-                cache_indices=cache_indices,
-                has_initial_state=has_initial_state,
-                num_rejected_tokens=num_rejected_tokens,
-                write_indices=write_indices,
-                snapshot_ends=snapshot_ends,
-                snapshot_indices=snapshot_indices,
                 metadata=metadata,
-                max_prefills=max_prefills,
-                pad_slot_id=pad_slot_id,
+                **sequences,
             )
             new_cache.append(new)
         if logits_at is None:
@@ -340,7 +406,7 @@ class Mamba2LM(nnx.Module):
         hidden = jnp.take(table, jnp.asarray(tokens), axis=0, mode="clip")
         hidden = hidden.astype(self.dtype)
         if self.config.residual_in_fp32:
-            hidden = hidden.astype(jnp.promote_types(self.dtype, jnp.float32))
+            hidden = hidden.astype(accumulator(hidden))
         return hidden
 
     def _logits(self, hidden: jax.Array) -> jax.Array:

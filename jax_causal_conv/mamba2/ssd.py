@@ -25,6 +25,7 @@ from ..operands import (
     SSDReplayOperands,
     SSDSpec,
 )
+from ..promotion import promoting
 
 
 class DraftStates(NamedTuple):
@@ -87,6 +88,7 @@ def ssd(
     return_final_state: bool = False,
     **arguments: Unpack[SSDArguments],
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+@promoting
 def ssd(
     x: ArrayLike,
     dt: ArrayLike,
@@ -203,6 +205,7 @@ def ssd(
     return (y, final[0]) if wanted else y
 
 
+@promoting
 def ssd_packed(
     x: ArrayLike,
     dt: ArrayLike,

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..batch import (
     Sequences,
@@ -34,6 +35,7 @@ from ..operands import (
     RowsBackwardOperands,
     UpdateOperands,
 )
+from ..promotion import promoting
 from ..slots import history_before, read_before, ring_before, wide_slots
 from . import primitive, sharding
 from .ops import (
@@ -111,7 +113,8 @@ def _state_cotangent(
         stores: what was written where; nothing stands for the slots of `seqs`.
     """
     row = jnp.arange(dslots.shape[0])[:, None]
-    dtype = jnp.promote_types(dslots.dtype, dhistory.dtype)
+    # By NumPy, since jax refuses where its users want strict promotion.
+    dtype = np.promote_types(dslots.dtype, dhistory.dtype)
     dslots = dslots.astype(dtype).at[row, source].add(dhistory, mode="drop")
     slot = jnp.where(seqs.live, seqs.slot, dstates.shape[0])
     if not stores:
@@ -375,7 +378,7 @@ def _rule(op: Op, forward: Callable, backward: Callable) -> Callable:
     function = jax.custom_vjp(
         functools.partial(primitive.run, op), nondiff_argnums=(0, 1)
     )
-    function.defvjp(forward, backward)
+    function.defvjp(promoting(forward), promoting(backward))
     return function
 
 

@@ -10,7 +10,7 @@ import jax_causal_conv
 ROOT = pathlib.Path(jax_causal_conv.__file__).parent
 # From the ground up. A module may import from those below it and from its own line.
 FLOORS = (
-    ("compat", "columns"),
+    ("compat", "columns", "promotion"),
     ("operands",),
     ("batch", "checks"),
     ("slots", "chunks", "replay"),
