@@ -117,8 +117,8 @@ def causal_conv1d(
     Returns:
         `out` `(B, T, D)` in x's dtype; with `split` a tuple of its parts. With
         `return_final_state` a pair of it and the final state `(B, L, D)`: L and dtype
-        of `initial_state`, else (W-1) * dilation and x's dtype. A row of nothing but padding
-        returns its initial state, or zeros.
+        of `initial_state`, else (W-1) * dilation and x's dtype. A row of nothing but
+        padding returns its initial state, or zeros.
 
     Raises:
         TypeError: a dtype or the type of a static argument is wrong.

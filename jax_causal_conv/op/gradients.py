@@ -2,8 +2,9 @@
 
 XLA's own differentiation of `xla/forward.py` is right too, in any mode and order; the
 rules here are faster, and the only ones that Triton kernels can have. Those of the conv
-keep the inputs and the gathered history (as many rows a sequence as the filter reaches back), never the cache, so that
-a donated cache can be updated in place. Those of the SSD keep all operands.
+keep the inputs and the gathered history (as many rows a sequence as the filter reaches
+back), never the cache, so that a donated cache can be updated in place. Those of the
+SSD keep all operands.
 """
 
 import dataclasses

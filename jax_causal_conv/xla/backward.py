@@ -6,7 +6,8 @@ With z the pre-activation and u what the taps met,
     dz = dy · act'(z)        dw[k] = Σ_t dz[t] · u[t-(W-1)+k]
     dx[t] = Σ_d w[W-1-d] · dz[t+d]  over tokens t+d of the same sequence
 
-(with a dilation every t and d counts so many tokens), and what reaches behind a sequence's first token is the gradient of its history.
+(steps of one token are so many with a dilation), and what reaches behind a sequence's
+first token is the gradient of its history.
 """
 
 from typing import Any, NamedTuple

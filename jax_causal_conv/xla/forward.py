@@ -1,9 +1,9 @@
 """The forward ops in XLA.
 
-Everything is a gather of rows: token p of a sequence needs rows p-1 … p-(W-1) of
-x (with a dilation every so many), or, before the sequence's first token, rows of its history. A select picks one of
-the two, so that what a token must not see is never multiplied with anything. The
-loop over taps is static and XLA fuses it into one pass over the output.
+Everything is a gather of rows: token p of a sequence needs rows p-1 … p-(W-1) of x (in
+steps of the dilation), or, before the sequence's first token, rows of its history. A
+select picks one of the two, so that what a token must not see is never multiplied with
+anything. The loop over taps is static and XLA fuses it into one pass over the output.
 """
 
 import dataclasses
