@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -63,7 +64,10 @@ def validate_batch(
     metadata: ConvMetadata | None = None,
     state_len: int | None = None,
     width: int | None = None,
+    dilation: int = 1,
     pad_slot_id: int = PAD_SLOT_ID,
+    write_indices: ArrayLike | None = None,
+    snapshot_indices: ArrayLike | None = None,
 ) -> None:
     """Checks a packed batch on the host, eagerly, for servers and notebooks.
 
@@ -80,14 +84,19 @@ def validate_batch(
         num_rejected_tokens: `(N,)` integers.
         metadata: what the op would get with this batch.
         state_len: L, the length of a slot, and
-        width: W, of the filter: rejected tokens need L >= W-1 + r.
+        width: W, of the filter, and
+        dilation: of its taps: rejected tokens need L >= (W-1) * dilation + r.
         pad_slot_id: the slot number that means "skip".
+        write_indices: `(N,)` integers, where new states go; None = `cache_indices`.
+            Then several live sequences may read one slot.
+        snapshot_indices: `(N,)` integers, where snapshots go, or None.
 
     Raises:
         ValueError: names the first offending entry: `query_start_loc[0] != 0` (lengths
             in the place of offsets are recognised), a decreasing or too large offset, a
-            slot out of range, a slot used by two live sequences, metadata of another
-            batch, more rejected tokens than a slot of `state_len` has room for.
+            slot out of range, a slot used by two live sequences (written by both, or
+            read by one and written by the other), metadata of another batch, more
+            rejected tokens than a slot of `state_len` has room for.
         TypeError: not integers, or traced values.
 
     Warns:
@@ -130,26 +139,21 @@ def validate_batch(
                 f"cache_indices must have shape (N,) = ({n},), got {slots.shape}"
             )
     live = np.flatnonzero((q[1:] > q[:-1]) & (slots != pad_slot_id))
-    used, first = np.unique(slots[live], return_index=True)
-    outside = live[(slots[live] < 0) | (slots[live] >= num_slots)]
-    repeated = np.setdiff1d(live, live[first], assume_unique=True)
-    owner = dict(zip(used.tolist(), live[first].tolist(), strict=True))
-    for i in sorted(map(int, {*outside[:1], *repeated[:1]})):
-        slot = int(slots[i])
-        if not 0 <= slot < num_slots:
-            raise ValueError(
-                f"cache_indices[{i}] = {slot} is outside [0, num_slots = {num_slots}) "
-                f"and is not pad_slot_id = {pad_slot_id}"
-            )
-        raise ValueError(
-            f"cache_indices[{i}] = {slot} is already used by live sequence "
-            f"{owner[slot]}; two live sequences must not share a slot"
-        )
+    if write_indices is not None or snapshot_indices is not None:
+        moves = {"write_indices": write_indices, "snapshot_indices": snapshot_indices}
+        _validate_moves(slots, live, moves, num_slots, pad_slot_id)
+    else:
+        _validate_slots(slots, live, num_slots, pad_slot_id)
     live = live[(slots[live] >= 0) & (slots[live] < num_slots)]
     seen = _seen(has_initial_state, n)
     _warn_of_lost_history(q, live, seen)
     if num_rejected_tokens is not None:
-        _check_rejected(num_rejected_tokens, live[seen[live]], n, state_len, width)
+        least = 0
+        if width is not None:
+            dilation = checks.static_int("dilation", dilation, minimum=1)
+            least = (checks.static_int("width", width, minimum=1) - 1) * dilation
+        rows = live[seen[live]]
+        _check_rejected(num_rejected_tokens, rows, n, state_len, least)
     if metadata is not None:
         _check_metadata(metadata, q, num_tokens)
 
@@ -175,14 +179,13 @@ def _check_rejected(
     rows: np.ndarray,
     n: int,
     state_len: int | None,
-    width: int | None,
+    least: int,
 ) -> None:
     rejected = checks.host_integers("num_rejected_tokens", value)
     if rejected.size != n:
         raise ValueError(
             f"num_rejected_tokens must have shape (N,) = ({n},), got {rejected.shape}"
         )
-    least = 0 if width is None else checks.static_int("width", width, minimum=1) - 1
     for i in rows[rejected[rows] < 0][:1]:
         raise ValueError(
             f"num_rejected_tokens[{i}] must not be negative, got {rejected[i]}"
@@ -192,8 +195,9 @@ def _check_rejected(
     state_len = checks.static_int("state_len", state_len, minimum=0)
     for i in rows[rejected[rows] > state_len - least][:1]:
         raise ValueError(
-            f"num_rejected_tokens[{i}] = {rejected[i]} needs slots of L >= W-1 + r = "
-            f"{least + int(rejected[i])} rows, got state_len = {state_len}"
+            f"num_rejected_tokens[{i}] = {rejected[i]} needs slots of "
+            f"L >= (W-1) * dilation + r = {least + int(rejected[i])} rows, "
+            f"got state_len = {state_len}"
         )
 
 
@@ -214,4 +218,70 @@ def _check_metadata(metadata: ConvMetadata, q: np.ndarray, num_tokens: int) -> N
             raise ValueError(
                 f"metadata is of another batch: {name}[{p}] is {got[p]}, and with this "
                 f"query_start_loc {want[p]}; build it anew for every step"
+            )
+
+
+def _validate_slots(
+    slots: np.ndarray, live: np.ndarray, num_slots: int, pad_slot_id: int
+) -> None:
+    """Raises where a live sequence has no slot, or that of another one."""
+    used, first = np.unique(slots[live], return_index=True)
+    outside = live[(slots[live] < 0) | (slots[live] >= num_slots)]
+    repeated = np.setdiff1d(live, live[first], assume_unique=True)
+    owner = dict(zip(used.tolist(), live[first].tolist(), strict=True))
+    for i in sorted(map(int, {*outside[:1], *repeated[:1]})):
+        slot = int(slots[i])
+        if not 0 <= slot < num_slots:
+            raise ValueError(
+                f"cache_indices[{i}] = {slot} is outside [0, num_slots = {num_slots}) "
+                f"and is not pad_slot_id = {pad_slot_id}"
+            )
+        raise ValueError(
+            f"cache_indices[{i}] = {slot} is already used by live sequence "
+            f"{owner[slot]}; two live sequences must not share a slot"
+        )
+
+
+def _validate_moves(
+    reads: np.ndarray,
+    live: np.ndarray,
+    moves: dict[str, Any],
+    num_slots: int,
+    pad_slot_id: int,
+) -> None:
+    """Raises where live sequences that read and write slots get in each other's way."""
+    writes = {}
+    for name, value in moves.items():
+        if value is not None:
+            writes[name] = checks.host_integers(name, value)
+            if writes[name].shape != reads.shape:
+                raise ValueError(
+                    f"{name} must have shape (N,) = {reads.shape}, "
+                    f"got {writes[name].shape}"
+                )
+    for name, slots in {"cache_indices": reads, **writes}.items():
+        outside = (slots < 0) | (slots >= num_slots)
+        for i in live[outside[live] & (slots[live] != pad_slot_id)].tolist():
+            raise ValueError(
+                f"{name}[{i}] = {slots[i]} is outside [0, num_slots = {num_slots}) "
+                f"and is not pad_slot_id = {pad_slot_id}"
+            )
+    if "write_indices" not in writes:
+        writes = {"cache_indices": reads, **writes}
+    written: dict[int, int] = {}
+    for name, slots in writes.items():
+        for i in live.tolist():
+            slot = int(slots[i])
+            if slot == pad_slot_id:
+                continue
+            if (other := written.setdefault(slot, i)) != i:
+                raise ValueError(
+                    f"{name}[{i}] = {slot} is already written by live sequence "
+                    f"{other}; two live sequences must not write one slot"
+                )
+    for i in live.tolist():
+        if (other := written.get(int(reads[i]), i)) != i:
+            raise ValueError(
+                f"cache_indices[{i}] = {reads[i]} is written by live sequence {other}; "
+                "no live sequence may read a slot that another one writes"
             )

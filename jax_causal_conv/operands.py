@@ -62,6 +62,9 @@ class PackedOperands(NamedTuple):
         has_initial_state: `(N,)` bool; None is all False.
         num_rejected: `(N,)` int32; None is 0.
         metadata: a `ConvMetadata`; None leaves it to the kernels' launch.
+        write_slots: `(N,)` int32, where the new states go; None is `slots`.
+        snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
+        snapshot_ends: `(N,)` int32, after how many tokens they are.
     """
 
     x: Any
@@ -73,6 +76,9 @@ class PackedOperands(NamedTuple):
     has_initial_state: Any = None
     num_rejected: Any = None
     metadata: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None
 
 
 class UpdateOperands(NamedTuple):
@@ -86,6 +92,7 @@ class UpdateOperands(NamedTuple):
         slots: `(B,)` int32; None is `arange(B)`.
         cache_seqlens: `(B,)` int32, positions in circular buffers; None: none are.
         num_rejected: `(B,)` int32; None is 0.
+        write_slots: `(B,)` int32, where the new states go; None is `slots`.
     """
 
     x: Any
@@ -95,6 +102,7 @@ class UpdateOperands(NamedTuple):
     slots: Any = None
     cache_seqlens: Any = None
     num_rejected: Any = None
+    write_slots: Any = None
 
 
 class DenseOperands(NamedTuple):
@@ -128,6 +136,9 @@ class PackedBackwardOperands(NamedTuple):
         query_start_loc: `(N+1,)` int32.
         live: `(N,)` bool, the sequences that were not skipped.
         metadata: that of the forward.
+        dsnapshots: `(N, L, D)`, the cotangent of each sequence's snapshot; None if
+            there were none. The kernels do not know them.
+        snapshot_ends: `(N,)` int32, in `[0, length]`: the tokens before each.
     """
 
     x: Any
@@ -139,6 +150,8 @@ class PackedBackwardOperands(NamedTuple):
     query_start_loc: Any
     live: Any
     metadata: Any = None
+    dsnapshots: Any = None
+    snapshot_ends: Any = None
 
 
 class RowsBackwardOperands(NamedTuple):
@@ -175,8 +188,9 @@ class SSDSpec:
         dt_softplus: whether step sizes are softplus of what is given.
         dt_limit: the least and the largest step size.
         exact: whether products have float32 operands, or those of x's dtype may do.
-        max_prefills: how many live sequences of more than one token the packed op
-            serves.
+        max_prefills: how many live sequences of more than `most_steps` tokens the
+            packed op serves.
+        most_steps: the most tokens of a sequence that kernels serve one by one.
         pad_slot_id: the slot number that means "skip", in the packed op.
         final_state: whether the dense op returns one.
     """
@@ -186,6 +200,7 @@ class SSDSpec:
     dt_limit: tuple[float, float] = (0.0, math.inf)
     exact: bool = True
     max_prefills: int = 0
+    most_steps: int = 1
     pad_slot_id: int = PAD_SLOT_ID
     final_state: bool = False
 
@@ -239,6 +254,10 @@ class SSDPackedOperands(NamedTuple):
         query_start_loc: `(N+1,)` int32, any values.
         slots: `(N,)` int32, the slot of each sequence; None is `arange(N)`.
         has_initial_state: `(N,)` bool; None is all False.
+        write_slots: `(N,)` int32, where the new states go; None is `slots`.
+        snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
+        snapshot_ends: `(N,)` int32, after how many tokens they are.
+        write_ends: `(N,)` int32, after how many tokens the new states are; None is all.
     """
 
     x: Any
@@ -252,3 +271,40 @@ class SSDPackedOperands(NamedTuple):
     query_start_loc: Any
     slots: Any = None
     has_initial_state: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None
+    write_ends: Any = None
+
+
+class SSDReplayOperands(NamedTuple):
+    """Arrays of `ssd_packed` with a cache from which drafts can be taken back.
+
+    Those of `SSDPackedOperands`, where `states` are those before the last q tokens, and
+
+    Attributes:
+        recent_x: `(S, q, H, P)`, x of these tokens, oldest first; zeros before the
+            first token of a request.
+        recent_dt: `(S, q, H)`, likewise their dt, as it takes part in the recurrence.
+        recent_B: `(S, q, G, K)`, likewise.
+        num_rejected: `(N,)` int32, how many of them are taken back; None is 0.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    dt_bias: Any
+    states: Any
+    query_start_loc: Any
+    recent_x: Any
+    recent_dt: Any
+    recent_B: Any
+    slots: Any = None
+    has_initial_state: Any = None
+    num_rejected: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None

@@ -155,6 +155,9 @@ def packed(
             slots=operands.slots,
             has_initial_state=operands.has_initial_state,
             num_rejected=operands.num_rejected,
+            write_slots=operands.write_slots,
+            snapshot_slots=operands.snapshot_slots,
+            snapshot_ends=operands.snapshot_ends,
             chunk_seq=table.chunk_seq,
             chunk_offset=table.chunk_offset,
             num_tokens=num_tokens,
@@ -342,12 +345,16 @@ def _slot_constants(
     # A program holds the rows that it met as float32. float32 and bfloat16 come back
     # from there bit by bit, but a NaN in float16 may not.
     same_bits = x.dtype == states.dtype and x.dtype != jnp.float16
+    one_state = getattr(operands, "snapshot_slots", None) is None
     return {
         "L": states.shape[1],
         "L_BLOCK": tiles.l_block,
         "SLOT_N": tiles.slot_n,
         "WINDOW_IS_SLOT": (
-            same_bits and spec.dilation == 1 and states.shape[1] == weight.shape[1] - 1
+            same_bits
+            and one_state
+            and spec.dilation == 1
+            and states.shape[1] == weight.shape[1] - 1
         ),
         "PAD_SLOT_ID": spec.pad_slot_id,
     }

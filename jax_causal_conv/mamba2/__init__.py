@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .config import Mamba2Config
 from .sampling import GREEDY, SamplingParams, sample
-from .ssd import ssd, ssd_packed
+from .ssd import DraftStates, ssd, ssd_packed
 
 if TYPE_CHECKING:
     from .checkpoint import load, save
@@ -62,6 +62,7 @@ else:
 __all__ = [
     "GREEDY",
     "Bucket",
+    "DraftStates",
     "Engine",
     "Event",
     "GatedRMSNorm",

@@ -18,11 +18,14 @@ from ..operands import (
     RowsBackwardOperands,
     SSDOperands,
     SSDPackedOperands,
+    SSDReplayOperands,
     SSDSpec,
     UpdateOperands,
 )
 from ..xla import backward, forward, ssd
 from .record import Op
+
+_SSDRecords = SSDOperands | SSDPackedOperands | SSDReplayOperands
 
 
 def _kernels() -> ModuleType:
@@ -78,11 +81,12 @@ def _gradients(
 def _rows_and_slots(spec: ConvSpec, operands: UpdateOperands) -> dict[str, str]:
     """Where slot i belongs to row i, both are sharded alike; else neither can be."""
     as_many = operands.x.shape[0] == operands.states.shape[0]
-    one_by_one = operands.slots is None and as_many and spec.pad_slot_id == PAD_SLOT_ID
+    named = operands.slots is not None or operands.write_slots is not None
+    one_by_one = not named and as_many and spec.pad_slot_id == PAD_SLOT_ID
     return {"S": "B"} if one_by_one else {"S": "s", "B": "b"}
 
 
-def _groups(spec: SSDSpec, operands: SSDOperands | SSDPackedOperands) -> dict[str, str]:
+def _groups(spec: SSDSpec, operands: _SSDRecords) -> dict[str, str]:
     """Groups are sharded like their heads; a single one, which all share, is not."""
     del spec
     return {"G": "g" if operands.B.shape[-2] == 1 else "H"}
@@ -133,6 +137,12 @@ def _ssd_packed_results(spec: SSDSpec, operands: SSDPackedOperands) -> list:
     return [_like(operands.x), _like(operands.states)]
 
 
+def _ssd_replay_results(spec: SSDSpec, operands: SSDReplayOperands) -> list:
+    del spec
+    recent = operands.recent_x, operands.recent_dt, operands.recent_B
+    return [*map(_like, (operands.x, operands.states, *recent))]
+
+
 PACKED = Op(
     name="packed",
     xla=forward.packed,
@@ -147,6 +157,9 @@ PACKED = Op(
         has_initial_state="n",
         num_rejected="n",
         metadata=("p", "p"),
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
     ),
     result_dims=("t Y", "s l D"),
     result_shapes=_with_states,
@@ -164,6 +177,7 @@ UPDATE = Op(
         slots="B",
         cache_seqlens="B",
         num_rejected="B",
+        write_slots="B",
     ),
     result_dims=("B q Y", "S l D"),
     result_shapes=_with_states,
@@ -196,6 +210,8 @@ PACKED_BACKWARD = Op(
         query_start_loc="q",
         live="n",
         metadata=("p", "p"),
+        dsnapshots="n l D",
+        snapshot_ends="n",
     ),
     result_dims=("t D", "D w", "D", "n k D"),
     result_shapes=_gradients,
@@ -256,10 +272,52 @@ SSD_PACKED = Op(
         query_start_loc="q",
         slots="n",
         has_initial_state="n",
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
+        write_ends="n",
     ),
     result_dims=("t H p", "s H p k"),
     result_shapes=_ssd_packed_results,
     rename=_groups,
 )
 
-OPS = (PACKED, UPDATE, DENSE, PACKED_BACKWARD, ROWS_BACKWARD, SSD, SSD_PACKED)
+SSD_REPLAY = Op(
+    name="ssd_replay",
+    xla=ssd.replay,
+    launches=lambda: _ssd_kernels().replay,
+    dims=SSDReplayOperands(
+        x="t H p",
+        dt="t H",
+        A="H",
+        B="t G k",
+        C="t G k",
+        D="H p",
+        dt_bias="H",
+        states="s H p k",
+        query_start_loc="q",
+        recent_x="s r H p",
+        recent_dt="s r H",
+        recent_B="s r G k",
+        slots="n",
+        has_initial_state="n",
+        num_rejected="n",
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
+    ),
+    result_dims=("t H p", "s H p k", "s r H p", "s r H", "s r G k"),
+    result_shapes=_ssd_replay_results,
+    rename=_groups,
+)
+
+OPS = (
+    PACKED,
+    UPDATE,
+    DENSE,
+    PACKED_BACKWARD,
+    ROWS_BACKWARD,
+    SSD,
+    SSD_PACKED,
+    SSD_REPLAY,
+)

@@ -188,7 +188,8 @@ def value_case(shape, rng, *, malformed: bool) -> Case:
     case = fill(shape, rng, malformed=malformed)
     case = case.replace(**_other_floats(case, rng))
     slots = case.arrays["cache_indices" if packed else "conv_state_indices"]
-    if slots is not None and len(slots) > 1 and rng.random() < 0.1:
+    moving = shape.write_indices or (packed and shape.snapshots)
+    if slots is not None and len(slots) > 1 and rng.random() < 0.1 and not moving:
         slots = slots.copy()  # perhaps two live sequences on one slot
         slots[rng.integers(len(slots))] = slots[rng.integers(len(slots))]
         name = "cache_indices" if packed else "conv_state_indices"
@@ -222,7 +223,7 @@ def owners(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rows = np.ones(len(case.arrays["x"]), bool)
     slots = np.ones(len(_states(case)), bool)
     for slot, spans in _live_sequences(case).items():
-        if len(spans) > 1:
+        if len(spans) > 1 and not case.shape.write_indices:  # then they write others
             slots[slot] = False
             for first, last in spans:
                 rows[first:last] = False
@@ -318,6 +319,10 @@ def compare_unnamed_slots(case: Case, states: np.ndarray, what: str) -> None:
     """With metadata of another batch: slots without a live sequence are unchanged."""
     unnamed = np.ones(len(states), bool)
     unnamed[list(_live_sequences(case))] = False
+    for name in ("write_indices", "snapshot_indices"):
+        if (slots := case.arrays.get(name)) is not None:
+            slots = [int(slot) for slot in slots if 0 <= slot < len(states)]
+            unnamed[slots] = False
     checks.assert_same_bits(states[unnamed], _states(case)[unnamed], f"{what}: {case}")
 
 
