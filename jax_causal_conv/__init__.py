@@ -3,7 +3,7 @@
 from .chunks import ConvMetadata
 from .compat import __version__
 from .dense import causal_conv1d
-from .halo import halo_state
+from .halo import halo_state, ssd_halo_state
 from .mamba2.ssd import ssd, ssd_packed
 from .metadata import build_metadata, validate_batch
 from .op.primitive import target_compute_capability
@@ -28,6 +28,7 @@ __all__ = [
     "pack_batch",
     "pack_documents",
     "ssd",
+    "ssd_halo_state",
     "ssd_packed",
     "target_compute_capability",
     "validate_batch",

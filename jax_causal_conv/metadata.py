@@ -113,17 +113,7 @@ def validate_batch(
         if (q > 0).all() and q.sum() <= num_tokens:
             hint = "; these look like lengths: offsets are np.cumsum([0, *lengths])"
         raise ValueError(f"query_start_loc[0] must be 0, got {q[0]}{hint}")
-    decreasing = np.concatenate([[False], q[1:] < q[:-1]])
-    if (bad := np.flatnonzero(decreasing | (q > num_tokens))).size:
-        i = int(bad[0])
-        if decreasing[i]:
-            raise ValueError(
-                f"query_start_loc must not decrease, got query_start_loc[{i}] = {q[i]} "
-                f"after {q[i - 1]}"
-            )
-        raise ValueError(
-            f"query_start_loc[{i}] = {q[i]} is beyond num_tokens = {num_tokens}"
-        )
+    _validate_offsets(q, num_tokens)
     n = q.size - 1
     if cache_indices is None:
         if num_slots < n:
@@ -219,6 +209,21 @@ def _check_metadata(metadata: ConvMetadata, q: np.ndarray, num_tokens: int) -> N
                 f"metadata is of another batch: {name}[{p}] is {got[p]}, and with this "
                 f"query_start_loc {want[p]}; build it anew for every step"
             )
+
+
+def _validate_offsets(q: np.ndarray, num_tokens: int) -> None:
+    """Raises where offsets decrease or leave the batch."""
+    decreasing = np.concatenate([[False], q[1:] < q[:-1]])
+    if (bad := np.flatnonzero(decreasing | (q > num_tokens))).size:
+        i = int(bad[0])
+        if decreasing[i]:
+            raise ValueError(
+                f"query_start_loc must not decrease, got query_start_loc[{i}] = {q[i]} "
+                f"after {q[i - 1]}"
+            )
+        raise ValueError(
+            f"query_start_loc[{i}] = {q[i]} is beyond num_tokens = {num_tokens}"
+        )
 
 
 def _validate_slots(

@@ -1,6 +1,7 @@
 """Flax NNX layers over the ops; needs the extra `flax`.
 
-`CausalConv1d` is the conv alone, `Mamba2Mixer` the whole mixer of a Mamba-2 block.
+`CausalConv1d` is the conv alone, `Mamba2Mixer` the whole mixer of a Mamba-2 block,
+`ShortConvMixer` that of LFM2 and LFM3.
 """
 
 try:
@@ -11,6 +12,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .mamba2.mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
+from .mamba2.short_conv import ShortConvMixer
 from .nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "GatedRMSNorm",
     "Mamba2Cache",
     "Mamba2Mixer",
+    "ShortConvMixer",
     "default_bias_init",
     "default_kernel_init",
 ]

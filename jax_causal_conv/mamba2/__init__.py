@@ -16,31 +16,39 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .engine import (
         Bucket,
+        DraftRequest,
         Engine,
         Event,
         Generation,
+        NgramDraft,
         QueueFull,
         Request,
         Stats,
         StepStats,
     )
+    from .families import mixer_from_hf
     from .mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
     from .model import Mamba2LM
+    from .short_conv import ShortConvMixer
 else:
     _MODULES = {
         "checkpoint": ("load", "save"),
         "engine": (
             "Bucket",
+            "DraftRequest",
             "Engine",
             "Event",
             "Generation",
+            "NgramDraft",
             "QueueFull",
             "Request",
             "Stats",
             "StepStats",
         ),
+        "families": ("mixer_from_hf",),
         "mixer": ("GatedRMSNorm", "Mamba2Cache", "Mamba2Mixer"),
         "model": ("Mamba2LM",),
+        "short_conv": ("ShortConvMixer",),
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -62,6 +70,7 @@ else:
 __all__ = [
     "GREEDY",
     "Bucket",
+    "DraftRequest",
     "DraftStates",
     "Engine",
     "Event",
@@ -71,12 +80,15 @@ __all__ = [
     "Mamba2Config",
     "Mamba2LM",
     "Mamba2Mixer",
+    "NgramDraft",
     "QueueFull",
     "Request",
     "SamplingParams",
+    "ShortConvMixer",
     "Stats",
     "StepStats",
     "load",
+    "mixer_from_hf",
     "sample",
     "save",
     "ssd",

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import canonicalize_dtype
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from .. import batch, checks
 from ..arguments import Activation, Implementation
+from ..halo import halo_state, ssd_halo_state
 from ..metadata import ConvMetadata
 from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from ..operands import PAD_SLOT_ID
@@ -31,18 +33,21 @@ class GatedRMSNorm(nnx.Module):
 
     `scale * rms_norm(y * silu(z))`, or `scale * rms_norm(y) * silu(z)` with
     `norm_before_gate`, computed in float32 (float64 for float64 inputs) and rounded
-    once. `scale` is a Param `(features,)`, ones at first.
+    once. With `gate_activation="sigmoid"` the gate is sigmoid(z). `scale` is a Param
+    `(features,)`, ones at first.
 
     Args:
         features: the size of the last axis.
         groups: each of so many equal groups of features has its own mean square.
         norm_before_gate: the gate comes after the norm.
         eps: added to the mean square.
+        gate_activation: "silu" or "sigmoid", of the gate.
         dtype: of the result; None infers it from y, z and scale.
         param_dtype: of `scale`.
 
     Raises:
-        ValueError: `groups` does not divide `features`.
+        ValueError: `groups` does not divide `features`, or `gate_activation` is
+            unknown.
     """
 
     def __init__(
@@ -52,13 +57,19 @@ class GatedRMSNorm(nnx.Module):
         groups: int = 1,
         norm_before_gate: bool = False,
         eps: float = 1e-5,
+        gate_activation: str = "silu",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
+        if gate_activation not in ("silu", "sigmoid"):
+            raise ValueError(
+                f"gate_activation must be 'silu' or 'sigmoid', got {gate_activation!r}"
+            )
         _divides("groups", groups, "features", features)
         self.groups = groups
         self.norm_before_gate = norm_before_gate
         self.eps = eps
+        self.gate_activation = gate_activation
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
 
@@ -67,7 +78,7 @@ class GatedRMSNorm(nnx.Module):
         scale = self.scale[...]
         dtype = canonicalize_dtype(y, z, scale, dtype=self.dtype)
         y, z, scale = (_wide(a) for a in (y, z, scale))
-        gate = jax.nn.silu(z)
+        gate = jax.nn.silu(z) if self.gate_activation == "silu" else jax.nn.sigmoid(z)
         y = y if self.norm_before_gate else y * gate
         size = y.shape[-1] // self.groups
         grouped = y.reshape(*y.shape[:-1], self.groups, size)
@@ -78,6 +89,8 @@ class GatedRMSNorm(nnx.Module):
 
 class Mamba2Cache(NamedTuple):
     """What requests leave behind in one `Mamba2Mixer`: S slots, one per request.
+
+    In a dense call, slot i is the state before or after row i.
 
     Attributes:
         conv: `(S, W-1, C)`, the last inputs of the conv; with drafts `(S, W-1+q, C)`.
@@ -110,6 +123,21 @@ class Mamba2Mixer(nnx.Module):
     stays in its row of the output but reaches the gradients of in_proj, as in any
     linear layer.
 
+    **Long rows.** `initial_state` and `return_final_state` let documents be trained in
+    pieces; `axis_name` shards time over the devices of a mesh axis (context
+    parallelism): the devices exchange W-1 tokens for the conv and, in ceil(log2(n))
+    steps, the states of the SSD.
+
+    **Memory in training.** The conv's output has the name "conv" for the policies of
+    `jax.checkpoint`. A block that keeps nothing but its input, and one that keeps the
+    conv's output as well, which is then not computed again:
+
+        >>> policies = jax.checkpoint_policies
+        >>> keep_nothing = jax.checkpoint(block)
+        >>> keep_conv = jax.checkpoint(
+        ...     block, policy=policies.save_only_these_names("conv")
+        ... )
+
     **Tensor parallelism** over a mesh axis of n devices needs `num_shards=n`, which
     must divide `n_groups`. Then in_proj's columns lie as n blocks, one per shard, of
     that shard's z, x, B, C, dt, and the conv's channels as n blocks of x, B, C, so
@@ -127,18 +155,21 @@ class Mamba2Mixer(nnx.Module):
         d_model: features of input and output.
         d_state: K, the size of the state per head and channel.
         d_conv: W, the width of the conv.
-        expand: d_inner / d_model.
+        expand: d_inner / d_model, if d_inner is None.
+        d_inner: channels of all heads; None is int(expand * d_model).
         headdim: P, the channels of a head.
         n_groups: G, groups of heads that share B and C.
         chunk_size: tokens that the SSD handles at once. It matters for speed only, so
             it need not be that of a checkpoint.
         use_bias: whether in_proj and out_proj have a bias.
+        use_out_bias: whether out_proj has one; None is `use_bias`.
         use_conv_bias: whether the conv has one.
         dt_limit: lower and upper limit of the step sizes.
         dt_min: lower end of the initial step sizes, which are log-uniform.
         dt_max: upper end.
         dt_init_floor: no initial step size is smaller.
         A_init_range: -A is initially uniform in this range.
+        norm: False leaves the norm out: out = out_proj(y * silu(z)).
         norm_before_gate: the norm's gate comes after it.
         norm_groups: groups of the norm; None is `n_groups`, as published. (Versions of
             transformers that normalise over the whole of d_inner want 1; for
@@ -178,16 +209,19 @@ class Mamba2Mixer(nnx.Module):
         d_state: int = 128,
         d_conv: int = 4,
         expand: float = 2,
+        d_inner: int | None = None,
         headdim: int = 64,
         n_groups: int = 1,
         chunk_size: int = 64,
         use_bias: bool = False,
+        use_out_bias: bool | None = None,
         use_conv_bias: bool = True,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
         A_init_range: tuple[float, float] = (1.0, 16.0),
+        norm: bool = True,
         norm_before_gate: bool = False,
         norm_groups: int | None = None,
         norm_eps: float = 1e-5,
@@ -206,8 +240,12 @@ class Mamba2Mixer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d_model = checks.static_int("d_model", d_model, minimum=1)
-        d_inner = int(expand * d_model)
-        _divides("headdim", headdim, "d_inner = expand * d_model", d_inner)
+        if d_inner is None:
+            d_inner = int(expand * d_model)
+            _divides("headdim", headdim, "d_inner = expand * d_model", d_inner)
+        else:
+            d_inner = checks.static_int("d_inner", d_inner, minimum=1)
+            _divides("headdim", headdim, "d_inner", d_inner)
         num_heads = d_inner // headdim
         _divides("n_groups", n_groups, "the number of heads", num_heads)
         _divides("num_shards", num_shards, "n_groups", n_groups)
@@ -255,22 +293,31 @@ class Mamba2Mixer(nnx.Module):
         dt = jnp.maximum(jnp.exp(log_dt), dt_init_floor)
         inverse_softplus = dt + jnp.log(-jnp.expm1(-dt))
         self.dt_bias = nnx.Param(inverse_softplus.astype(param_dtype))
-        self.norm = GatedRMSNorm(
-            d_inner,
-            groups=n_groups if norm_groups is None else norm_groups,
-            norm_before_gate=norm_before_gate,
-            eps=norm_eps,
-            **dtypes,
-        )
+        self.norm: GatedRMSNorm | None = nnx.data(None)
+        if norm:
+            self.norm = GatedRMSNorm(
+                d_inner,
+                groups=n_groups if norm_groups is None else norm_groups,
+                norm_before_gate=norm_before_gate,
+                eps=norm_eps,
+                **dtypes,
+            )
         self.out_proj = nnx.Linear(
             d_inner,
             d_model,
-            use_bias=use_bias,
+            use_bias=use_bias if use_out_bias is None else use_out_bias,
             kernel_init=out_kernel_init,
             bias_init=out_bias_init,
             rngs=rngs,
             **dtypes,
         )
+
+    @property
+    def column_sizes(self) -> tuple[int, int, int, int, int]:
+        """How many columns of published in_proj weights are z, x, B, C and dt."""
+        z, _, dt = self._in_proj_sizes
+        x, b, c = self._conv_sizes
+        return z, x, b, c, dt
 
     @property
     def in_proj_order(self) -> np.ndarray:
@@ -288,32 +335,91 @@ class Mamba2Mixer(nnx.Module):
         return self._order(self._conv_sizes)
 
     def __call__(
-        self, u: ArrayLike, *, segment_ids: ArrayLike | None = None
-    ) -> jax.Array:
+        self,
+        u: ArrayLike,
+        *,
+        segment_ids: ArrayLike | None = None,
+        initial_state: Mamba2Cache | None = None,
+        return_final_state: bool = False,
+        axis_name: str | None = None,
+    ) -> Any:
         """Mixes rows of tokens, for training.
 
         Args:
             u: `(B, T, d_model)`.
             segment_ids: `(B, T)` integers, as for `causal_conv1d`: documents packed
                 into a row do not see each other; a negative id is padding.
+            initial_state: the states before the rows, `(B, W-1, C)` and
+                `(B, H, P, K)`: what another call returned, or `init_cache(B)`. They
+                belong to each row's run at position 0, so give zeros to a row whose
+                piece begins with another document. None is zeros.
+            return_final_state: also return the states after each row's last token that
+                is not padding. With them, long documents can be trained in pieces
+                (`jax.lax.stop_gradient` around them truncates the gradients), and
+                `packed` can go on from a row that was read here.
+            axis_name: the mesh axis over which time is sharded, inside `jax.shard_map`:
+                u and `segment_ids` are this device's part, of at least W-1 tokens,
+                and `initial_state` is that before the whole rows. Returned states are
+                those after the device's own part; a part of nothing but padding does
+                not pass the conv's on.
 
         Returns:
-            `(B, T, d_model)`.
+            `(B, T, d_model)`; with `return_final_state` a pair of it and a
+            `Mamba2Cache`.
 
         Raises:
             TypeError: a dtype is wrong.
             ValueError: a shape is wrong.
+
+        Example:
+            >>> graphdef, params = nnx.split(mixer)
+            >>> def part(params, u, ids):  # what each device computes of its tokens
+            ...     mixer = nnx.merge(graphdef, params)
+            ...     return mixer(u, segment_ids=ids, axis_name="time")
+            >>> rows = P(None, "time")
+            >>> apply = jax.shard_map(
+            ...     part, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows
+            ... )
+            >>> out = apply(params, u, ids)
         """
         self._check_input(u, 3, "(B, T, d_model)", "packed tokens go to `packed`")
-        z, arguments, _ = self._ssd_arguments(
-            u,
-            lambda xbc, **columns: (
-                self.conv(xbc, segment_ids=segment_ids, **columns),
-                None,
-            ),
+        conv_before, ssm_before = initial_state or (None, None)
+        options: dict[str, Any] = {
+            "segment_ids": segment_ids,
+            "return_final_state": return_final_state,
+        }
+
+        def conv(columns, **where):
+            before = conv_before
+            if axis_name is not None:
+                start = where.get("channel_offset", 0)
+                before = halo_state(
+                    columns[..., start : start + sum(self._conv_sizes)],
+                    axis_name,
+                    self.conv.kernel_size - 1,
+                    segment_ids=segment_ids,
+                    initial_state=conv_before,
+                )
+            out, after = _pair(
+                self.conv(columns, initial_state=before, **options, **where),
+                return_final_state,
+            )
+            return jax.tree.map(_computed_once, out), after
+
+        z, arguments, conv_after = self._ssd_arguments(u, conv)
+        if axis_name is not None:
+            same = ("x", "dt", "A", "B", "dt_bias", "dt_softplus", "dt_limit")
+            ssm_before = ssd_halo_state(
+                **{name: arguments[name] for name in same},
+                axis_name=axis_name,
+                segment_ids=segment_ids,
+                initial_state=ssm_before,
+            )
+        y, ssm_after = _pair(
+            ssd(**arguments, initial_state=ssm_before, **options), return_final_state
         )
-        y = ssd(**arguments, segment_ids=segment_ids)
-        return self._output(y, z)
+        out = self._output(y, z)
+        return (out, Mamba2Cache(conv_after, ssm_after)) if return_final_state else out
 
     def packed(
         self,
@@ -521,7 +627,10 @@ class Mamba2Mixer(nnx.Module):
 
     def _output(self, y: Any, z: jax.Array) -> jax.Array:
         """The mixer's output from that of the SSD and the gate."""
-        return self.out_proj(self.norm(y.reshape(z.shape), z))
+        y = y.reshape(z.shape)
+        if self.norm is not None:
+            return self.out_proj(self.norm(y, z))
+        return self.out_proj((_wide(y) * jax.nn.silu(_wide(z))).astype(z.dtype))
 
 
 def _without_surplus(
@@ -555,6 +664,25 @@ def _without_surplus(
     seqs = batch.sequences(offsets, slots, None, None, (num_slots, 1), pad)
     surplus = batch.surplus_prefills(seqs, limit, most)
     return jnp.where(surplus, PAD_SLOT_ID, slots)
+
+
+def _pair(result: Any, has_state: bool) -> tuple[Any, Any]:
+    """A result and its final state, which is None if it has none."""
+    return result if has_state else (result, None)
+
+
+def _computed_once(array: jax.Array) -> jax.Array:
+    """The conv's output, to be kept in memory, and named for checkpoint policies.
+
+    XLA for CPUs would rather compute a conv again inside each of the SSD's products
+    that read it. Only float32 was measured to gain.
+    """
+    array = checkpoint_name(array, "conv")
+    if array.dtype != jnp.float32:
+        return array
+    return jax.lax.platform_dependent(
+        array, cpu=jax.lax.optimization_barrier, default=lambda array: array
+    )
 
 
 def _wide(array: jax.Array) -> jax.Array:

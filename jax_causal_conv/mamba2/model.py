@@ -81,10 +81,16 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, hidden: jax.Array, segment_ids: ArrayLike | None = None
-    ) -> jax.Array:
-        """Rows `(B, T, d_model)`, for training."""
-        return hidden + self.mixer(self.norm(hidden), segment_ids=segment_ids)
+        self, hidden: jax.Array, *, return_final_state: bool = False, **rows: Any
+    ) -> Any:
+        """Rows `(B, T, d_model)`, for training; `rows` as for `Mamba2Mixer`."""
+        mixed = self.mixer(
+            self.norm(hidden), return_final_state=return_final_state, **rows
+        )
+        if not return_final_state:
+            return hidden + mixed
+        mixed, after = mixed
+        return hidden + mixed, after
 
     def packed(
         self,
@@ -170,24 +176,47 @@ class Mamba2LM(nnx.Module):
             )
 
     def __call__(
-        self, tokens: ArrayLike, *, segment_ids: ArrayLike | None = None
-    ) -> jax.Array:
+        self,
+        tokens: ArrayLike,
+        *,
+        segment_ids: ArrayLike | None = None,
+        initial_state: tuple[Mamba2Cache, ...] | None = None,
+        return_final_state: bool = False,
+        axis_name: str | None = None,
+    ) -> Any:
         """Logits of whole rows, for training and evaluation.
 
         Args:
             tokens: `(B, T)` integers; ids outside the vocabulary are clipped into it.
             segment_ids: `(B, T)` integers or None, as for `causal_conv1d`: documents
                 packed into one row do not see each other; a negative id is padding.
+            initial_state: the states before the rows, one `Mamba2Cache` per layer, as
+                for `Mamba2Mixer`: of another call, or `init_cache(B)`. None is zeros.
+            return_final_state: also return the states after the rows.
+            axis_name: the mesh axis over which time is sharded, as for `Mamba2Mixer`.
 
         Returns:
             `(B, T, vocab_size)` float32 logits of each next token. Those at padding
-            are finite and without meaning.
+            are finite and without meaning. With `return_final_state` a pair of them
+            and the states, one `Mamba2Cache` per layer.
         """
         _check_tokens(tokens, 2, "(B, T)", "packed tokens go to `packed`")
         hidden = self._embed(tokens)
-        for layer in self.layers:
-            hidden = layer(hidden, segment_ids)
-        return self._logits(hidden)
+        states = []
+        before = initial_state or (None,) * len(self.layers)
+        for layer, state in zip(self.layers, before, strict=True):
+            hidden = layer(
+                hidden,
+                segment_ids=segment_ids,
+                initial_state=state,
+                return_final_state=return_final_state,
+                axis_name=axis_name,
+            )
+            if return_final_state:
+                hidden, after = hidden
+                states.append(after)
+        logits = self._logits(hidden)
+        return (logits, tuple(states)) if return_final_state else logits
 
     def packed(
         self,
@@ -204,6 +233,7 @@ class Mamba2LM(nnx.Module):
         metadata: ConvMetadata | None = None,
         max_prefills: int | None = None,
         pad_slot_id: int = PAD_SLOT_ID,
+        logits_at: ArrayLike | None = None,
     ) -> tuple[jax.Array, tuple[Mamba2Cache, ...]]:
         """One step of serving: prefills, chunks of them and decodes, packed.
 
@@ -227,10 +257,17 @@ class Mamba2LM(nnx.Module):
                 have more than one token, or, in a cache for q drafts, more than 1 + q.
                 None is min(N, T // 2).
             pad_slot_id: static, the slot number that means "skip".
+            logits_at: `(M,)` integers, the tokens whose logits are wanted, clipped into
+                [0, T); None is the last one of each sequence.
 
         Returns:
-            `(N, vocab_size)` float32 logits after each sequence's last token, finite
-            and without meaning for empty and skipped sequences; and the new cache.
+            `(N, vocab_size)` or `(M, vocab_size)` float32 logits after these tokens,
+            finite and without meaning for empty and skipped sequences; and the new
+            cache.
+
+        Raises:
+            TypeError: a dtype is wrong.
+            ValueError: a shape or size is wrong.
         """
         _check_tokens(tokens, 1, "(T,)", "rows (B, T) are for calling the model")
         if isinstance(cache, Mamba2Cache) or len(cache) != len(self.layers):
@@ -260,10 +297,12 @@ class Mamba2LM(nnx.Module):
                 pad_slot_id=pad_slot_id,
             )
             new_cache.append(new)
-        # T >= 1, so that `last` is a token even where a sequence is empty.
-        offsets = sanitize_offsets(jnp.asarray(query_start_loc), num_tokens)
-        last = jnp.maximum(offsets[1:] - 1, 0)
-        return self._logits(hidden[last]), tuple(new_cache)
+        if logits_at is None:
+            # T >= 1, so that this is a token even where a sequence is empty.
+            offsets = sanitize_offsets(jnp.asarray(query_start_loc), num_tokens)
+            logits_at = jnp.maximum(offsets[1:] - 1, 0)
+        wanted = jnp.take(hidden, jnp.asarray(logits_at), axis=0, mode="clip")
+        return self._logits(wanted), tuple(new_cache)
 
     def init_cache(
         self,
