@@ -384,6 +384,11 @@ class Mamba2Mixer(nnx.Module):
         """
         self._check_input(u, 3, "(B, T, d_model)", "packed tokens go to `packed`")
         conv_before, ssm_before = initial_state or (None, None)
+        if isinstance(ssm_before, DraftStates):
+            raise TypeError(
+                "initial_state must be a Mamba2Cache without drafts, got one of "
+                "init_cache(max_drafts=…), which `packed` alone understands"
+            )
         options: dict[str, Any] = {
             "segment_ids": segment_ids,
             "return_final_state": return_final_state,

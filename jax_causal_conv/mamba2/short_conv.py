@@ -9,6 +9,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from .. import checks
+from ..arguments import Implementation
 from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 
 _default_linear_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -59,7 +60,7 @@ class ShortConvMixer(nnx.Module):
         out_kernel_init: Initializer = _default_linear_init,
         conv_kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
         self.d_model = checks.static_int("d_model", d_model, minimum=1)
