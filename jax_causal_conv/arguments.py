@@ -31,6 +31,9 @@ class _Packed(TypedDict, total=False):
     cache_indices: ArrayLike | None
     has_initial_state: ArrayLike | None
     num_rejected_tokens: ArrayLike | None
+    write_indices: ArrayLike | None
+    snapshot_ends: ArrayLike | None
+    snapshot_indices: ArrayLike | None
     metadata: ConvMetadata | None
     pad_slot_id: int
     channel_offset: int | None
@@ -39,6 +42,7 @@ class _Packed(TypedDict, total=False):
 class _Update(TypedDict, total=False):
     cache_seqlens: ArrayLike | None
     conv_state_indices: ArrayLike | None
+    conv_state_write_indices: ArrayLike | None
     num_rejected_tokens: ArrayLike | None
     pad_slot_id: int
     channel_offset: int | None

@@ -117,19 +117,7 @@ def validate_batch(
         raise ValueError(f"query_start_loc[0] must be 0, got {q[0]}{hint}")
     _validate_offsets(q, num_tokens)
     n = q.size - 1
-    if cache_indices is None:
-        if num_slots < n:
-            raise ValueError(
-                f"num_slots must be at least N = {n} when cache_indices is None, "
-                f"got {num_slots}"
-            )
-        slots = np.arange(n)
-    else:
-        slots = checks.host_integers("cache_indices", cache_indices)
-        if slots.size != n:
-            raise ValueError(
-                f"cache_indices must have shape (N,) = ({n},), got {slots.shape}"
-            )
+    slots = _slots(cache_indices, n, num_slots)
     live = np.flatnonzero((q[1:] > q[:-1]) & (slots != pad_slot_id))
     if write_indices is not None or snapshot_indices is not None:
         moves = {"write_indices": write_indices, "snapshot_indices": snapshot_indices}
@@ -148,6 +136,22 @@ def validate_batch(
         _check_rejected(num_rejected_tokens, rows, n, state_len, least)
     if metadata is not None:
         _check_metadata(metadata, q, num_tokens)
+
+
+def _slots(cache_indices: ArrayLike | None, n: int, num_slots: int) -> np.ndarray:
+    if cache_indices is None:
+        if num_slots < n:
+            raise ValueError(
+                f"num_slots must be at least N = {n} when cache_indices is None, "
+                f"got {num_slots}"
+            )
+        return np.arange(n)
+    slots = checks.host_integers("cache_indices", cache_indices)
+    if slots.size != n:
+        raise ValueError(
+            f"cache_indices must have shape (N,) = ({n},), got {slots.shape}"
+        )
+    return slots
 
 
 def _seen(has_initial_state: ArrayLike | None, n: int) -> np.ndarray:

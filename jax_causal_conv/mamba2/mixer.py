@@ -419,6 +419,11 @@ class Mamba2Mixer(nnx.Module):
             >>> out = apply(params, u, ids)
         """
         self._check_input(u, 3, "(B, T, d_model)", "packed tokens go to `packed`")
+        if initial_state is not None and isinstance(initial_state.ssm, DraftStates):
+            raise TypeError(
+                "initial_state must be a Mamba2Cache without drafts, got one of "
+                "init_cache(max_drafts=…), which `packed` alone understands"
+            )
         rows = {"segment_ids": segment_ids, "initial_state": initial_state}
         options = {"return_final_state": return_final_state, "axis_name": axis_name}
 

@@ -67,3 +67,15 @@ def test_the_pictures_are_those_of_the_script(tmp_path):
         again = script.parent / "images" / image.name
         written, now = (texts.findall(p.read_text()) for p in (image, again))
         assert written and written == now, f"{image}: run python docs/figures.py"
+
+
+def test_the_reference_has_every_public_name():
+    pytest.importorskip("flax")
+    import jax_causal_conv
+    from jax_causal_conv import mamba2, nnx
+
+    pages = (page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: [\w.]+\.(\w+)$", "\n".join(pages), re.M))
+    public = {*jax_causal_conv.__all__, *mamba2.__all__, *nnx.__all__}
+    plain = {"GREEDY", "__version__", "default_bias_init", "default_kernel_init"}
+    assert not public - shown - plain

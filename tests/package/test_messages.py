@@ -92,6 +92,11 @@ CASES = {
         TypeError,
         ["cache must be a Mamba2Cache", "tuple"],
     ),
+    "drafts before a row": (
+        lambda: MIXER(ones(2, 5, 8), initial_state=MIXER.init_cache(2, max_drafts=1)),
+        TypeError,
+        ["initial_state", "without drafts"],
+    ),
     "a model's rank": (
         lambda: MODEL(jnp.zeros(5, jnp.int32)),
         ValueError,

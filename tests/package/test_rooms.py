@@ -43,7 +43,13 @@ MODULES = {
 # engines are exempt: their parameters are what callers say by name.
 MOST_PARAMETERS = 12
 MOST_OF_A_TRITON_FUNCTION = 16
-PUBLIC_OPS = {"causal_conv1d_fn", "causal_conv1d_update", "ssd", "ssd_packed"}
+PUBLIC_OPS = {
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "ssd",
+    "ssd_packed",
+    "validate_batch",  # which takes what they take
+}
 PUBLIC_METHODS = {"mamba2.mixer": {"packed"}, "mamba2.model": {"packed"}}
 
 

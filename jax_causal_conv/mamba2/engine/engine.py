@@ -211,7 +211,9 @@ class Engine:
     def submit(self, request: Request, n: None = None) -> Generation: ...
     @overload
     def submit(self, request: Request, n: int) -> list[Generation]: ...
-    def submit(self, request: Request, n: int | None = None):
+    def submit(
+        self, request: Request, n: int | None = None
+    ) -> Generation | list[Generation]:
         """Queues a request.
 
         Args:
