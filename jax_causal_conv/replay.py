@@ -7,8 +7,9 @@ in front of its new tokens, and leaves the state q tokens behind: that is the pa
 of a batch in which each sequence is longer by q tokens, with states before the last q.
 So a state is read and written as often as without drafts.
 
-The alternative is a state after each of q drafts: a step then writes q more states,
-each some hundred times as large as what the recurrence takes of a token.
+The alternative is a state after each of q drafts: a step then writes q more states. For
+a layer of Mamba2-2.7B one has 2.6 MB in float32, and what the recurrence takes of a
+token 11 KB: with q = 4 a step moves 5.3 MB a sequence here, and 15.7 MB there.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ class DraftStates(NamedTuple):
 
     The state in a slot is the one before the request's last q tokens; of these the
     cache remembers what the recurrence takes, oldest first, with zeros in front where
-    the request had fewer: 1/100 of a state a token. A record of zeros holds requests
+    the request had fewer. A record of zeros holds requests
     without history.
 
     Attributes:

@@ -82,14 +82,15 @@ def far(rejected, rng):
     return np.where((rejected == 0) & (rng.random(len(rejected)) < 0.3), -9, rejected)
 
 
-@pytest.mark.parametrize("most", [None, 0, 1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "most, dtype", [(None, "bfloat16"), (0, "float32"), (1, "float32")]
+)
 def test_tokens_that_are_taken_back_leave_no_trace(implementation, most, dtype):
     """Prompts, decodes and drafts, each slot against all of its request at once."""
     requests = Requests(5, dtype)
     rng, states = requests.rng, no_history(dtype=dtype)
     pending = dict.fromkeys(range(SLOTS), 0)  # tokens of the last step
-    for _ in range(7 if implementation is None else 3):
+    for _ in range(6 if implementation is None else 3):
         slots = rng.permutation(SLOTS)[:4].astype(np.int32)
         lengths = [int(rng.choice([1, 1 + rng.integers(DRAFTS + 1), 9])) for _ in slots]
         lengths[rng.integers(4)] = 0

@@ -15,8 +15,10 @@ pytestmark = pytest.mark.forward_only
 LENGTHS = (0, 1, 1, 2, 15, 16, 17, 33, 40)
 
 
-@pytest.mark.parametrize("writes, snapshots", [(True, True), (True, False), (False, 1)])
-@pytest.mark.parametrize("most", [None, 0, 1])
+@pytest.mark.parametrize(
+    "most, writes, snapshots",
+    [(None, True, True), (0, True, True), (1, True, False), (None, False, True)],
+)
 def test_random_batches(implementation, most, writes, snapshots):
     for seed in range(6 if exhaustive(implementation) else 2):
         case = ssd_cases.draw_packed(
@@ -27,7 +29,7 @@ def test_random_batches(implementation, most, writes, snapshots):
             num_slots=12,
             max_prefills=most,
             write_indices=writes,
-            snapshots=bool(snapshots),
+            snapshots=snapshots,
             state=(FLOAT32, BFLOAT16)[seed % 2],
         )
         ssd_cases.check(case, implementation)
