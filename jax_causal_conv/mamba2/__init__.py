@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .engine import (
         Bucket,
+        DraftRequest,
         Engine,
         Event,
         Generation,
+        NgramDraft,
         QueueFull,
         Request,
         Stats,
@@ -31,9 +33,11 @@ else:
         "checkpoint": ("load", "save"),
         "engine": (
             "Bucket",
+            "DraftRequest",
             "Engine",
             "Event",
             "Generation",
+            "NgramDraft",
             "QueueFull",
             "Request",
             "Stats",
@@ -62,6 +66,7 @@ else:
 __all__ = [
     "GREEDY",
     "Bucket",
+    "DraftRequest",
     "Engine",
     "Event",
     "GatedRMSNorm",
@@ -70,6 +75,7 @@ __all__ = [
     "Mamba2Config",
     "Mamba2LM",
     "Mamba2Mixer",
+    "NgramDraft",
     "QueueFull",
     "Request",
     "SamplingParams",

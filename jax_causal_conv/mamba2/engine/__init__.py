@@ -10,6 +10,7 @@ The newest token of each slot stays on the device, where the next step finds it.
 engine can dispatch a step before the host knows what the previous one has drawn, and
 the host works while the device does. The price is that a request which draws a stop
 token has already been given a row in the next step. That row's result is thrown away.
+With drafts, which need to know all tokens, each step waits for the one before it.
 
 Where things are:
 
@@ -17,21 +18,26 @@ Where things are:
 - `requests`, `validation`: what to generate, and the checks of it;
 - `schedule`: who has a slot, who waits, who takes part in the next step;
 - `buckets`, `batches`, `device`: shapes, arrays and the compiled step;
+- `prefixes`: snapshots of prompts, for forks and for prompts that begin alike;
+- `drafts`: guesses of the next tokens, and the checks of them;
 - `delivery`: events on their way to callbacks and to the caller;
 - `recovery`: what holds after an interruption anywhere;
 - `stats`: steps and finished requests, for reading.
 """
 
 from .buckets import Bucket
+from .drafts import DraftRequest, NgramDraft
 from .engine import Engine
 from .requests import Event, Generation, QueueFull, Request
 from .stats import Stats, StepStats
 
 __all__ = [
     "Bucket",
+    "DraftRequest",
     "Engine",
     "Event",
     "Generation",
+    "NgramDraft",
     "QueueFull",
     "Request",
     "Stats",

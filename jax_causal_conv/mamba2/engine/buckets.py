@@ -33,7 +33,11 @@ def sizes_of(
 
 
 class Buckets:
-    """The shapes of an engine: steps of decodes alone, and mixed ones."""
+    """The shapes of an engine: decodes alone, decodes with drafts, and mixed ones.
+
+    Attributes:
+        all: of these, in the order in which they are tried.
+    """
 
     def __init__(
         self,
@@ -42,16 +46,22 @@ class Buckets:
         max_prefills_per_step: int,
         token_buckets: Iterable[int] | None,
         decode_buckets: Iterable[int] | None,
+        max_drafts: int,
     ):
         decode_sizes = sizes_of("decode_buckets", decode_buckets, num_slots, 1)
         mixed_sizes = sizes_of("token_buckets", token_buckets, max_tokens_per_step, 16)
         decodes = [Bucket(n, n, 0) for n in decode_sizes]
-        mixed = [
-            Bucket(t, min(t, num_slots), min(t // 2, num_slots, max_prefills_per_step))
+        prefills = max_prefills_per_step
+        if max_drafts:  # Rows with drafts have several tokens as well.
+            prefills += num_slots
+        mixed = {
+            Bucket(t, min(t, num_slots), min(t // 2, num_slots, prefills))
             for t in mixed_sizes
             if t > 1
-        ]
-        self.all = (*decodes, *mixed)
+        }
+        if max_drafts:
+            mixed |= {Bucket(n * (1 + max_drafts), n, n) for n in decode_sizes}
+        self.all = (*decodes, *sorted(mixed))
 
     def fit(self, lengths: list[int]) -> Bucket:
         """The first bucket that holds rows of these lengths."""

@@ -4,22 +4,26 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...operands import PAD_SLOT_ID
 from ..model import Mamba2LM
 from ..sampling import integer
-from .batches import Row, pack
+from .batches import Features, Row, pack
 from .buckets import Bucket, Buckets
 from .delivery import Delivery
 from .device import Device
+from .drafts import Draft, Drafting, ModelDraft
+from .prefixes import Prefixes
 from .recovery import settle
 from .requests import Event, FinishReason, Generation, QueueFull, Request, Terms
 from .schedule import Schedule
 from .stats import Stats, StepStats
+from .validation import brief
 
 
 class Flight(NamedTuple):
@@ -27,7 +31,7 @@ class Flight(NamedTuple):
 
     Attributes:
         rows: who takes part.
-        tokens: `(N,)`, what the rows draw.
+        tokens: `(M,)`, what the rows draw, one after another.
         bucket, running, waiting, start, host_seconds: as in `StepStats`.
     """
 
@@ -78,6 +82,10 @@ class Engine:
         cache_dtype: Any = None,
         ssm_dtype: Any = jnp.float32,
         history: int = 100_000,
+        prefix_slots: int = 0,
+        prefix_block: int = 64,
+        draft: Draft | Mamba2LM | None = None,
+        max_drafts: int = 4,
     ):
         """Allocates the caches; compiles nothing yet.
 
@@ -85,7 +93,8 @@ class Engine:
             model: a `Mamba2LM`, or anything with its `config.vocab_size`, `packed` and
                 `init_cache`. Its parameters are read once.
             num_slots: requests that run at a time.
-            max_tokens_per_step: budget of a step, at least `num_slots`.
+            max_tokens_per_step: budget of a step, at least `num_slots`; with drafts, at
+                least `num_slots * (1 + max_drafts)`.
             max_prefills_per_step: chunks of more than one token in a step.
             token_buckets: sizes T of steps with such chunks. The largest must be
                 `max_tokens_per_step`. None: it and its halves, down to 16.
@@ -96,9 +105,24 @@ class Engine:
             ssm_dtype: of the SSM states. bfloat16 halves what a decode step moves, and
                 rounds the states at each.
             history: how many steps and finished requests `stats` remembers.
+            prefix_slots: size of the prefix cache, in slots that no request gets. Of
+                more snapshots the least recently used ones are dropped.
+            prefix_block: what prompts have in common is found in blocks of so many
+                tokens.
+            draft: guesses the next tokens, of which the model verifies several in one
+                step. A function (`NgramDraft()` is one) of a sequence of
+                `DraftRequest`s, which returns as many sequences of tokens; or a
+                smaller model of the same vocabulary. What requests generate is the
+                same; each step waits for the one before it. If it raises an error, or
+                returns what it must not, `step` raises an error, and the requests
+                concerned go on without drafts.
+            max_drafts: how many guesses a request gets in a step.
 
         Raises:
-            ValueError: a size is out of its range.
+            TypeError: a size is not an integer, or `draft` is neither callable nor a
+                model.
+            ValueError: a size is out of its range, or the draft's vocabulary is not the
+                model's.
         """
         if min(num_slots, max_prefills_per_step) < 1 or min(max_waiting, history) < 0:
             raise ValueError(
@@ -106,10 +130,21 @@ class Engine:
                 f"history >= 0, got {num_slots}, {max_prefills_per_step}, "
                 f"{max_waiting}, {history}"
             )
-        if max_tokens_per_step < num_slots:
+        prefix_slots = integer("prefix_slots", prefix_slots)
+        if prefix_slots < 0 or integer("prefix_block", prefix_block) < 1:
             raise ValueError(
-                "max_tokens_per_step must be at least num_slots, got "
-                f"{max_tokens_per_step} < {num_slots}"
+                "prefix_slots must be >= 0 and prefix_block >= 1, got "
+                f"{prefix_slots}, {prefix_block}"
+            )
+        if integer("max_drafts", max_drafts) < 1:
+            raise ValueError(f"max_drafts must be at least 1, got {max_drafts}")
+        if draft is None:
+            max_drafts = 0
+        if max_tokens_per_step < num_slots * (1 + max_drafts):
+            least = "num_slots * (1 + max_drafts)" if max_drafts else "num_slots"
+            raise ValueError(
+                f"max_tokens_per_step must be at least {least}, got "
+                f"{max_tokens_per_step} < {num_slots * (1 + max_drafts)}"
             )
         self._max_waiting = max_waiting
         self._vocab_size = model.config.vocab_size
@@ -119,9 +154,48 @@ class Engine:
             max_prefills_per_step,
             token_buckets,
             decode_buckets,
+            max_drafts,
         )
-        self._device = Device(model, num_slots, cache_dtype, ssm_dtype)
-        self._schedule = Schedule(num_slots, max_tokens_per_step, max_prefills_per_step)
+        total = num_slots + prefix_slots
+        self._features = Features(moves=prefix_slots > 0, max_drafts=max_drafts)
+        self._device = Device(model, total, self._features, cache_dtype, ssm_dtype)
+        self._prefixes = None
+        if prefix_slots:
+            self._prefixes = Prefixes(range(num_slots, total), prefix_block)
+        self._drafting = None
+        if isinstance(draft, Mamba2LM):
+            if draft.config.vocab_size != self._vocab_size:
+                raise ValueError(
+                    "the draft's vocabulary must be the model's, got "
+                    f"{draft.config.vocab_size} and {self._vocab_size}"
+                )
+            # The snapshot of a text must survive until the next one, which starts from
+            # it, has left its own.
+            engine = Engine(
+                draft,
+                num_slots=num_slots,
+                max_tokens_per_step=max_tokens_per_step,
+                max_prefills_per_step=num_slots,
+                token_buckets=token_buckets,
+                decode_buckets=decode_buckets,
+                max_waiting=num_slots,
+                history=0,
+                prefix_slots=2 * num_slots,
+            )
+            draft = ModelDraft(engine)
+        if draft is not None:
+            if not callable(draft):
+                raise TypeError(
+                    f"draft must be callable, a model or None, got {brief(draft)}"
+                )
+            self._drafting = Drafting(draft, max_drafts, self._vocab_size)
+        self._schedule = Schedule(
+            num_slots,
+            max_tokens_per_step,
+            max_prefills_per_step,
+            self._prefixes,
+            tokens_on_host=self._drafting is not None,
+        )
         self._intact = True
         self._ids = itertools.count()
         self._active: dict[int, Generation] = {}  # all that have not ended
@@ -132,32 +206,108 @@ class Engine:
 
     # ---- What a server calls -------------------------------------------------------
 
-    def submit(self, request: Request) -> Generation:
+    @overload
+    def submit(self, request: Request, n: None = None) -> Generation: ...
+    @overload
+    def submit(self, request: Request, n: int) -> list[Generation]: ...
+    def submit(self, request: Request, n: int | None = None):
         """Queues a request.
 
+        Args:
+            request: what to generate.
+            n: how many samples of it, as so many requests. One of them reads the
+                prompt; the others start from the snapshot that it leaves, which needs
+                an engine with `prefix_slots`. With a seed, they take that seed and
+                those that follow it.
+
         Returns:
-            Its `Generation`, which fills up as the engine steps.
+            Its `Generation`, which fills up as the engine steps; with `n`, a list.
 
         Raises:
-            QueueFull: `max_waiting` requests wait already.
+            QueueFull: not all may wait, beside the requests that wait already.
             TypeError: an attribute is not of the kind that `Request` asks for.
             ValueError: the prompt is empty, has more than one dimension or something
                 other than integers, or it or `stop_token_ids` has tokens outside the
-                vocabulary, or `max_new_tokens` < 1.
+                vocabulary, or `max_new_tokens` < 1, or `n` < 1, or `n` > 1 without a
+                prefix cache.
         """
         terms = Terms.of(request, self._vocab_size)
+        samples = [terms]
+        if n is not None:
+            if (count := integer("n", n)) < 1:
+                raise ValueError(f"n must be at least 1, got {n}")
+            if count > 1 and self._prefixes is None:
+                raise ValueError(f"n > 1 needs an engine with prefix_slots, got n={n}")
+            samples = [terms.sample(i) for i in range(count)]
         self._mend()
         # The next step moves as many of the waiting requests into slots as are free.
-        if self.num_waiting >= self._max_waiting + len(self._schedule.free):
+        room = self._max_waiting + len(self._schedule.free) - self.num_waiting
+        if len(samples) > room:
             raise QueueFull(f"{self.num_waiting} requests wait already")
-        generation = Generation(
-            next(self._ids), request, terms, time.perf_counter(), terms.prompt
-        )
+        digests = [] if self._prefixes is None else self._prefixes.digests(terms.prompt)
+        now = time.perf_counter()
+        new = [
+            Generation(next(self._ids), request, terms, now, terms.prompt, digests)
+            for terms in samples
+        ]
         self._intact = False
-        self._active[generation.id] = generation
-        self._schedule.waiting.append(generation)
+        self._active.update({generation.id: generation for generation in new})
+        self._schedule.waiting.extend(new)
+        if self._prefixes is not None:
+            self._prefixes.saw(digests)
         self._intact = True
-        return generation
+        return new[0] if n is None else new
+
+    def pause(self, id: int) -> bool:
+        """Takes a request's slot away, and keeps its states on the host.
+
+        Waits for the step that is under way. A request that has no slot yet waits no
+        more. A paused request does not keep `run` from returning, and may be cancelled.
+
+        Returns:
+            False if there is no such request, or it is paused or has ended.
+
+        Raises:
+            TypeError: `id` is not an integer.
+        """
+        id = integer("id", id)
+        self._mend()
+        if (generation := self._active.get(id)) is None or generation.paused:
+            return False
+        while self._flights:
+            self._collect()
+        if generation.finish_reason is not None:
+            return False
+        saved = generation.saved  # of one that was resumed, and waits for a slot again
+        if generation.slot != PAD_SLOT_ID and generation.scheduled:
+            saved = self._device.save(generation.slot)
+        self._intact = False
+        generation.saved = saved
+        generation.paused = True
+        self._schedule.remove(generation)
+        self._intact = True
+        return True
+
+    def resume(self, id: int) -> bool:
+        """Puts a paused request into the queue, at its place by order of arrival.
+
+        Nothing is read again: when it gets a slot, its states come back into it.
+
+        Returns:
+            False if there is no such request, or it is not paused.
+
+        Raises:
+            TypeError: `id` is not an integer.
+        """
+        id = integer("id", id)
+        self._mend()
+        if (generation := self._active.get(id)) is None or not generation.paused:
+            return False
+        self._intact = False
+        generation.paused = False
+        self._schedule.wait(generation)
+        self._intact = True
+        return True
 
     def cancel(self, id: int) -> bool:
         """Ends a request, and frees its slot at once.
@@ -216,6 +366,11 @@ class Engine:
         return len(self._schedule.waiting)
 
     @property
+    def num_paused(self) -> int:
+        """Requests that are paused."""
+        return sum(generation.paused for generation in self._active.values())
+
+    @property
     def stats(self) -> Stats:
         """The most recent steps and finished requests."""
         return self._stats
@@ -235,17 +390,22 @@ class Engine:
         self._mend()
         for bucket in self.buckets:
             self._device.executable(bucket)
+        if self._drafting is not None and isinstance(self._drafting.draft, ModelDraft):
+            self._drafting.draft.engine.warmup()
 
     # ---- A step --------------------------------------------------------------------
 
     @property
     def _busy(self) -> bool:
-        return bool(self._active or self._flights or self._delivery.news)
+        working = any(not generation.paused for generation in self._active.values())
+        return bool(working or self._flights or self._delivery.news)
 
     def _advance(self) -> None:
         """A step, but for the returning of its events."""
         self._mend()
-        while len(self._flights) > 1:  # The step before was interrupted.
+        # There are two if the step before was interrupted. Drafts need to know all that
+        # was drawn.
+        while len(self._flights) > (self._drafting is None):
             self._collect()
         under_way = bool(self._flights)
         self._dispatch()
@@ -259,13 +419,22 @@ class Engine:
         schedule = self._schedule
         if schedule.free and schedule.waiting:
             self._intact = False
-            schedule.admit(start)
+            for generation in schedule.admit(start):
+                if generation.saved is not None:
+                    self._device.load(generation.slot, generation.saved)
+                    generation.saved = None
             self._intact = True
+        guesses = {}
+        if self._drafting is not None:
+            guesses = self._drafting.ask(schedule.running.values())
         running = self.num_running
-        if not (rows := schedule.plan()):
+        self._intact = False
+        rows = schedule.plan(guesses)
+        self._intact = True
+        if not rows:
             return
         bucket = self._buckets.fit([row.length for row in rows])
-        batch = pack(rows, bucket)
+        batch = pack(rows, bucket, self._features)
         executable = self._device.executable(bucket)
         # From here until the results are in their places, an interruption loses the
         # caches: they are donated.
@@ -291,19 +460,26 @@ class Engine:
         now = time.perf_counter()
         self._intact = False
         self._flights.popleft()
-        for row, drawn in zip(flight.rows, tokens[: len(flight.rows)], strict=True):
-            generation = row.generation
+        first = accepted = 0
+        for row in flight.rows:
+            generation, drawn = row.generation, tokens[first:][: row.num_drafts + 1]
+            first += row.num_drafts + 1
             # The request may have been cancelled, or stopped by the previous step's
             # token, while this step was under way.
             if not row.draws or generation.finish_reason is not None:
                 continue
-            generation.token_times.append(now)  # before the token: see `recovery`
-            generation.tokens.append(drawn)
-            if (reason := generation.reason_to_end()) is not None:
-                self._finish(generation, reason, now)
-            else:
+            right = row.right_guesses(drawn)
+            generation.scheduled += right
+            generation.rejected = row.num_drafts - right
+            accepted += right
+            for token in drawn[: right + 1]:
+                generation.token_times.append(now)  # before the token: see `recovery`
+                generation.tokens.append(token)
+                if (reason := generation.reason_to_end()) is not None:
+                    self._finish(generation, reason, now)
+                    break
                 self._delivery.news.append(generation)
-        self._record(flight, now)
+        self._record(flight, accepted, now)
         self._intact = True
 
     def _finish(self, generation: Generation, reason: FinishReason, now: float) -> None:
@@ -325,19 +501,25 @@ class Engine:
             return
         settle(self._active, self._delivery, self._stats)
         self._flights.clear()
-        self._schedule.reset(list(self._active.values()))
+        self._schedule.reset([g for g in self._active.values() if not g.paused])
         self._device.reset()
         self._intact = True
 
-    def _record(self, flight: Flight, now: float) -> None:
+    def _record(self, flight: Flight, accepted: int, now: float) -> None:
         decodes = sum(row.decodes for row in flight.rows)
+        drafts = sum(row.num_drafts for row in flight.rows)
         tokens = sum(row.length for row in flight.rows)
+        hits = [row.start for row in flight.rows if row.source is not None]
         self._stats.steps.append(
             StepStats(
                 bucket=flight.bucket,
                 decode_tokens=decodes,
-                prefill_tokens=tokens - decodes,
+                prefill_tokens=tokens - decodes - drafts,
                 prefill_rows=len(flight.rows) - decodes,
+                draft_tokens=drafts,
+                accepted_tokens=accepted,
+                prefix_hits=len(hits),
+                prefix_tokens=sum(hits),
                 running=flight.running,
                 waiting=flight.waiting,
                 start=flight.start,

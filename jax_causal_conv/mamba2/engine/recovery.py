@@ -5,13 +5,12 @@ between any two instructions, even after the device took the caches and before i
 them back. So there is one truth: the requests that have not ended (`Engine._active`)
 and the tokens they have on the host. All else can be made from it: queues, slots and
 even caches, as a request whose states are lost is read again, with the tokens drawn so
-far as part of its prompt. Whoever changes several things at once clears
+far as part of its prompt. (Who is paused, and the states that such requests have on the
+host, is true as well.) Whoever changes several things at once clears
 `Engine._intact` first and sets it last; where it is clear, the next call mends.
 """
 
 from collections import deque
-
-import numpy as np
 
 from ...operands import PAD_SLOT_ID
 from .delivery import Delivery
@@ -23,7 +22,8 @@ def settle(active: dict[int, Generation], delivery: Delivery, stats: Stats) -> N
     """Makes the requests agree with their tokens, and delivery with the requests.
 
     It may be interrupted itself, and starts anew then. Afterwards `active` has those
-    that have not ended; none of them has a slot, and all are to be read again.
+    that have not ended; none of them has a slot, and all are to be read again, except
+    those that were paused and have their states on the host.
     """
     for generation in active.values():
         # The token is what counts; the other things follow it.
@@ -42,9 +42,9 @@ def settle(active: dict[int, Generation], delivery: Delivery, stats: Stats) -> N
     for generation in told:
         generation.slot = PAD_SLOT_ID
         if generation.finish_reason is None:
-            generation.scheduled = 0
-            tokens = np.array(generation.tokens, np.int32)
-            generation.text = np.concatenate([generation.prompt, tokens])
+            if generation.saved is None:  # What is saved is whole, and valid still.
+                generation.scheduled = generation.rejected = 0
+                generation.text = generation.all_tokens()
         elif generation.id in active:
             if generation not in stats.requests:
                 stats.requests.append(generation)

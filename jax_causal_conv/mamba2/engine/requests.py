@@ -1,8 +1,9 @@
 """What to generate, what has become of it so far, and the events on the way."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -106,6 +107,14 @@ class Terms(NamedTuple):
             )
         return cls(prompt, max_new_tokens, request.sampling, stops, request.on_event)
 
+    def sample(self, i: int) -> "Terms":
+        """The same for the i-th of several samples, which has a seed of its own."""
+        if (seed := self.sampling.seed) is None:
+            return self
+        return self._replace(
+            sampling=dataclasses.replace(self.sampling, seed=(seed + i) % 2**32)
+        )
+
 
 @dataclass(eq=False)
 class Generation:
@@ -117,14 +126,21 @@ class Generation:
         id: number of the request in its engine.
         request: the request.
         terms: what it asks for, as `Engine.submit` has read it.
-        text: `(L,)` int32, the tokens that steps get from the host: the prompt and,
-            where the engine had to read the request again after an interruption, what
-            had been drawn by then.
+        text: `(L,)` int32, what has to be read before the next token is drawn: the
+            prompt and, where the engine had to read the request again after an
+            interruption, what had been drawn by then.
+        digests: of the prompt's blocks, for the prefix cache.
         tokens: drawn so far.
         token_times: when each of them reached the host.
         finish_reason: None until the end.
         slot: its slot in the caches, PAD_SLOT_ID while it has none.
-        scheduled: tokens (of the prompt, then drawn ones) that were given to the model.
+        scheduled: tokens (of the prompt, then drawn ones) that were given to the model,
+            or that a snapshot spared it. Drafts count once they are accepted.
+        rejected: drafts that the states in the slot contain beyond these.
+        reused: tokens of the prompt that the last snapshot it started from spared it.
+        paused: whether it is.
+        saved: its states on the host, from pausing it until it has a slot again.
+        drafts: whether drafts are asked for it: until they fail.
         arrival: when it was submitted.
         admitted: when it got a slot.
         finished: when it ended.
@@ -136,11 +152,17 @@ class Generation:
     terms: Terms
     arrival: float
     text: np.ndarray
+    digests: list[bytes] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     slot: int = PAD_SLOT_ID
     scheduled: int = 0
+    rejected: int = 0
+    reused: int = 0
+    paused: bool = False
+    saved: Any = None
+    drafts: bool = True
     admitted: float | None = None
     finished: float | None = None
     delivered: int = 0
@@ -155,6 +177,10 @@ class Generation:
         """The seed of its draws, which depend on it and on their positions alone."""
         seed = self.terms.sampling.seed
         return self.id % 2**32 if seed is None else seed
+
+    def all_tokens(self) -> np.ndarray:
+        """`(P + D,)` int32, the prompt and what has been drawn."""
+        return np.concatenate([self.prompt, np.array(self.tokens, np.int32)])
 
     @property
     def first_token(self) -> float | None:
