@@ -25,17 +25,17 @@ class DraftRequest(NamedTuple):
 
     Attributes:
         tokens: `(L,)` int32, read-only: its prompt and what it has drawn.
-        count: how many guesses there may be at most, >= 1.
+        limit: how many guesses there may be at most, >= 1.
         sampling: how it draws, with its seed: who draws the token at position L + i
             with `sample` from a similar distribution is likely to draw the same.
     """
 
     tokens: np.ndarray
-    count: int
+    limit: int
     sampling: SamplingParams
 
 
-# Guesses for each of the requests: at most `count` tokens, none if it has no idea.
+# Guesses for each of the requests: at most `limit` tokens, none if it has no idea.
 Draft = Callable[[Sequence[DraftRequest]], Sequence[Sequence[int] | np.ndarray]]
 
 
@@ -76,7 +76,7 @@ class NgramDraft:
             (starts,) = np.nonzero((earlier == tokens[-n:]).all(axis=1))
             if len(starts):
                 follows = starts[-1] + n
-                return tokens[follows : follows + request.count]
+                return tokens[follows : follows + request.limit]
         return tokens[:0]
 
 
@@ -96,8 +96,8 @@ class ModelDraft:
         for generation in self._asked:  # left over from an interrupted call
             self.engine.cancel(generation.id)
         self._asked = []
-        for tokens, count, sampling in requests:
-            self._asked.append(self.engine.submit(Request(tokens, count, sampling)))
+        for tokens, limit, sampling in requests:
+            self._asked.append(self.engine.submit(Request(tokens, limit, sampling)))
         self.engine.run()
         return [generation.tokens for generation in self._asked]
 
@@ -124,13 +124,13 @@ class Drafting:
         asked = {}
         for generation in generations:
             left = generation.terms.max_new_tokens - len(generation.tokens)
-            count = min(self.most, left - 1)  # the model draws one more
-            if generation.drafts and not generation.prompt_left and count > 0:
+            limit = min(self.most, left - 1)  # the model draws one more
+            if generation.drafts and not generation.prompt_left and limit > 0:
                 tokens = generation.all_tokens()
                 tokens.flags.writeable = False
                 sampling = generation.terms.sampling
                 sampling = dataclasses.replace(sampling, seed=generation.seed)
-                asked[generation] = DraftRequest(tokens, count, sampling)
+                asked[generation] = DraftRequest(tokens, limit, sampling)
         if not asked:
             return {}
         concerned = list(asked)
@@ -157,9 +157,9 @@ class Drafting:
 
     def _check(self, id: int, guess: Any, request: DraftRequest) -> list[int]:
         name = f"the draft for request {id}"
-        what = f"at most {request.count} tokens in [0, {self._vocab_size})"
+        what = f"at most {request.limit} tokens in [0, {self._vocab_size})"
         tokens = [int(token) for token in items_of(name, guess, what, refused=(set,))]
-        if len(tokens) > request.count:
+        if len(tokens) > request.limit:
             raise ValueError(f"{name} must be {what}, got {len(tokens)}")
         if outside := [t for t in tokens if not 0 <= t < self._vocab_size]:
             raise ValueError(f"{name} must be {what}, got {min(outside)}")

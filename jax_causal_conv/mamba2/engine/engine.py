@@ -159,9 +159,7 @@ class Engine:
         total = num_slots + prefix_slots
         self._features = Features(moves=prefix_slots > 0, max_drafts=max_drafts)
         self._device = Device(model, total, self._features, cache_dtype, ssm_dtype)
-        self._prefixes = None
-        if prefix_slots:
-            self._prefixes = Prefixes(range(num_slots, total), prefix_block)
+        self._prefixes = Prefixes(range(num_slots, total), prefix_block)
         self._drafting = None
         if isinstance(draft, Mamba2LM):
             if draft.config.vocab_size != self._vocab_size:
@@ -236,7 +234,7 @@ class Engine:
         if n is not None:
             if (count := integer("n", n)) < 1:
                 raise ValueError(f"n must be at least 1, got {n}")
-            if count > 1 and self._prefixes is None:
+            if count > 1 and not self._prefixes.enabled:
                 raise ValueError(f"n > 1 needs an engine with prefix_slots, got n={n}")
             samples = [terms.sample(i) for i in range(count)]
         self._mend()
@@ -244,7 +242,7 @@ class Engine:
         room = self._max_waiting + len(self._schedule.free) - self.num_waiting
         if len(samples) > room:
             raise QueueFull(f"{self.num_waiting} requests wait already")
-        digests = [] if self._prefixes is None else self._prefixes.digests(terms.prompt)
+        digests = self._prefixes.digests(terms.prompt)
         now = time.perf_counter()
         new = [
             Generation(next(self._ids), request, terms, now, terms.prompt, digests)
@@ -253,8 +251,7 @@ class Engine:
         self._intact = False
         self._active.update({generation.id: generation for generation in new})
         self._schedule.waiting.extend(new)
-        if self._prefixes is not None:
-            self._prefixes.saw(digests)
+        self._prefixes.saw(digests)
         self._intact = True
         return new[0] if n is None else new
 
@@ -471,8 +468,9 @@ class Engine:
             right = row.right_guesses(drawn)
             generation.scheduled += right
             generation.rejected = row.num_drafts - right
-            accepted += right
+            accepted -= 1  # The last token is the model's own.
             for token in drawn[: right + 1]:
+                accepted += 1
                 generation.token_times.append(now)  # before the token: see `recovery`
                 generation.tokens.append(token)
                 if (reason := generation.reason_to_end()) is not None:

@@ -47,10 +47,12 @@ class Prefixes:
     """Finds, promises and evicts snapshots, in slots that no request gets.
 
     Attributes:
+        enabled: whether there are any slots.
         free: slots without a snapshot.
     """
 
     def __init__(self, slots: range, block: int):
+        self.enabled = len(slots) > 0
         self._slots = slots
         self._block = block
         self._seen: OrderedDict[bytes, int] = OrderedDict()
@@ -65,7 +67,9 @@ class Prefixes:
         self._promised: dict[int, list[Snapshot]] = {}
 
     def digests(self, prompt: np.ndarray) -> list[bytes]:
-        """Hashes of the first 0, 1, 2, ... blocks of a prompt."""
+        """Hashes of the first 0, 1, 2, ... blocks of a prompt; if enabled."""
+        if not self.enabled:
+            return []
         digests = [b""]
         for end in range(self._block, len(prompt) + 1, self._block):
             block = prompt[end - self._block : end].tobytes()

@@ -30,7 +30,7 @@ class Schedule:
         num_slots: int,
         budget: int,
         max_prefills: int,
-        prefixes: Prefixes | None,
+        prefixes: Prefixes,
         tokens_on_host: bool,
     ):
         self._num_slots = num_slots
@@ -82,7 +82,7 @@ class Schedule:
         reading: set[int] = set()
         for generation in prompts:
             start, source = generation.scheduled, None
-            if start == 0 and self._prefixes is not None:
+            if start == 0 and self._prefixes.enabled:
                 source = self._prefixes.find(generation)
                 if source is not None and not source.ready:
                     if not self._prefixes.has_begun(generation):
@@ -130,7 +130,7 @@ class Schedule:
             The length of the chunk, shorter if a second snapshot would be due in it,
             and the snapshot if there is one.
         """
-        if self._prefixes is None:
+        if not self._prefixes.enabled:
             return length, None
         if generation.scheduled == 0:
             self._prefixes.promise(generation, start)
@@ -176,13 +176,11 @@ class Schedule:
         if self.running.pop(generation.id, None) is not None:
             self.free.append(generation.slot)
             generation.slot = PAD_SLOT_ID
-            if self._prefixes is not None:
-                self._prefixes.drop(generation)
+            self._prefixes.drop(generation)
 
     def reset(self, waiting: list[Generation]) -> None:
         """All slots are free, no snapshot is left, and these requests wait."""
         self.running.clear()
         self.free = deque(range(self._num_slots))
         self.waiting = deque(waiting)
-        if self._prefixes is not None:
-            self._prefixes.clear()
+        self._prefixes.clear()

@@ -1,0 +1,117 @@
+"""A model whose next token depends on every token before it, and that compiles at once.
+
+Its state is a hash of the tokens that it has seen, so that a state from a wrong slot,
+of a wrong length or with a rejected token in it changes all that is drawn from then on.
+Integers are exact: chunks of any size give the same.
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_causal_conv.mamba2 import sample
+
+VOCAB = 61
+MULTIPLIER, INCREMENT = 1_664_525, 1_013_904_223
+
+
+class Recall(nnx.Module):
+    """Follows the rules of `Mamba2LM.packed`, token by token.
+
+    A slot has the states after all tokens, after all but one, ..., so that the last few
+    can be taken back.
+    """
+
+    def __init__(self):
+        self.config = types.SimpleNamespace(vocab_size=VOCAB)
+
+    def init_cache(self, num_slots, *, dtype=None, ssm_dtype=None, max_drafts=0):
+        return jnp.zeros((num_slots, 1 + max_drafts), jnp.uint32)
+
+    def packed(
+        self,
+        tokens,
+        cache,
+        query_start_loc,
+        *,
+        cache_indices,
+        has_initial_state,
+        write_indices=None,
+        snapshot_ends=None,
+        snapshot_indices=None,
+        num_rejected_tokens=None,
+        logits_at=None,
+        **_,
+    ):
+        starts, ends = query_start_loc[:-1], query_start_loc[1:]
+        depth = cache.shape[1]
+        back = jnp.zeros_like(starts)
+        if num_rejected_tokens is not None:
+            back = num_rejected_tokens
+        columns = jnp.minimum(jnp.arange(depth) + back[:, None], depth - 1)
+        first = jnp.take_along_axis(cache[cache_indices], columns, axis=1)
+        first = jnp.where(has_initial_state[:, None], first, 0)
+        sequence = jnp.searchsorted(ends, jnp.arange(len(tokens)), side="right")
+
+        def see(states, inputs):
+            token, i = inputs
+            newest = states[i, 0] * jnp.uint32(MULTIPLIER) + token.astype(jnp.uint32)
+            newest += jnp.uint32(INCREMENT)
+            row = jnp.concatenate([newest[None], states[i, :-1]])
+            return states.at[i].set(row, mode="drop"), row
+
+        last, after = jax.lax.scan(see, first, (tokens, sequence))
+        live = (ends > starts) & (cache_indices >= 0)
+        outside = len(cache)
+        target = cache_indices if write_indices is None else write_indices
+        target = jnp.where(live & (target >= 0), target, outside)
+        new = cache.at[target].set(last, mode="drop")
+        if snapshot_indices is not None:
+            at = starts + snapshot_ends - 1
+            left = jnp.where((snapshot_ends > 0)[:, None], after[at], first)
+            target = jnp.where(
+                live & (snapshot_indices >= 0), snapshot_indices, outside
+            )
+            new = new.at[target].set(left, mode="drop")
+        if logits_at is None:
+            logits_at = jnp.maximum(ends - 1, 0)
+        return logits_of(after[logits_at, 0]), new
+
+
+def logits_of(states):
+    """Logits `(N, VOCAB)` of states `(N,)`."""
+    keys = jax.vmap(jax.random.key)(states)
+    return 3 * jax.vmap(lambda key: jax.random.normal(key, (VOCAB,)))(keys)
+
+
+@jax.jit
+def draw(state, seed, position, temperature, top_k, top_p):
+    """A token after one state; scalars in and out."""
+    row = (seed, position, temperature, top_k, top_p)
+    return sample(logits_of(state[None]), *(value[None] for value in row))[0]
+
+
+def answer(request, seed=None):
+    """What a request draws from a `Recall`, by its definition."""
+    sampling = request.sampling
+    seed = sampling.seed if seed is None else seed
+    state, tokens = 0, []
+    for token in request.prompt:
+        state = (state * MULTIPLIER + int(token) + INCREMENT) % 2**32
+    while len(tokens) < request.max_new_tokens:
+        token = draw(
+            np.uint32(state),
+            np.uint32(seed or 0),
+            np.int32(len(request.prompt) + len(tokens)),
+            np.float32(sampling.temperature),
+            np.int32(sampling.top_k),
+            np.float32(sampling.top_p),
+        )
+        tokens.append(int(token))
+        if tokens[-1] in request.stop_token_ids:
+            break
+        state = (state * MULTIPLIER + tokens[-1] + INCREMENT) % 2**32
+    return tokens
