@@ -292,6 +292,27 @@ def slots_array(
     return index_array(name, value, (count,), f"({letter},)", -1, num_slots)
 
 
+def write_slots(name: str, value: Any, count: int, letter: str, state: Any) -> Any:
+    """Checked slot numbers `(count,)` to write to, or None."""
+    if value is None:
+        return None
+    return index_array(name, value, (count,), f"({letter},)", -1, state.shape[0])
+
+
+def snapshots(ends: Any, slots: Any, count: int, num_tokens: int, state: Any) -> tuple:
+    """Checked `snapshot_ends` and `snapshot_indices`, `(N,)` both, or two Nones."""
+    if ends is None and slots is None:
+        return None, None
+    for name, value in (("snapshot_ends", ends), ("snapshot_indices", slots)):
+        if value is None:
+            raise ValueError(
+                "snapshot_ends and snapshot_indices must be given together, got None "
+                f"for {name}"
+            )
+    ends = index_array("snapshot_ends", ends, (count,), "(N,)", 0, num_tokens)
+    return ends, write_slots("snapshot_indices", slots, count, "N", state)
+
+
 def state_array(name: str, value: Any, dim: int, width: int) -> jax.Array:
     """Checked conv state `(S, L, D)` with L >= W-1."""
     state = float_array(name, value, (None, None, dim), "(S, L, D)")

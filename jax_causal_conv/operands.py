@@ -46,6 +46,9 @@ class PackedOperands(NamedTuple):
         has_initial_state: `(N,)` bool; None is all False.
         num_rejected: `(N,)` int32; None is 0.
         metadata: a `ConvMetadata`; None leaves it to the kernels' launch.
+        write_slots: `(N,)` int32, where the new states go; None is `slots`.
+        snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
+        snapshot_ends: `(N,)` int32, after how many tokens they are.
     """
 
     x: Any
@@ -57,6 +60,9 @@ class PackedOperands(NamedTuple):
     has_initial_state: Any = None
     num_rejected: Any = None
     metadata: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None
 
 
 class UpdateOperands(NamedTuple):
@@ -70,6 +76,7 @@ class UpdateOperands(NamedTuple):
         slots: `(B,)` int32; None is `arange(B)`.
         cache_seqlens: `(B,)` int32, positions in circular buffers; None: none are.
         num_rejected: `(B,)` int32; None is 0.
+        write_slots: `(B,)` int32, where the new states go; None is `slots`.
     """
 
     x: Any
@@ -79,6 +86,7 @@ class UpdateOperands(NamedTuple):
     slots: Any = None
     cache_seqlens: Any = None
     num_rejected: Any = None
+    write_slots: Any = None
 
 
 class DenseOperands(NamedTuple):
@@ -112,6 +120,9 @@ class PackedBackwardOperands(NamedTuple):
         query_start_loc: `(N+1,)` int32.
         live: `(N,)` bool, the sequences that were not skipped.
         metadata: that of the forward.
+        dsnapshots: `(N, L, D)`, the cotangent of each sequence's snapshot; None if
+            there were none. The kernels do not know them.
+        snapshot_ends: `(N,)` int32, in `[0, length]`: the tokens before each.
     """
 
     x: Any
@@ -123,6 +134,8 @@ class PackedBackwardOperands(NamedTuple):
     query_start_loc: Any
     live: Any
     metadata: Any = None
+    dsnapshots: Any = None
+    snapshot_ends: Any = None
 
 
 class RowsBackwardOperands(NamedTuple):
@@ -223,6 +236,9 @@ class SSDPackedOperands(NamedTuple):
         query_start_loc: `(N+1,)` int32, any values.
         slots: `(N,)` int32, the slot of each sequence; None is `arange(N)`.
         has_initial_state: `(N,)` bool; None is all False.
+        write_slots: `(N,)` int32, where the new states go; None is `slots`.
+        snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
+        snapshot_ends: `(N,)` int32, after how many tokens they are.
     """
 
     x: Any
@@ -236,3 +252,6 @@ class SSDPackedOperands(NamedTuple):
     query_start_loc: Any
     slots: Any = None
     has_initial_state: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None

@@ -22,6 +22,9 @@ def causal_conv1d_fn(
     cache_indices: ArrayLike | None = None,
     has_initial_state: ArrayLike | None = None,
     num_rejected_tokens: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    snapshot_ends: ArrayLike | None = None,
+    snapshot_indices: ArrayLike | None = None,
     activation: str | bool | None = "silu",
     metadata: ConvMetadata | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
@@ -44,7 +47,9 @@ def causal_conv1d_fn(
     A sequence is *skipped* if it is empty or its slot is `pad_slot_id` or outside
     `[0, S)`: its tokens come back as exact zeros, as do tokens that no sequence
     covers, and no slot changes. Offsets mean `cummax(clip(q, 0, T))`, so any integers
-    are safe; only two live sequences on one slot are unspecified, for themselves.
+    are safe; only two live sequences that write one slot, and one that reads a slot
+    which another writes, are unspecified, for themselves and these slots. Several may
+    read one slot and write others: forks, and hits of a prefix cache.
 
     The states are functional: the result is a new array and `conv_states` stays as it
     is. Where the caller donates it to jit (or carries it through scan), the update
@@ -73,6 +78,15 @@ def causal_conv1d_fn(
             of the slot were rejected drafts and are forgotten. Ignored without initial
             state, and by skipped sequences: pass it again with their next tokens.
             Keep L >= W-1+max(r). None is 0.
+        write_indices: `(N,)` integers, the slot that each sequence's new state goes to,
+            while its history comes from that in `cache_indices`, by which it is live or
+            skipped. `pad_slot_id` or a number outside `[0, S)`: outputs are computed,
+            nothing is stored. None is `cache_indices`.
+        snapshot_ends: `(N,)` integers, clamped into `[0, length]`: live sequences also
+            leave their state after so many of their tokens, to the bit what a call
+            that ended there would have left; 0 is the state that they start from.
+        snapshot_indices: `(N,)` integers, the slots that these go to; as above, and
+            none where it is the slot of the sequence's new state. Both or neither.
         activation: None, "silu" or "swish"; True is silu, False is None.
         metadata: from `build_metadata`, to share it between layers. None builds it.
         pad_slot_id: static int, the slot number that means "skip".
@@ -93,7 +107,7 @@ def causal_conv1d_fn(
     Returns:
         `out` `(T, D)` in x's dtype (with `split` a tuple of `(T, d_i)`), and the new
         conv states, like `conv_states`.
-        Slots that no live sequence names are bit-for-bit unchanged. Sizes of 0 give
+        Slots that no live sequence writes are bit-for-bit unchanged. Sizes of 0 give
         naturally shaped results and launch nothing.
 
     Raises:
@@ -128,6 +142,12 @@ def causal_conv1d_fn(
     num_rejected = checks.num_rejected_tokens(
         num_rejected_tokens, num_seqs, "N", state_len
     )
+    write_slots = checks.write_slots(
+        "write_indices", write_indices, num_seqs, "N", states
+    )
+    snapshot_ends, snapshot_slots = checks.snapshots(
+        snapshot_ends, snapshot_indices, num_seqs, num_tokens, states
+    )
     spec = ConvSpec(
         checks.activation_name(activation),
         columns,
@@ -153,6 +173,9 @@ def causal_conv1d_fn(
         has_initial_state=has_initial_state,
         num_rejected=num_rejected,
         metadata=metadata,
+        write_slots=write_slots,
+        snapshot_slots=snapshot_slots,
+        snapshot_ends=snapshot_ends,
     )
     *out, states = gradients.call(PACKED, implementation, spec, operands)
     return columns.output(out), states

@@ -20,6 +20,7 @@ def causal_conv1d_update(
     *,
     cache_seqlens: ArrayLike | None = None,
     conv_state_indices: ArrayLike | None = None,
+    conv_state_write_indices: ArrayLike | None = None,
     num_rejected_tokens: ArrayLike | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
     channel_offset: int | None = None,
@@ -33,8 +34,8 @@ def causal_conv1d_update(
     zeros, no slot changes. The states are functional, and updated in place where the
     caller donates them.
 
-    Sharded channels stay local under jit; so do sharded rows if `conv_state_indices`
-    is None and S == B. With slot numbers, or S > B, sharded rows or slots are right but
+    Sharded channels stay local under jit; so do sharded rows if there are no slot
+    numbers and S == B. With slot numbers, or S > B, sharded rows or slots are right but
     may be gathered: `jax.shard_map` is the form for data parallelism, as for
     `causal_conv1d_fn`.
 
@@ -47,8 +48,12 @@ def causal_conv1d_update(
         cache_seqlens: `(B,)` integers c: the slot is a *circular buffer*. History is
             the W-1 rows before position c mod L; input q goes to row `(c + q) mod L`;
             only those rows are written, and of Q > L inputs the last L survive. The
-            caller advances c by Q, or by less to roll back.
+            caller advances c by Q, or by less to roll back. In a slot that was not read
+            the other rows of the buffer are written too.
         conv_state_indices: `(B,)` integers, the slot of each row. None is `arange(B)`.
+        conv_state_write_indices: `(B,)` integers, the slot that each row's new state
+            goes to, as `write_indices` of `causal_conv1d_fn`. None is
+            `conv_state_indices`.
         num_rejected_tokens: `(B,)` integers r, clamped into `[0, L]`: the last r rows
             of the slot were rejected drafts and are forgotten. Not together with
             `cache_seqlens`.
@@ -95,6 +100,9 @@ def causal_conv1d_update(
     num_rejected = checks.num_rejected_tokens(
         num_rejected_tokens, batch, "B", state_len
     )
+    write_slots = checks.write_slots(
+        "conv_state_write_indices", conv_state_write_indices, batch, "B", state
+    )
     spec = ConvSpec(
         checks.activation_name(activation),
         columns,
@@ -115,6 +123,7 @@ def causal_conv1d_update(
         slots=slots,
         cache_seqlens=cache_seqlens,
         num_rejected=num_rejected,
+        write_slots=write_slots,
     )
     *out, state = gradients.call(UPDATE, implementation, spec, operands)
     out = [part.reshape(*shape[:-1], part.shape[-1]) for part in out]

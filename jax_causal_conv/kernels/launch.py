@@ -118,6 +118,7 @@ def packed(
     spec: ConvSpec, operands: PackedOperands, tiles: Tiles | None = None
 ) -> Launches[Arrays]:
     """The packed forward kernel; returns the parts of the output, then the states."""
+    _only_in_xla(operands)
     x, states = operands.x, operands.states
     num_tokens, num_seqs = x.shape[0], operands.query_start_loc.shape[0] - 1
     layout = _Layout.of(spec.columns, x, operands.weight)
@@ -166,6 +167,7 @@ def update(
     spec: ConvSpec, operands: UpdateOperands, tiles: Tiles | None = None
 ) -> Launches[Arrays]:
     """The decode kernel; returns the parts of the output, then the states."""
+    _only_in_xla(operands)
     x, states = operands.x, operands.states
     batch, num_tokens, _ = x.shape
     layout = _Layout.of(spec.columns, x, operands.weight)
@@ -175,7 +177,7 @@ def update(
     )
     *out, states = yield Launch(
         update_kernel,
-        UpdateInputs(*operands, num_slots=states.shape[0]),
+        UpdateInputs(*operands[:-1], num_slots=states.shape[0]),
         UpdateOutputs(layout.parts(x)),
         grid=batch * constants.COL_BLOCKS,
         num_warps=tiles.num_warps,
@@ -307,6 +309,14 @@ def rows_backward(
         constants=constants,
     )
     return dx, *_dweight_and_dbias(partial), dhistory[:, : layout.taps - 1]
+
+
+def _only_in_xla(operands):
+    if (
+        operands.write_slots is not None
+        or getattr(operands, "snapshot_slots", None) is not None
+    ):
+        raise ValueError('states that move are for implementation="xla" for now')
 
 
 def _table(

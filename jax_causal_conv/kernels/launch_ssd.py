@@ -177,6 +177,8 @@ def packed(
     spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles | None = None
 ) -> Launches[tuple[jax.Array, ...]]:
     """Launches of `ssd_packed`: one for a batch without prefills, else two."""
+    if operands.write_slots is not None or operands.snapshot_slots is not None:
+        raise ValueError('states that move are for implementation="xla" for now')
     x, states = operands.x, operands.states
     num_tokens, num_seqs = x.shape[0], operands.query_start_loc.shape[0] - 1
     inputs = SsdInputs(

@@ -317,6 +317,9 @@ class Mamba2Mixer(nnx.Module):
         *,
         cache_indices: ArrayLike | None = None,
         has_initial_state: ArrayLike | None = None,
+        write_indices: ArrayLike | None = None,
+        snapshot_ends: ArrayLike | None = None,
+        snapshot_indices: ArrayLike | None = None,
         metadata: ConvMetadata | None = None,
         max_prefills: int | None = None,
         pad_slot_id: int = PAD_SLOT_ID,
@@ -332,6 +335,11 @@ class Mamba2Mixer(nnx.Module):
             query_start_loc: `(N+1,)` integers, as for `causal_conv1d_fn`.
             cache_indices: `(N,)` integers, the slot of each sequence, or None.
             has_initial_state: `(N,)` bool, or None for all False.
+            write_indices: `(N,)` integers, the slot that each new state goes to,
+            snapshot_ends: `(N,)` integers, after how many tokens a sequence also leaves
+                its state, and
+            snapshot_indices: `(N,)` integers, the slots for that, all as for
+                `causal_conv1d_fn`, or None.
             metadata: from `build_metadata`, to share between layers. None builds it.
             max_prefills: static; how many live sequences may have more than one
                 token. Of a batch with more the surplus ones, in order, are skipped: no
@@ -353,6 +361,9 @@ class Mamba2Mixer(nnx.Module):
         slots: dict[str, Any] = {
             "cache_indices": cache_indices,
             "has_initial_state": has_initial_state,
+            "write_indices": write_indices,
+            "snapshot_ends": snapshot_ends,
+            "snapshot_indices": snapshot_indices,
             "pad_slot_id": pad_slot_id,
         }
         z, arguments, conv_states = self._ssd_arguments(

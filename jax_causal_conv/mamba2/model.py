@@ -191,6 +191,9 @@ class Mamba2LM(nnx.Module):
         *,
         cache_indices: ArrayLike | None = None,
         has_initial_state: ArrayLike | None = None,
+        write_indices: ArrayLike | None = None,
+        snapshot_ends: ArrayLike | None = None,
+        snapshot_indices: ArrayLike | None = None,
         metadata: ConvMetadata | None = None,
         max_prefills: int | None = None,
         pad_slot_id: int = PAD_SLOT_ID,
@@ -204,6 +207,10 @@ class Mamba2LM(nnx.Module):
             query_start_loc: `(N+1,)`, as for `causal_conv1d_fn`.
             cache_indices: `(N,)` or None, as there.
             has_initial_state: `(N,)` bool or None, as there.
+            write_indices: `(N,)` or None, as there, and
+            snapshot_ends: `(N,)` or None, as there, and
+            snapshot_indices: `(N,)` or None, as there: the slots that new and earlier
+                states of all layers go to.
             metadata: of `build_metadata`, shared by all layers; None builds it here,
                 once.
             max_prefills: static, as for `ssd_packed`: how many live sequences may
@@ -226,6 +233,9 @@ class Mamba2LM(nnx.Module):
                 query_start_loc,
                 cache_indices=cache_indices,
                 has_initial_state=has_initial_state,
+                write_indices=write_indices,
+                snapshot_ends=snapshot_ends,
+                snapshot_indices=snapshot_indices,
                 metadata=metadata,
                 max_prefills=max_prefills,
                 pad_slot_id=pad_slot_id,

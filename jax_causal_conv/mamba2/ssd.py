@@ -146,6 +146,9 @@ def ssd_packed(
     *,
     cache_indices: ArrayLike | None = None,
     has_initial_state: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    snapshot_ends: ArrayLike | None = None,
+    snapshot_indices: ArrayLike | None = None,
     max_prefills: int | None = None,
     chunk_size: int = 64,
     pad_slot_id: int = PAD_SLOT_ID,
@@ -174,6 +177,8 @@ def ssd_packed(
     O(T·H·(P + chunk_size)) and, in float32, a few states for each sequence and one for
     each of the `T // chunk_size + max_prefills` chunks.
 
+    Several sequences may read one slot and write others; see `causal_conv1d_fn`.
+
     Differentiable as `ssd` is. Sharded heads stay local under jit, as in `ssd`; sharded
     tokens or slots are right but may be gathered, as in `causal_conv1d_fn`.
 
@@ -189,6 +194,12 @@ def ssd_packed(
         cache_indices: `(N,)` integers, the slot of each sequence. None is `arange(N)`.
         has_initial_state: `(N,)` bool: does the slot hold a state, or does the sequence
             start from zero? None is all False.
+        write_indices: `(N,)` integers, the slot that each sequence's new state goes to,
+        snapshot_ends: `(N,)` integers, after how many of its tokens it also leaves its
+            state, and
+        snapshot_indices: `(N,)` integers, the slots for that, all as for
+            `causal_conv1d_fn`; a snapshot is within rounding what a call that ended
+            there would have left.
         max_prefills: static int: how many live sequences may have more than one token.
             Surplus ones, in order, are skipped. 0 compiles a decode step, without any
             work for chunks. None is `min(N, T // 2)`: no batch has more.
@@ -229,6 +240,12 @@ def ssd_packed(
         "cache_indices", cache_indices, states, "ssm_states", num_seqs, "N"
     )
     has_initial_state = checks.has_initial_state(has_initial_state, num_seqs)
+    write_slots = checks.write_slots(
+        "write_indices", write_indices, num_seqs, "N", states
+    )
+    snapshot_ends, snapshot_slots = checks.snapshots(
+        snapshot_ends, snapshot_indices, num_seqs, num_tokens, states
+    )
     most = _most_prefills(max_prefills, num_seqs, num_tokens)
     chunk_size = checks.static_int("chunk_size", chunk_size, minimum=1)
     spec = SSDSpec(
@@ -243,7 +260,16 @@ def ssd_packed(
     if 0 in inputs.shape or 0 in (num_seqs, num_slots):
         return jnp.zeros_like(inputs), states
     operands = SSDPackedOperands(
-        inputs, *parameters, bias, states, offsets, slots, has_initial_state
+        inputs,
+        *parameters,
+        bias,
+        states,
+        offsets,
+        slots=slots,
+        has_initial_state=has_initial_state,
+        write_slots=write_slots,
+        snapshot_slots=snapshot_slots,
+        snapshot_ends=snapshot_ends,
     )
     y, states = gradients.call(SSD_PACKED, implementation, spec, operands)
     return y, states

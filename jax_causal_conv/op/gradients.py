@@ -15,12 +15,14 @@ import jax.numpy as jnp
 
 from ..batch import (
     Sequences,
+    Stores,
     last_runs,
     row_by_row,
     runs_of,
     sanitize_offsets,
     sequences,
     slots_one_by_one,
+    stores_of,
 )
 from ..operands import (
     PAD_SLOT_ID,
@@ -85,7 +87,9 @@ def _record_of_cotangents(operands, **gradients):
     return type(operands)(*[None] * len(operands))._replace(**gradients)
 
 
-def _state_cotangent(dstates, dslots, dhistory, seqs: Sequences, source):
+def _state_cotangent(
+    dstates, dslots, dhistory, seqs: Sequences, source, stores: tuple[Stores, ...] = ()
+):
     """The cotangent of a cache, from that of the updated cache.
 
     Args:
@@ -96,29 +100,51 @@ def _state_cotangent(dstates, dslots, dhistory, seqs: Sequences, source):
         seqs: the sequences.
         source: `(N, W-1)` the row of the slot that each history row was; out of
             bounds if it was a row of zeros.
+        stores: what was written where; nothing stands for the slots of `seqs`.
     """
     row = jnp.arange(dslots.shape[0])[:, None]
     dtype = jnp.promote_types(dslots.dtype, dhistory.dtype)
     dslots = dslots.astype(dtype).at[row, source].add(dhistory, mode="drop")
     slot = jnp.where(seqs.live, seqs.slot, dstates.shape[0])
-    rows = dslots.astype(dstates.dtype)
+    if not stores:
+        rows = dslots.astype(dstates.dtype)
+        return dstates.at[slot].set(rows, mode="drop", unique_indices=True)
+    for store in stores:
+        written = jnp.where(store.live, store.slot, dstates.shape[0])
+        dstates = dstates.at[written].set(0, mode="drop", unique_indices=True)
+    # Several sequences may have read one slot. Their cotangents are added in a fixed
+    # order, that of a scan: a scatter may add them in any.
+    order = jnp.argsort(slot, stable=True)
+    slot, dslots = slot[order], dslots[order]
+
+    def add(first, second):
+        same = (first[0] == second[0])[:, None, None]
+        return second[0], jnp.where(same, first[1], 0) + second[1]
+
+    _, sums = jax.lax.associative_scan(add, (slot, dslots))
+    last = jnp.append(slot[1:] != slot[:-1], True)
+    old = dstates.at[slot].get(mode="clip").astype(dtype)
+    rows = (old + sums).astype(dstates.dtype)
+    slot = jnp.where(last, slot, dstates.shape[0])
     return dstates.at[slot].set(rows, mode="drop", unique_indices=True)
 
 
-def _slots_of(dstates, seqs: Sequences):
-    """The cotangent of each live sequence's slot, zeros for the others."""
-    rows = dstates.at[seqs.slot].get(mode="clip")
-    return jnp.where(seqs.live[:, None, None], rows, 0)
+def _slots_of(dstates, store: Sequences | Stores):
+    """The cotangent of each slot, zeros where they are not live."""
+    rows = dstates.at[store.slot].get(mode="clip")
+    return jnp.where(store.live[:, None, None], rows, 0)
 
 
-def _through_roll(dslots, seqs: Sequences):
+def _through_roll(dslots, seqs: Sequences, end=None):
     """The cotangent of old slots, from that of what `slots_after` made of them.
 
-    Of an old slot only the rows survive that have not moved out in front.
+    Of an old slot only the rows survive that have not moved out in front. `end` says
+    after how many tokens; None is all.
     """
     state_len = dslots.shape[1]
+    end = seqs.length if end is None else end
     old = jnp.arange(state_len)
-    row = old - seqs.history[:, None] + state_len - seqs.length[:, None]
+    row = old - seqs.history[:, None] + state_len - end[:, None]
     moved = jnp.take_along_axis(dslots, jnp.maximum(row, 0)[..., None], axis=1)
     kept = (row >= 0) & (old < seqs.history[:, None])
     return jnp.where(kept[..., None], moved, 0)
@@ -145,13 +171,25 @@ def _packed_forward(implementation, spec, operands: PackedOperands):
     states, history = read_before(states, history)
     operands = operands._replace(states=states)
     results = primitive.run(PACKED, implementation, spec, operands)
-    return results, (operands._replace(states=None), history, seqs)
+    stores: tuple[Stores, ...] = ()
+    if operands.write_slots is not None or operands.snapshot_slots is not None:
+        stores = stores_of(seqs, operands, spec.pad_slot_id)
+    return results, (operands._replace(states=None), history, seqs, stores)
 
 
 def _packed_backward(implementation, spec, residuals, cotangents):
-    operands, history, seqs = residuals
+    operands, history, seqs, stores = residuals
     *dy, dstates = cotangents
-    dslots = _slots_of(dstates, seqs)
+    dslots = _slots_of(dstates, stores[-1] if stores else seqs)
+    through = _through_roll(dslots, seqs)
+    dsnapshots = snapshot_ends = None
+    if len(stores) > 1:
+        snapshot_ends = stores[0].end
+        dsnapshots = _slots_of(dstates, stores[0])
+        wide = jnp.promote_types(dstates.dtype, jnp.float32)
+        through = through.astype(wide)
+        through += _through_roll(dsnapshots.astype(wide), seqs, snapshot_ends)
+        implementation = "xla"
     gradients, dhistory = _conv_cotangents(
         implementation,
         spec,
@@ -166,14 +204,17 @@ def _packed_backward(implementation, spec, residuals, cotangents):
             query_start_loc=operands.query_start_loc,
             live=seqs.live,
             metadata=operands.metadata,
+            dsnapshots=dsnapshots,
+            snapshot_ends=snapshot_ends,
         ),
     )
     dstates = _state_cotangent(
         dstates,
-        _through_roll(dslots, seqs),
+        through,
         dhistory,
         seqs,
         _history_rows(seqs, history.shape[1], dslots.shape[1]),
+        stores,
     )
     return (_record_of_cotangents(operands, states=dstates, **gradients),)
 
@@ -205,7 +246,7 @@ def _update_history(count: int, query: int, pad_slot_id: int, operands: UpdateOp
 
 def _update_forward(implementation, spec, operands: UpdateOperands):
     (batch, query, _), states = operands.x.shape, operands.states
-    slots = slots_one_by_one(operands.slots, batch, states.shape[0], spec.pad_slot_id)
+    slots = slots_one_by_one(operands, spec.pad_slot_id)
     gather = functools.partial(_update_history, operands.weight.shape[1] - 1, query)
     read = operands._replace(x=None, weight=None, bias=None)
     if slots is not None:
@@ -218,17 +259,20 @@ def _update_forward(implementation, spec, operands: UpdateOperands):
     states, history = read_before(states, history)
     operands = operands._replace(states=states)
     results = primitive.run(UPDATE, implementation, spec, operands)
-    return results, (operands._replace(states=None), history, seqs, cursor)
+    stores: tuple[Stores, ...] = ()
+    if operands.write_slots is not None:
+        stores = stores_of(seqs, operands, spec.pad_slot_id)
+    return results, (operands._replace(states=None), history, seqs, cursor, stores)
 
 
 def _update_backward(implementation, spec, residuals, cotangents):
-    operands, history, seqs, cursor = residuals
+    operands, history, seqs, cursor, stores = residuals
     *dy, dstates = cotangents
     (batch, query, _), state_len = operands.x.shape, dstates.shape[1]
     count = history.shape[1]
-    one_by_one = operands.slots is None and batch == dstates.shape[0]
+    one_by_one = operands.slots is None and batch == dstates.shape[0] and not stores
     by_row = row_by_row if one_by_one else lambda function: function
-    dslots = by_row(_slots_of)(dstates, seqs)
+    dslots = by_row(_slots_of)(dstates, stores[-1] if stores else seqs)
     if cursor is None:
         into_tokens, through = dslots, _through_roll(dslots, seqs)
         source = _history_rows(seqs, count, state_len)
@@ -254,7 +298,7 @@ def _update_backward(implementation, spec, residuals, cotangents):
             live=seqs.live,
         ),
     )
-    dstates = by_row(_state_cotangent)(dstates, through, dhistory, seqs, source)
+    dstates = by_row(_state_cotangent)(dstates, through, dhistory, seqs, source, stores)
     return (_record_of_cotangents(operands, states=dstates, **gradients),)
 
 

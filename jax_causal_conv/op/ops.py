@@ -78,7 +78,8 @@ def _gradients(
 def _rows_and_slots(spec: ConvSpec, operands: UpdateOperands) -> dict[str, str]:
     """Where slot i belongs to row i, both are sharded alike; else neither can be."""
     as_many = operands.x.shape[0] == operands.states.shape[0]
-    one_by_one = operands.slots is None and as_many and spec.pad_slot_id == PAD_SLOT_ID
+    named = operands.slots is not None or operands.write_slots is not None
+    one_by_one = not named and as_many and spec.pad_slot_id == PAD_SLOT_ID
     return {"S": "B"} if one_by_one else {"S": "s", "B": "b"}
 
 
@@ -147,6 +148,9 @@ PACKED = Op(
         has_initial_state="n",
         num_rejected="n",
         metadata=("p", "p"),
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
     ),
     result_dims=("t Y", "s l D"),
     result_shapes=_with_states,
@@ -164,6 +168,7 @@ UPDATE = Op(
         slots="B",
         cache_seqlens="B",
         num_rejected="B",
+        write_slots="B",
     ),
     result_dims=("B q Y", "S l D"),
     result_shapes=_with_states,
@@ -196,6 +201,8 @@ PACKED_BACKWARD = Op(
         query_start_loc="q",
         live="n",
         metadata=("p", "p"),
+        dsnapshots="n l D",
+        snapshot_ends="n",
     ),
     result_dims=("t D", "D w", "D", "n k D"),
     result_shapes=_gradients,
@@ -256,6 +263,9 @@ SSD_PACKED = Op(
         query_start_loc="q",
         slots="n",
         has_initial_state="n",
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
     ),
     result_dims=("t H p", "s H p k"),
     result_shapes=_ssd_packed_results,

@@ -140,6 +140,13 @@ def packed_backward(
     tokens = tokens_of(seqs, num_tokens)
     row = _state_len(dslots) - seqs.length[tokens.owner] + tokens.position
     copied = _copied(dslots, tokens.owner, row, accumulator(x))
+    if operands.dsnapshots is not None:
+        row = _state_len(dslots) - operands.snapshot_ends[tokens.owner]
+        row = row + tokens.position
+        row = jnp.where(row < _state_len(dslots), row, -1)  # the snapshot was before
+        copied = copied + _copied(
+            operands.dsnapshots, tokens.owner, row, accumulator(x)
+        )
     dy = spec.columns.joined(operands.dy)
     rows = _Rows(x, dy, operands.history, copied, tokens, seqs.start)
     dx, dz, products, dhistory = _backward(weight, bias, rows, spec.activation)

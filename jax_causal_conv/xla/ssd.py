@@ -420,7 +420,9 @@ def _chunk_table(
 
 
 def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
-    """Outputs `(M, c, G, R, P)` of prefills, and their final states, like `initial`."""
+    """Outputs `(M, c, G, R, P)` of prefills, their final states, like `initial`, and
+    the states `(M, G, R, P, K)` that enter the chunks.
+    """
     chunks = _chunks(inputs.map_tokens(lambda a: _select(table.real, a[table.token])))
 
     def step(states, chunk):
@@ -432,7 +434,7 @@ def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
     decay = jnp.exp(chunks.total[..., -1])
     xs = (_chunk_states(spec.exact, chunks, None), decay, table.prefill)
     states, entering = lax.scan(step, initial, xs)
-    return _chunk_outputs(spec.exact, chunks, entering, None), states
+    return _chunk_outputs(spec.exact, chunks, entering, None), states, entering
 
 
 def packed(spec: SSDSpec, operands: SSDPackedOperands):
@@ -443,7 +445,7 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     Every sequence takes one step of the recurrence, which is all that those of one
     token need; where there are prefills, their results replace that step's.
     """
-    x, dt, A, B, C, D, dt_bias, states, offsets, slots, has_initial_state = operands
+    x, dt, A, B, C, D, dt_bias, states, offsets, slots, has_initial_state, *_ = operands
     num_tokens, heads, dim = x.shape
     num_seqs, groups, dtype = offsets.shape[0] - 1, B.shape[1], x.dtype
     x, dt, A, B, C = (a.astype(batch.accumulator(x)) for a in (x, dt, A, B, C))
@@ -459,8 +461,11 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     prefill = seqs.live & (seqs.length > 1)
     # States of another dtype stay out of the single pass over all slots. It would also
     # convert those that no sequence names, and back; on a CPU not all keep their bits.
-    in_one_pass = states.dtype == x.dtype and _every_slot_may_change(
-        num_slots, num_seqs
+    moving = operands.write_slots is not None or operands.snapshot_slots is not None
+    in_one_pass = (
+        not moving
+        and states.dtype == x.dtype
+        and _every_slot_may_change(num_slots, num_seqs)
     )
     if in_one_pass:  # From here on, row s of `seqs` is the sequence in slot s.
         tokens, seqs, prefill = _in_slot_order(seqs, prefill, num_slots, num_tokens)
@@ -472,15 +477,21 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     inputs = _Inputs(
         _by_group(x, groups, 1), _by_group(dt, groups), _by_group(A, groups), B, C
     )
+    stores = batch.stores_of(seqs, operands, spec.pad_slot_id)
+    end = stores[0].end if len(stores) > 1 else None
     if spec.max_prefills:
-        many, last, states = _run_prefills(spec, inputs, states, seqs, prefills, tokens)
+        many, last, early, states = _run_prefills(
+            spec, inputs, states, seqs, prefills, tokens, end
+        )
     token = jnp.minimum(seqs.start, num_tokens - 1)
     one = inputs.map_tokens(lambda a: _select(single, a[token]))
     decay = jnp.exp(one.dt * one.A)[..., None, None]
     old = states if in_one_pass else states[seqs.slot]
     old = _select(single & (seqs.history > 0), old.astype(x.dtype))
-    rows = _by_group(old, groups, 1) * decay
+    old = _by_group(old, groups, 1)
+    rows = old * decay
     rows = rows + (one.x * one.dt[..., None])[..., None] * one.B[:, :, None, None]
+    one_step = rows
     # A product and a sum, which XLA fuses with what is around them, unlike a dot.
     y = (rows * one.C[:, :, None, None]).sum(-1)[tokens.owner]
     if spec.max_prefills:
@@ -493,11 +504,20 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     rows = rows.reshape(rows.shape[0], *states.shape[1:]).astype(states.dtype)
     if in_one_pass:
         return y, jnp.where(seqs.live[:, None, None, None], rows, states)
+    stored = [rows]
+    if end is not None:
+        snapshot = jnp.where((end > 0)[:, None, None, None, None], one_step, old)
+        if spec.max_prefills:
+            snapshot = jnp.where(prefill[:, None, None, None, None], early, snapshot)
+        snapshot = snapshot.reshape(rows.shape).astype(states.dtype)
+        stored.insert(0, snapshot)
     # All reads of the cache come before the write. A later one, for y for example,
     # would make XLA copy a donated cache.
-    y, rows, states = lax.optimization_barrier((y, rows, states))
-    slot = jnp.where(seqs.live, seqs.slot, num_slots)  # out of bounds, so not written
-    return y, states.at[slot].set(rows, mode="drop", unique_indices=True)
+    y, stored, states = lax.optimization_barrier((y, stored, states))
+    for store, rows in zip(stores, stored, strict=True):
+        slot = jnp.where(store.live, store.slot, num_slots)  # else out of bounds
+        states = states.at[slot].set(rows, mode="drop", unique_indices=True)
+    return y, states
 
 
 def _run_prefills(
@@ -507,13 +527,15 @@ def _run_prefills(
     seqs: batch.Sequences,
     prefills: _Prefills,
     tokens: batch.Tokens,
+    end,
 ):
     """Serves the prefills of a packed batch by chunks.
 
     Returns:
         Outputs `(T, G, R, P)`, without meaning for tokens of other sequences; final
-        states `(N, G, R, P, K)`, without meaning for other sequences; and `states`, to
-        be used from here on.
+        states `(N, G, R, P, K)`, without meaning for other sequences; the same after
+        `end` `(N,)` of their tokens, None if that is; and `states`, to be used from
+        here on.
     """
     num_tokens, groups = inputs.x.shape[:2]
     limit = spec.max_prefills
@@ -528,12 +550,23 @@ def _run_prefills(
     initial = _by_group(_select(known, states[slot].astype(inputs.x.dtype)), groups, 1)
     # This read of the cache comes before the write, too.
     initial, states = lax.optimization_barrier((initial, states))
-    many, final = _scan_chunks(spec, inputs, table, initial)
+    many, final, entering = _scan_chunks(spec, inputs, table, initial)
     many = many.reshape(-1, *many.shape[2:])
     at = table.first[tokens.owner] * spec.chunk_size + tokens.position
     many = many.at[at].get(mode="clip")
     last = final.at[prefills.number].get(mode="clip")
-    return many, last, states
+    if end is None:
+        return many, last, None, states
+    # The state that enters the chunk of the last token before the end, and that chunk
+    # once more, up to there.
+    whole = jnp.maximum(end - 1, 0) // spec.chunk_size
+    place = whole[:, None] * spec.chunk_size + jnp.arange(spec.chunk_size)
+    real = prefills.here[:, None] & (place < end[:, None])
+    token = jnp.clip(seqs.start[:, None] + place, 0, num_tokens - 1)
+    chunks = _chunks(inputs.map_tokens(lambda a: _select(real, a[token])))
+    early = entering.at[table.first + whole].get(mode="clip")
+    early = early * jnp.exp(chunks.total[..., -1])[..., None, None]
+    return many, last, early + _chunk_states(spec.exact, chunks, None), states
 
 
 def _every_slot_may_change(num_slots, num_seqs) -> bool:

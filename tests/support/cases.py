@@ -41,6 +41,8 @@ class PackedShape:
     activation: str | bool | None = "silu"
     pad_slot_id: int = reference.PAD_SLOT_ID
     block_m: int | None = None
+    write_indices: bool = False
+    snapshots: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class UpdateShape:
     num_rejected_tokens: bool = True
     activation: str | bool | None = "silu"
     pad_slot_id: int = reference.PAD_SLOT_ID
+    write_indices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +165,8 @@ def packed_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
         activation=choose(rng, ACTIVATIONS),
         pad_slot_id=int(choose(rng, (-1, -1, -1, 0, 2, 300))),
         block_m=maybe(rng, block_m),
+        write_indices=rng.random() < 0.3,
+        snapshots=rng.random() < 0.3,
     )
 
 
@@ -217,6 +222,69 @@ def random_slots(rng, live, num_slots, pad_slot_id, dtype, malformed):
     return integers(slots, dtype)
 
 
+def random_moves(rng, lengths, shape, slots, dtype, malformed) -> dict[str, Any]:
+    """What makes states of live sequences move, with nothing left unspecified.
+
+    Args:
+        rng: the generator.
+        lengths: of the sequences, 0 of those that are not live anyway.
+        shape: with num_slots, pad_slot_id and the flags of what there is to be.
+        slots: `cache_indices` or the like, None for none.
+        dtype: of all integers.
+        malformed: whether some point far away.
+
+    Returns:
+        `cache_indices`, perhaps with several readers of one slot, `write_indices`,
+        `snapshot_ends` and `snapshot_indices`; None for what there is not to be.
+    """
+    num_slots, pad, count = shape.num_slots, shape.pad_slot_id, len(lengths)
+    reads = list(range(count)) if slots is None else [int(s) for s in slots]
+    live = [
+        i
+        for i in range(count)
+        if lengths[i] and reference.is_slot(reads[i], num_slots, pad)
+    ]
+    far = far_values(dtype) if malformed else []
+    nowhere = [
+        slot
+        for slot in representable([pad, -1, num_slots, num_slots + 5, *far], dtype)
+        if not reference.is_slot(slot, num_slots, pad)
+    ]
+    if shape.write_indices and slots is not None and len(live) > 1:
+        for i in live[1:]:
+            if rng.random() < 0.3:
+                reads[i] = reads[live[0]]
+    readers = [reads[i] for i in live]
+    free = [s for s in range(num_slots) if s != pad and s not in readers]
+    rng.shuffle(free)
+
+    def place(i, mine, chance):
+        """The slot that was read, if no other reads it; or a free one; or none."""
+        if i not in live:  # it stores nothing, wherever it points
+            return int(choose(rng, [*nowhere, *range(num_slots)]))
+        if mine and readers.count(reads[i]) == 1 and rng.random() < chance:
+            return reads[i]
+        return free.pop() if free and rng.random() < 0.8 else int(choose(rng, nowhere))
+
+    writes, earlier, ends = reads, None, None
+    if shape.write_indices:
+        writes = [place(i, True, 0.4) for i in range(count)]
+    if getattr(shape, "snapshots", False):
+        # Where the state goes elsewhere, the snapshot may replace what was read.
+        earlier = [place(i, writes[i] != reads[i], 0.3) for i in range(count)]
+        for i in live:
+            if rng.random() < 0.1:  # where the state goes, which comes first
+                earlier[i] = writes[i]
+        pool = [0, 1, 2, *lengths, *(int(n) // 2 for n in lengths), *far]
+        ends = [choose(rng, representable(pool, dtype)) for _ in range(count)]
+    return {
+        "cache_indices": None if slots is None else integers(reads, dtype),
+        "write_indices": integers(writes, dtype) if shape.write_indices else None,
+        "snapshot_ends": None if ends is None else integers(ends, dtype),
+        "snapshot_indices": None if earlier is None else integers(earlier, dtype),
+    }
+
+
 def random_rejected(rng, count, state_len, dtype, malformed):
     pool = [0, 0, 1, 2, state_len - 1, state_len, state_len + 3]
     if malformed:
@@ -263,6 +331,9 @@ def packed_case(shape: PackedShape, rng, *, malformed=False) -> Case:
         arrays["num_rejected_tokens"] = random_rejected(
             rng, shape.num_seqs, shape.state_len, shape.index_dtype, malformed
         )
+    if shape.write_indices or shape.snapshots:
+        slots, dtype = arrays["cache_indices"], shape.index_dtype
+        arrays |= random_moves(rng, lengths, shape, slots, dtype, malformed)
     options = {"activation": shape.activation, "pad_slot_id": shape.pad_slot_id}
     return Case(shape, arrays, options)
 
@@ -289,6 +360,7 @@ def update_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
         num_rejected_tokens=not circular and rng.random() < 0.6,
         activation=choose(rng, ACTIVATIONS),
         pad_slot_id=int(choose(rng, (-1, -1, -1, 0, 2, 300))),
+        write_indices=rng.random() < 0.3,
     )
 
 
@@ -338,6 +410,12 @@ def update_case(shape: UpdateShape, rng, *, malformed=False) -> Case:
         arrays["num_rejected_tokens"] = random_rejected(
             rng, shape.num_rows, shape.state_len, shape.index_dtype, malformed
         )
+    if shape.write_indices:
+        slots, dtype = arrays["conv_state_indices"], shape.index_dtype
+        lengths = [int(shape.num_queries != 0)] * shape.num_rows
+        moves = random_moves(rng, lengths, shape, slots, dtype, malformed)
+        arrays["conv_state_indices"] = moves["cache_indices"]
+        arrays["conv_state_write_indices"] = moves["write_indices"]
     options = {"activation": shape.activation, "pad_slot_id": shape.pad_slot_id}
     return Case(shape, arrays, options)
 

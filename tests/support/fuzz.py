@@ -186,7 +186,8 @@ def value_case(shape, rng, *, malformed: bool) -> Case:
     case = fill(shape, rng, malformed=malformed)
     case = case.replace(**_other_floats(case, rng))
     slots = case.arrays["cache_indices" if packed else "conv_state_indices"]
-    if slots is not None and len(slots) > 1 and rng.random() < 0.1:
+    moving = shape.write_indices or (packed and shape.snapshots)
+    if slots is not None and len(slots) > 1 and rng.random() < 0.1 and not moving:
         slots = slots.copy()  # perhaps two live sequences on one slot
         slots[rng.integers(len(slots))] = slots[rng.integers(len(slots))]
         name = "cache_indices" if packed else "conv_state_indices"
@@ -220,7 +221,7 @@ def owners(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rows = np.ones(len(case.arrays["x"]), bool)
     slots = np.ones(len(_states(case)), bool)
     for slot, spans in _live_sequences(case).items():
-        if len(spans) > 1:
+        if len(spans) > 1 and not case.shape.write_indices:  # then they write others
             slots[slot] = False
             for first, last in spans:
                 rows[first:last] = False

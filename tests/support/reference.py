@@ -34,6 +34,21 @@ def without_rejected(rows, rejected):
     return np.concatenate([np.zeros_like(rows[:rejected]), rows[: length - rejected]])
 
 
+def write_slot(read, indices, i, num_slots, pad_slot_id):
+    """The slot that sequence i, live by its slot `read`, writes; None if none."""
+    slot = read if indices is None else int(indices[i])
+    return slot if is_slot(slot, num_slots, pad_slot_id) else None
+
+
+def snapshot_of(ends, indices, i, length, written, num_slots, pad_slot_id):
+    """(slot, end) of the snapshot that sequence i leaves; None if none."""
+    if indices is None or not is_slot(int(indices[i]), num_slots, pad_slot_id):
+        return None
+    if int(indices[i]) == written:
+        return None
+    return int(indices[i]), min(max(int(ends[i]), 0), length)
+
+
 def shift_in(history, tokens):
     """The last L entries of concat(history, new inputs), in the state's dtype."""
     with np.errstate(all="ignore"):
@@ -77,6 +92,9 @@ def causal_conv1d_fn(
     cache_indices=None,
     has_initial_state=None,
     num_rejected_tokens=None,
+    write_indices=None,
+    snapshot_ends=None,
+    snapshot_indices=None,
     activation="silu",
     pad_slot_id=PAD_SLOT_ID,
 ):
@@ -95,7 +113,15 @@ def causal_conv1d_fn(
         out[offsets[i] : offsets[i + 1]] = convolve(
             history, tokens, weight, bias, activation
         )
-        new_states[slot] = shift_in(history, tokens)
+        place = len(conv_states), pad_slot_id
+        written = write_slot(slot, write_indices, i, *place)
+        if written is not None:
+            new_states[written] = shift_in(history, tokens)
+        snapshot = snapshot_of(
+            snapshot_ends, snapshot_indices, i, len(tokens), written, *place
+        )
+        if snapshot is not None:
+            new_states[snapshot[0]] = shift_in(history, tokens[: snapshot[1]])
     return out, new_states
 
 
@@ -108,6 +134,7 @@ def causal_conv1d_update(
     *,
     cache_seqlens=None,
     conv_state_indices=None,
+    conv_state_write_indices=None,
     num_rejected_tokens=None,
     pad_slot_id=PAD_SLOT_ID,
 ):
@@ -120,10 +147,11 @@ def causal_conv1d_update(
         slot = b if conv_state_indices is None else int(conv_state_indices[b])
         if len(tokens) == 0 or not is_slot(slot, len(conv_state), pad_slot_id):
             continue
+        new = conv_state[slot].copy()
         if cache_seqlens is None:
             rejected = 0 if num_rejected_tokens is None else num_rejected_tokens[b]
             history = without_rejected(conv_state[slot], rejected)
-            new_state[slot] = shift_in(history, tokens)
+            new = shift_in(history, tokens)
         else:  # a circular buffer: position c lives in row c mod L
             position = int(cache_seqlens[b])
             before = [(position - back) % length for back in range(width - 1, 0, -1)]
@@ -131,7 +159,12 @@ def causal_conv1d_update(
             for q in range(len(tokens) if length else 0):
                 with np.errstate(all="ignore"):
                     row = tokens[q].astype(conv_state.dtype)
-                new_state[slot, (position + q) % length] = row
+                new[(position + q) % length] = row
+        written = write_slot(
+            slot, conv_state_write_indices, b, len(conv_state), pad_slot_id
+        )
+        if written is not None:
+            new_state[written] = new
         out[b] = convolve(history, tokens, weight, bias, activation)
     return out.reshape(x.shape), new_state
 
@@ -242,6 +275,9 @@ def packed_requests(
     cache_indices=None,
     has_initial_state=None,
     num_rejected_tokens=None,
+    write_indices=None,
+    snapshot_ends=None,
+    snapshot_indices=None,
     pad_slot_id=PAD_SLOT_ID,
 ):
     offsets = clean_offsets(query_start_loc, num_tokens)
@@ -256,7 +292,16 @@ def packed_requests(
             rejected = 0 if num_rejected_tokens is None else num_rejected_tokens[i]
             valid = state_len - min(max(int(rejected), 0), state_len)
         history = [None] * (state_len - valid) + [(slot, row) for row in range(valid)]
-        kept = rows_left_in(slot, state_len, len(tokens))
+        place = num_slots, pad_slot_id
+        written = write_slot(slot, write_indices, i, *place)
+        kept = {}
+        if written is not None:
+            kept = rows_left_in(written, state_len, len(tokens))
+        snapshot = snapshot_of(
+            snapshot_ends, snapshot_indices, i, len(tokens), written, *place
+        )
+        if snapshot is not None:
+            kept |= rows_left_in(snapshot[0], state_len, snapshot[1])
         requests.append(Request(tokens, history, kept))
     return requests
 
@@ -270,6 +315,7 @@ def update_requests(
     *,
     cache_seqlens=None,
     conv_state_indices=None,
+    conv_state_write_indices=None,
     num_rejected_tokens=None,
     pad_slot_id=PAD_SLOT_ID,
 ):
@@ -282,6 +328,7 @@ def update_requests(
             cache_indices=conv_state_indices,
             has_initial_state=[True] * num_rows,
             num_rejected_tokens=num_rejected_tokens,
+            write_indices=conv_state_write_indices,
             pad_slot_id=pad_slot_id,
         )
     requests = []
@@ -291,10 +338,16 @@ def update_requests(
             continue
         tokens = list(range(b * num_queries, (b + 1) * num_queries))
         history, kept, position = [], {}, int(cache_seqlens[b])
+        place = num_slots, pad_slot_id
+        written = write_slot(slot, conv_state_write_indices, b, *place)
+        if written not in (slot, None):  # all rows come along, in front of the history
+            history = [(slot, row) for row in range(state_len)]
+            kept = {(written, row): row for row in range(state_len)}
         for back in range(width - 1, 0, -1):
             history.append((slot, (position - back) % state_len))
-        for q in range(num_queries if state_len else 0):  # the last one to a row stays
-            kept[slot, (position + q) % state_len] = len(history) + q
+        stored = written is not None and state_len
+        for q in range(num_queries if stored else 0):  # the last one to a row stays
+            kept[written, (position + q) % state_len] = len(history) + q
         requests.append(Request(tokens, history, kept))
     return requests
 
