@@ -197,6 +197,8 @@ class Mamba2LM(nnx.Module):
         metadata: ConvMetadata | None = None,
         max_prefills: int | None = None,
         pad_slot_id: int = PAD_SLOT_ID,
+        logits_at: ArrayLike | None = None,
+        **moves: ArrayLike | None,
     ) -> tuple[jax.Array, tuple[Mamba2Cache, ...]]:
         """One step of serving: prefills, chunks of them and decodes, packed.
 
@@ -216,10 +218,19 @@ class Mamba2LM(nnx.Module):
             max_prefills: static, as for `ssd_packed`: how many live sequences may
                 have more than one token. None is min(N, T // 2).
             pad_slot_id: static, the slot number that means "skip".
+            logits_at: `(M,)` integers, the tokens whose logits are wanted, clipped into
+                [0, T); None is the last one of each sequence.
+            **moves: `write_indices`, `snapshot_ends` and `snapshot_indices`, as for
+                `Mamba2Mixer.packed`.
 
         Returns:
-            `(N, vocab_size)` float32 logits after each sequence's last token, finite
-            and without meaning for empty and skipped sequences; and the new cache.
+            `(N, vocab_size)` or `(M, vocab_size)` float32 logits after these tokens,
+            finite and without meaning for empty and skipped sequences; and the new
+            cache.
+
+        Raises:
+            TypeError: a dtype, or the name of an argument, is wrong.
+            ValueError: a shape or size is wrong.
         """
         hidden = self._embed(tokens)
         num_tokens = hidden.shape[0]
@@ -239,12 +250,15 @@ class Mamba2LM(nnx.Module):
                 metadata=metadata,
                 max_prefills=max_prefills,
                 pad_slot_id=pad_slot_id,
+                **moves,
             )
             new_cache.append(new)
-        # T >= 1, so that `last` is a token even where a sequence is empty.
-        offsets = sanitize_offsets(jnp.asarray(query_start_loc), num_tokens)
-        last = jnp.maximum(offsets[1:] - 1, 0)
-        return self._logits(hidden[last]), tuple(new_cache)
+        if logits_at is None:
+            # T >= 1, so that this is a token even where a sequence is empty.
+            offsets = sanitize_offsets(jnp.asarray(query_start_loc), num_tokens)
+            logits_at = jnp.maximum(offsets[1:] - 1, 0)
+        wanted = jnp.take(hidden, jnp.asarray(logits_at), axis=0, mode="clip")
+        return self._logits(wanted), tuple(new_cache)
 
     def init_cache(
         self,

@@ -486,6 +486,7 @@ class Engine:
         self._delivery.news.append(
             generation
         )  # before it leaves `_active`: see `recovery`
+        generation.paused, generation.saved = False, None
         self._stats.requests.append(generation)
         del self._active[generation.id]
         self._schedule.remove(generation)

@@ -46,6 +46,7 @@ def settle(active: dict[int, Generation], delivery: Delivery, stats: Stats) -> N
                 generation.scheduled = generation.rejected = 0
                 generation.text = generation.all_tokens()
         elif generation.id in active:
+            generation.paused, generation.saved = False, None
             if generation not in stats.requests:
                 stats.requests.append(generation)
             del active[generation.id]
