@@ -508,7 +508,9 @@ def test_signals_at_many_moments_change_no_token(engine_of, name):
         for _ in range(20):
             work = busy(engine, requests)
             generations = next(work)
-            hits += timer.call(rng.uniform(0, usual), lambda work=work: next(work, None))
+            hits += timer.call(
+                rng.uniform(0, usual), lambda work=work: next(work, None)
+            )
             finish(engine, generations)
     assert hits >= 4
 

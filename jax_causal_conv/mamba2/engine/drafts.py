@@ -10,7 +10,7 @@ otherwise) in other words.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,7 +158,7 @@ class Drafting:
     def _check(self, id: int, guess: Any, request: DraftRequest) -> list[int]:
         name = f"the draft for request {id}"
         what = f"at most {request.limit} tokens in [0, {self._vocab_size})"
-        tokens = [int(token) for token in items_of(name, guess, what, refused=(set,))]
+        tokens = [int(token) for token in items_of(name, guess, what, refused=(Set,))]
         if len(tokens) > request.limit:
             raise ValueError(f"{name} must be {what}, got {len(tokens)}")
         if outside := [t for t in tokens if not 0 <= t < self._vocab_size]:
