@@ -54,7 +54,8 @@ class Guesses:
 
 
 def make(prefix_slots=4, draft=None, **sizes):
-    sizes = {"num_slots": 3, "max_tokens_per_step": 12, "max_drafts": 3, **sizes}
+    budget = 12 if draft is None else 21
+    sizes = {"num_slots": 3, "max_tokens_per_step": budget, "max_drafts": 3, **sizes}
     usual = {
         "token_buckets": [sizes["max_tokens_per_step"]],
         "decode_buckets": [sizes["num_slots"]],
@@ -84,7 +85,7 @@ def engine(shared_engine):
 def check_slots(engine):
     """Every slot is free or has one owner."""
     schedule, cache = engine._schedule, engine._prefixes
-    held = [g.slot for g in schedule.running.values()]
+    held = [g.slot % schedule._num_slots for g in schedule.running.values()]
     assert sorted([*held, *schedule.free]) == list(range(schedule._num_slots))
     snapshots = [s for found in cache._found.values() for s in found]
     slots = [s.slot for s in snapshots if s.slot != PAD_SLOT_ID]
@@ -96,9 +97,11 @@ def check_slots(engine):
 
 
 def poison(engine):
-    """Another state in all slots that nobody has."""
-    free = np.array([*engine._schedule.free, *engine._prefixes.free], int)
+    """Another state in all slots but those whose states are needed."""
     state = engine._device.state
+    needed = [g.slot for g in engine._schedule.running.values()]
+    needed += [snapshot.slot for snapshot in engine._prefixes._by_use]
+    free = np.setdiff1d(np.arange(len(state.newest)), needed)
     engine._device.state = state._replace(cache=state.cache.at[free].set(12345))
 
 

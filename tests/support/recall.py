@@ -20,17 +20,13 @@ HASHES = np.random.default_rng(0).integers(0, 2**31, VOCAB, np.uint32) * 2 + 1
 
 
 class Recall(nnx.Module):
-    """Follows the rules of `Mamba2LM.packed`, token by token.
-
-    A slot has the states after all tokens, after all but one, ..., so that the last few
-    can be taken back.
-    """
+    """Follows the rules of `Mamba2LM.packed`, token by token."""
 
     def __init__(self):
         self.config = types.SimpleNamespace(vocab_size=VOCAB)
 
-    def init_cache(self, num_slots, *, dtype=None, ssm_dtype=None, max_drafts=0):
-        return jnp.zeros((num_slots, 1 + max_drafts), jnp.uint32)
+    def init_cache(self, num_slots, *, dtype=None, ssm_dtype=None):
+        return jnp.zeros((num_slots, 1), jnp.uint32)
 
     def packed(
         self,
@@ -43,26 +39,18 @@ class Recall(nnx.Module):
         write_indices=None,
         snapshot_ends=None,
         snapshot_indices=None,
-        num_rejected_tokens=None,
         logits_at=None,
         **_,
     ):
         starts, ends = query_start_loc[:-1], query_start_loc[1:]
-        depth = cache.shape[1]
-        back = jnp.zeros_like(starts)
-        if num_rejected_tokens is not None:
-            back = num_rejected_tokens
-        columns = jnp.minimum(jnp.arange(depth) + back[:, None], depth - 1)
-        first = jnp.take_along_axis(cache[cache_indices], columns, axis=1)
-        first = jnp.where(has_initial_state[:, None], first, 0)
+        first = jnp.where(has_initial_state[:, None], cache[cache_indices], 0)
         sequence = jnp.searchsorted(ends, jnp.arange(len(tokens)), side="right")
 
         def see(states, inputs):
             token, i = inputs
-            newest = states[i, 0] * jnp.uint32(MULTIPLIER) + token.astype(jnp.uint32)
-            newest += jnp.uint32(INCREMENT)
-            row = jnp.concatenate([newest[None], states[i, :-1]])
-            return states.at[i].set(row, mode="drop"), row
+            new = states[i] * jnp.uint32(MULTIPLIER) + token.astype(jnp.uint32)
+            new += jnp.uint32(INCREMENT)
+            return states.at[i].set(new, mode="drop"), new
 
         last, after = jax.lax.scan(see, first, (tokens, sequence))
         live = (ends > starts) & (cache_indices >= 0)

@@ -22,6 +22,7 @@ class Row(NamedTuple):
         tokens: what they are; None for a single one that is on the device.
         num_drafts: how many of the last tokens are guesses, after each of which (and
             after the token before) a token is drawn.
+        slot: where the states after its tokens, but for the guesses, go.
         source: the snapshot that it starts from instead of its own slot.
         leaves: the snapshot that it leaves, of its tokens up to there.
     """
@@ -32,6 +33,7 @@ class Row(NamedTuple):
     draws: bool
     tokens: np.ndarray | None = None
     num_drafts: int = 0
+    slot: int = PAD_SLOT_ID
     source: Snapshot | None = None
     leaves: Snapshot | None = None
 
@@ -44,7 +46,7 @@ class Row(NamedTuple):
         """How many of its drafts, from the first, are what was drawn in their place."""
         if self.tokens is None or self.num_drafts == 0:
             return 0
-        right = self.tokens[1:] == drawn[:-1]
+        right = self.tokens[-self.num_drafts :] == drawn[:-1]
         return self.num_drafts if right.all() else int(right.argmin())
 
 
@@ -52,8 +54,8 @@ class Features(NamedTuple):
     """What the batches of an engine have beyond the usual: static, like a bucket.
 
     Attributes:
-        moves: snapshots: rows may read one slot and write another.
-        max_drafts: drafts: rows may draw several tokens, and take back some.
+        moves: rows may read one slot and write another, and leave snapshots.
+        max_drafts: rows may draw so many tokens and one.
     """
 
     moves: bool
@@ -124,8 +126,6 @@ def pack(rows: list[Row], bucket: Bucket, features: Features) -> Batch:
             "snapshot_indices": np.full(n, PAD_SLOT_ID, np.int32),
             "snapshot_ends": np.zeros(n, np.int32),
         }
-    if features.max_drafts:
-        states["num_rejected_tokens"] = np.zeros(n, np.int32)
     end = 0
     for i, row in enumerate(rows):
         generation, start = row.generation, row.start
@@ -138,13 +138,15 @@ def pack(rows: list[Row], bucket: Bucket, features: Features) -> Batch:
         source = generation.slot if row.source is None else row.source.slot
         states["cache_indices"][i] = source
         states["has_initial_state"][i] = start > 0
-        if features.moves:
-            states["write_indices"][i] = generation.slot
+        if row.num_drafts:
+            # Some of the guesses may be wrong, so the states after them are not kept.
+            states["snapshot_indices"][i] = row.slot
+            states["snapshot_ends"][i] = row.length - row.num_drafts
+        elif features.moves:
+            states["write_indices"][i] = row.slot
             if row.leaves is not None:
                 states["snapshot_indices"][i] = row.leaves.slot
                 states["snapshot_ends"][i] = len(row.leaves.tokens) - start
-        if features.max_drafts:
-            states["num_rejected_tokens"][i] = generation.rejected
     offsets[len(rows) + 1 :] = end
     return Batch(
         tokens=tokens,
@@ -170,7 +172,7 @@ def _draws(rows: list[Row], offsets: np.ndarray, m: int, several: bool) -> Draws
         if row.draws:
             generation, sampling = row.generation, row.generation.terms.sampling
             last = row.start + row.length
-            slots[first - 1] = generation.slot
+            slots[first - 1] = row.slot
             positions[of_row] = np.arange(last - row.num_drafts, last + 1)
             seeds[of_row] = generation.seed
             temperature[of_row] = sampling.temperature

@@ -60,7 +60,7 @@ class Buckets:
             if t > 1
         }
         if max_drafts:
-            mixed |= {Bucket(n * (1 + max_drafts), n, n) for n in decode_sizes}
+            mixed |= {Bucket(n * (1 + 2 * max_drafts), n, n) for n in decode_sizes}
         self.all = (*decodes, *sorted(mixed))
 
     def fit(self, lengths: list[int]) -> Bucket:

@@ -55,11 +55,8 @@ class Device:
         )
         self._load = jax.jit(_load, donate_argnames="state")
         self.executables: dict[Bucket, jax.stages.Compiled] = {}
-        drafts = {"max_drafts": features.max_drafts} if features.max_drafts else {}
         self.state = DeviceState(
-            model.init_cache(
-                num_slots, dtype=cache_dtype, ssm_dtype=ssm_dtype, **drafts
-            ),
+            model.init_cache(num_slots, dtype=cache_dtype, ssm_dtype=ssm_dtype),
             jnp.zeros(num_slots, jnp.int32),
         )
         self._state_types = jax.tree.map(

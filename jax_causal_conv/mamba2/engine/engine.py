@@ -94,7 +94,7 @@ class Engine:
                 `init_cache`. Its parameters are read once.
             num_slots: requests that run at a time.
             max_tokens_per_step: budget of a step, at least `num_slots`; with drafts, at
-                least `num_slots * (1 + max_drafts)`.
+                least `num_slots * (1 + 2 * max_drafts)`.
             max_prefills_per_step: chunks of more than one token in a step.
             token_buckets: sizes T of steps with such chunks. The largest must be
                 `max_tokens_per_step`. None: it and its halves, down to 16.
@@ -113,7 +113,8 @@ class Engine:
                 step. A function (`NgramDraft()` is one) of a sequence of
                 `DraftRequest`s, which returns as many sequences of tokens; or a
                 smaller model of the same vocabulary. What requests generate is the
-                same; each step waits for the one before it. If it raises an error, or
+                same; each step waits for the one before it, and every request has two
+                slots. If it raises an error, or
                 returns what it must not, `step` raises an error, and the requests
                 concerned go on without drafts.
             max_drafts: how many guesses a request gets in a step.
@@ -140,11 +141,12 @@ class Engine:
             raise ValueError(f"max_drafts must be at least 1, got {max_drafts}")
         if draft is None:
             max_drafts = 0
-        if max_tokens_per_step < num_slots * (1 + max_drafts):
-            least = "num_slots * (1 + max_drafts)" if max_drafts else "num_slots"
+        # A row has the newest token, accepted drafts, and drafts.
+        if max_tokens_per_step < (least := num_slots * (1 + 2 * max_drafts)):
+            name = "num_slots * (1 + 2 * max_drafts)" if max_drafts else "num_slots"
             raise ValueError(
-                f"max_tokens_per_step must be at least {least}, got "
-                f"{max_tokens_per_step} < {num_slots * (1 + max_drafts)}"
+                f"max_tokens_per_step must be at least {name}, got "
+                f"{max_tokens_per_step} < {least}"
             )
         self._max_waiting = max_waiting
         self._vocab_size = model.config.vocab_size
@@ -156,10 +158,11 @@ class Engine:
             decode_buckets,
             max_drafts,
         )
-        total = num_slots + prefix_slots
-        self._features = Features(moves=prefix_slots > 0, max_drafts=max_drafts)
+        own = num_slots * (2 if draft is not None else 1)
+        total = own + prefix_slots
+        self._features = Features(moves=total > num_slots, max_drafts=max_drafts)
         self._device = Device(model, total, self._features, cache_dtype, ssm_dtype)
-        self._prefixes = Prefixes(range(num_slots, total), prefix_block)
+        self._prefixes = Prefixes(range(own, total), prefix_block)
         self._drafting = None
         if isinstance(draft, Mamba2LM):
             if draft.config.vocab_size != self._vocab_size:
@@ -466,8 +469,6 @@ class Engine:
             if not row.draws or generation.finish_reason is not None:
                 continue
             right = row.right_guesses(drawn)
-            generation.scheduled += right
-            generation.rejected = row.num_drafts - right
             accepted -= 1  # The last token is the model's own.
             for token in drawn[: right + 1]:
                 accepted += 1
@@ -508,12 +509,14 @@ class Engine:
         decodes = sum(row.decodes for row in flight.rows)
         drafts = sum(row.num_drafts for row in flight.rows)
         tokens = sum(row.length for row in flight.rows)
+        prefills = sum(row.length for row in flight.rows if not row.decodes)
         hits = [row.start for row in flight.rows if row.source is not None]
         self._stats.steps.append(
             StepStats(
                 bucket=flight.bucket,
                 decode_tokens=decodes,
-                prefill_tokens=tokens - decodes - drafts,
+                prefill_tokens=prefills,
+                reread_tokens=tokens - decodes - drafts - prefills,
                 prefill_rows=len(flight.rows) - decodes,
                 draft_tokens=drafts,
                 accepted_tokens=accepted,

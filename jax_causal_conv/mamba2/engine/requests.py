@@ -135,8 +135,8 @@ class Generation:
         finish_reason: None until the end.
         slot: its slot in the caches, PAD_SLOT_ID while it has none.
         scheduled: tokens (of the prompt, then drawn ones) that were given to the model,
-            or that a snapshot spared it. Drafts count once they are accepted.
-        rejected: drafts that the states in the slot contain beyond these.
+            or that a snapshot spared it: those whose states are in the slot. Accepted
+            drafts are not among them until the next step has read them again.
         reused: tokens of the prompt that the last snapshot it started from spared it.
         paused: whether it is.
         saved: its states on the host, from pausing it until it has a slot again.
@@ -158,7 +158,6 @@ class Generation:
     finish_reason: FinishReason | None = None
     slot: int = PAD_SLOT_ID
     scheduled: int = 0
-    rejected: int = 0
     reused: int = 0
     paused: bool = False
     saved: Any = None

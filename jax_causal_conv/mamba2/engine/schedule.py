@@ -19,6 +19,11 @@ class Schedule:
     prompts share the rest of the budget, the oldest first, in chunks. A prompt that
     begins with what another one is just reading waits until that has left a snapshot.
 
+    With drafts every slot has a twin. The states that a row with guesses starts from
+    stay where they are until it is known which guesses are right; those after what was
+    certain at the time go to the twin, which takes the slot's place. What was accepted
+    is read again with the next guesses, and so nothing is ever taken back.
+
     Attributes:
         free: slots that nobody has.
         waiting: requests without a slot, in the order of their arrival.
@@ -105,6 +110,7 @@ class Schedule:
                     length,
                     draws=start + length == len(generation.text),
                     tokens=generation.text[start : start + length],
+                    slot=generation.slot,
                     source=source,
                     leaves=leaves,
                 )
@@ -114,12 +120,15 @@ class Schedule:
         return rows
 
     def _decode(self, generation: Generation, guess: Sequence[int]) -> Row:
-        """A row of the newest token and what is guessed to follow it."""
-        tokens = None
-        if self._tokens_on_host:
-            tokens = np.array([generation.tokens[-1], *guess], np.int32)
-        start, drafts = generation.scheduled, len(guess)
-        return Row(generation, start, 1 + drafts, True, tokens, num_drafts=drafts)
+        """A row of the newest tokens and what is guessed to follow them."""
+        start, slot = generation.scheduled, generation.slot
+        if not self._tokens_on_host:
+            return Row(generation, start, 1, True, slot=slot)
+        new = generation.tokens[start - len(generation.prompt) :]
+        tokens = np.array([*new, *guess], np.int32)
+        if guess:
+            slot = (slot + self._num_slots) % (2 * self._num_slots)
+        return Row(generation, start, len(tokens), True, tokens, len(guess), slot)
 
     def _leaves(
         self, generation: Generation, start: int, length: int, reading: set[int]
@@ -149,9 +158,8 @@ class Schedule:
         """The device has been given these."""
         for row in rows:
             generation = row.generation
-            # Of drafts those count that are accepted, which is known later.
             generation.scheduled = row.start + row.length - row.num_drafts
-            generation.rejected = 0
+            generation.slot = row.slot
             if row.source is not None:
                 generation.reused = row.start
                 self._prefixes.used(row.source)
@@ -174,7 +182,7 @@ class Schedule:
         takes the steps in turn, and a new request does not read what it finds there.
         """
         if self.running.pop(generation.id, None) is not None:
-            self.free.append(generation.slot)
+            self.free.append(generation.slot % self._num_slots)
             generation.slot = PAD_SLOT_ID
             self._prefixes.drop(generation)
 
