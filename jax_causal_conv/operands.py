@@ -239,6 +239,7 @@ class SSDPackedOperands(NamedTuple):
         write_slots: `(N,)` int32, where the new states go; None is `slots`.
         snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
         snapshot_ends: `(N,)` int32, after how many tokens they are.
+        write_ends: `(N,)` int32, after how many tokens the new states are; None is all.
     """
 
     x: Any
@@ -255,3 +256,4 @@ class SSDPackedOperands(NamedTuple):
     write_slots: Any = None
     snapshot_slots: Any = None
     snapshot_ends: Any = None
+    write_ends: Any = None

@@ -118,7 +118,6 @@ def packed(
     spec: ConvSpec, operands: PackedOperands, tiles: Tiles | None = None
 ) -> Launches[Arrays]:
     """The packed forward kernel; returns the parts of the output, then the states."""
-    _only_in_xla(operands)
     x, states = operands.x, operands.states
     num_tokens, num_seqs = x.shape[0], operands.query_start_loc.shape[0] - 1
     layout = _Layout.of(spec.columns, x, operands.weight)
@@ -147,6 +146,9 @@ def packed(
             slots=operands.slots,
             has_initial_state=operands.has_initial_state,
             num_rejected=operands.num_rejected,
+            write_slots=operands.write_slots,
+            snapshot_slots=operands.snapshot_slots,
+            snapshot_ends=operands.snapshot_ends,
             chunk_seq=table.chunk_seq,
             chunk_offset=table.chunk_offset,
             num_tokens=num_tokens,
@@ -167,7 +169,6 @@ def update(
     spec: ConvSpec, operands: UpdateOperands, tiles: Tiles | None = None
 ) -> Launches[Arrays]:
     """The decode kernel; returns the parts of the output, then the states."""
-    _only_in_xla(operands)
     x, states = operands.x, operands.states
     batch, num_tokens, _ = x.shape
     layout = _Layout.of(spec.columns, x, operands.weight)
@@ -177,7 +178,7 @@ def update(
     )
     *out, states = yield Launch(
         update_kernel,
-        UpdateInputs(*operands[:-1], num_slots=states.shape[0]),
+        UpdateInputs(*operands, num_slots=states.shape[0]),
         UpdateOutputs(layout.parts(x)),
         grid=batch * constants.COL_BLOCKS,
         num_warps=tiles.num_warps,
@@ -311,14 +312,6 @@ def rows_backward(
     return dx, *_dweight_and_dbias(partial), dhistory[:, : layout.taps - 1]
 
 
-def _only_in_xla(operands):
-    if (
-        operands.write_slots is not None
-        or getattr(operands, "snapshot_slots", None) is not None
-    ):
-        raise ValueError('states that move are for implementation="xla" for now')
-
-
 def _table(
     operands: PackedOperands | PackedBackwardOperands, num_tokens: int, block_m: int
 ) -> ConvMetadata:
@@ -337,11 +330,14 @@ def _slot_constants(
     # A program holds the rows that it met as float32. float32 and bfloat16 come back
     # from there bit by bit, but a NaN in float16 may not.
     same_bits = x.dtype == states.dtype and x.dtype != jnp.float16
+    one_state = getattr(operands, "snapshot_slots", None) is None
     return {
         "L": states.shape[1],
         "L_BLOCK": tiles.l_block,
         "SLOT_N": tiles.slot_n,
-        "WINDOW_IS_SLOT": same_bits and states.shape[1] == weight.shape[1] - 1,
+        "WINDOW_IS_SLOT": same_bits
+        and one_state
+        and states.shape[1] == weight.shape[1] - 1,
         "PAD_SLOT_ID": spec.pad_slot_id,
     }
 

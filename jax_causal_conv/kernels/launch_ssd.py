@@ -111,7 +111,18 @@ def _packed_table(spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles) ->
         _take(seqs.slot, seq),
         _take(seqs.history, seq),
     )
-    return _Table(offsets, role, *_cut(prefills, num_tokens, tile))
+    prefills_of, chunks, stretches = _cut(prefills, num_tokens, tile)
+    if _num_stores(operands):
+        number = jnp.minimum(seq, many.shape[0] - 1)[:, None]
+        prefills_of = jnp.concatenate([prefills_of, number], 1)
+    return _Table(offsets, role, prefills_of, chunks, stretches)
+
+
+def _num_stores(operands: SSDPackedOperands) -> int:
+    """`SsdConstants.STORES`."""
+    if operands.snapshot_slots is not None:
+        return 2
+    return int(operands.write_slots is not None or operands.write_ends is not None)
 
 
 def _dense_table(rows: int, length: int, tile: SsdTiles) -> _Table:
@@ -177,8 +188,6 @@ def packed(
     spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles | None = None
 ) -> Launches[tuple[jax.Array, ...]]:
     """Launches of `ssd_packed`: one for a batch without prefills, else two."""
-    if operands.write_slots is not None or operands.snapshot_slots is not None:
-        raise ValueError('states that move are for implementation="xla" for now')
     x, states = operands.x, operands.states
     num_tokens, num_seqs = x.shape[0], operands.query_start_loc.shape[0] - 1
     inputs = SsdInputs(
@@ -192,6 +201,10 @@ def packed(
         states=states,
         slots=operands.slots,
         known=operands.has_initial_state,
+        write_slots=operands.write_slots,
+        write_ends=operands.write_ends,
+        snapshot_slots=operands.snapshot_slots,
+        snapshot_ends=operands.snapshot_ends,
         num_tokens=num_tokens,
         num_seqs=num_seqs,
         num_slots=states.shape[0],
@@ -202,6 +215,7 @@ def packed(
             x.shape[1:], operands.B.shape[-1], states.dtype.itemsize, num_seqs
         )
         C = _constants(spec, operands, tile)
+        C = dataclasses.replace(C, STORES=_num_stores(operands))
         results = yield Launch(
             decode_kernel,
             inputs._replace(offsets=operands.query_start_loc),
@@ -220,6 +234,7 @@ def packed(
         spec.max_prefills,
     )
     C = _constants(spec, operands, tile)
+    C = dataclasses.replace(C, STORES=_num_stores(operands))
     table = _packed_table(spec, operands, tile)
     inputs = _with_table(inputs, table)
     outputs = _intermediates(table, C)._replace(y=y)

@@ -15,6 +15,8 @@ from .ssd_device import (
     power,
     state_tile,
     step_size,
+    store_state,
+    stores_of,
     zero_tokens,
 )
 
@@ -89,10 +91,27 @@ def advance(inputs, state, token, head, C: tl.constexpr):
 
 
 @triton.jit
-def store_step(inputs, outputs, state, y, slot, token, head, channels, C: tl.constexpr):
-    """Writes what `advance` returns: to a slot, in place, and a place in the batch."""
-    at, mask = state_tile(slot, head, channels, C)
-    tl.store(inputs.states + at, state.to(inputs.states.dtype.element_ty), mask=mask)
+def store_step(
+    inputs, outputs, old, state, y, its, token, head, channels, C: tl.constexpr
+):
+    """Writes what `advance` returns: to a slot, in place, and a place in the batch.
+
+    Args:
+        old: the state before it.
+        its: number, slot and length of the sequence.
+    """
+    seq, slot, length = its
+    if C.STORES == 0:
+        at, mask = state_tile(slot, head, channels, C)
+        new = state.to(inputs.states.dtype.element_ty)
+        tl.store(inputs.states + at, new, mask=mask)
+    else:
+        last, early = stores_of(inputs, seq, slot, length, C)
+        if C.STORES > 1:
+            then = tl.where(early.end > 0, state, old)
+            store_state(inputs.states, early, length > 0, then, head, channels, C)
+        then = tl.where(last.end > 0, state, old)
+        store_state(inputs.states, last, length > 0, then, head, channels, C)
     row = token.to(tl.int64) * (C.H * C.P) + head * C.P
     y = y.to(outputs.y.dtype.element_ty)
     tl.store(outputs.y + row + channels, y, mask=channels < C.P)
@@ -102,14 +121,17 @@ def store_step(inputs, outputs, state, y, slot, token, head, channels, C: tl.con
 # head; the grid is 1-D, sequences x heads x blocks of channels, blocks fastest.
 #
 # Reads: the sequence's offsets (and those before it: cummax), slot, token, and its part
-# of the slot. Writes: its part of the slot, in place, and of the token's output. A
+# of the slot. Writes: its part of the slot, in place, or of others, and of the token's
+# output. A
 # sequence of several tokens is surplus here: its tokens are zeroed and its slot is left
 # alone, as with one that is skipped. The first sequence zeroes the tokens before it,
 # the last one those behind it, so that y needs no memset.
 #
-# Race-free in a donated cache: live sequences own different slots, and of a slot each
-# program owns other elements, which it has read before it writes them. Tokens belong
-# to one sequence each, since sanitised offsets never overlap.
+# Race-free in a donated cache: live sequences write different slots, none of which
+# another one reads, and of a slot each program owns other elements. What it writes is
+# computed from what it has read at the same place of the slot that it reads, which
+# therefore may be any of those that it writes. Tokens belong to one sequence each, since
+# sanitised offsets never overlap.
 #
 # Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
 # [0, S). The state and the token that it is in most batches, where every sequence has
@@ -134,8 +156,9 @@ def decode_kernel(inputs, outputs, C: tl.constexpr):
     if valid & (end - begin == 1):
         if begin != likely:
             token = load_token(inputs, begin, head, channels, C)
-        state, y = advance(inputs, state, token, its, C)
-        store_step(inputs, outputs, state, y, slot, begin, head, channels, C)
+        new, y = advance(inputs, state, token, its, C)
+        own = seq, slot, end - begin
+        store_step(inputs, outputs, state, new, y, own, begin, head, channels, C)
     else:
         zero_tokens(outputs.y, begin, end - begin, head, channels, C)
     if seq == 0:

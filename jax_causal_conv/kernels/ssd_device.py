@@ -5,6 +5,8 @@ Letters as in `ssd_record`. Decays are powers of two: sums of dt·A are kept in 
 log 2, since `exp2` is one instruction of a GPU; `power` is its exact twin.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -193,6 +195,51 @@ def initial_state(inputs, slot, known, head, channels, C: tl.constexpr):
         return tl.full([channels.shape[0], C.K_BLOCK], 0, tl.float32)
 
 
+class Store(NamedTuple):
+    """A state that a sequence leaves: where, after how many tokens, and whether."""
+
+    slot: Any
+    end: Any
+    live: Any
+
+
+@triton.jit
+def stores_of(inputs, seq, slot, length, C: tl.constexpr):
+    """The `Store` of a live sequence's state, and that of its snapshot.
+
+    Where there are no snapshots it is one that is not live. Nor is a snapshot that is
+    to go where the state goes.
+    """
+    end = length
+    live = length > 0
+    if inputs.write_slots is not None:
+        slot = tl.load(inputs.write_slots + seq)
+        live = (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID)
+    if inputs.write_ends is not None:
+        end = tl.load(inputs.write_ends + seq)
+        end = tl.minimum(tl.maximum(end, 0), length)
+    last = Store(slot, end, live)
+    if inputs.snapshot_slots is not None:
+        early = tl.load(inputs.snapshot_slots + seq)
+        end = tl.load(inputs.snapshot_ends + seq)
+        end = tl.minimum(tl.maximum(end, 0), length)
+        free = (early >= 0) & (early < inputs.num_slots) & (early != C.PAD_SLOT_ID)
+        free = free & (early != tl.where(live, slot, -1))
+        return last, Store(early, end, free)
+    else:
+        return last, Store(slot, end, length < 0)
+
+
+@triton.jit
+def store_state(states_ptr, store, when, state, head, channels, C: tl.constexpr):
+    """Writes a block of a state where it goes, if it does and `when`."""
+    size = tl.arange(0, C.K_BLOCK)
+    at, _ = state_tile(store.slot, head, channels, C)
+    limit = tl.where(store.live & when, C.P, 0)
+    mask = (channels < limit)[:, None] & (size < C.K)[None, :]
+    tl.store(states_ptr + at, state.to(states_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def zero_tokens(y_ptr, first, count, head, channels, C: tl.constexpr):
     """Zeros in y for `count` tokens from `first`, in a head's channels."""
@@ -322,7 +369,8 @@ def add_tokens(state, x, weight, B, C: tl.constexpr):
 @triton.jit
 def load_prefill(inputs, number, C: tl.constexpr):
     """A row of `SsdInputs.prefills`, of length 0 if a value is out of range."""
-    row = inputs.prefills + number * 5
+    WIDTH: tl.constexpr = 5 if C.STORES == 0 else 6
+    row = inputs.prefills + number * WIDTH
     begin = tl.load(row)
     length = tl.load(row + 1)
     slot = tl.load(row + 2)

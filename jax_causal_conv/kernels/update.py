@@ -9,6 +9,7 @@ from .device import (
     Rows,
     channel_block,
     convolve_rows,
+    last_store,
     load_filter,
     load_plain,
     load_window,
@@ -28,6 +29,7 @@ class UpdateInputs(NamedTuple):
     slots: Any
     cache_seqlens: Any
     num_rejected: Any
+    write_slots: Any
     num_slots: Any
 
 
@@ -68,10 +70,31 @@ def store_ring(row_ptr, slot_ptr, cursor, block, C: tl.constexpr):
         tl.store(slot_ptr + row * C.D + cols, x, mask=cols < block.limit)
 
 
+@triton.jit
+def move_ring(row_ptr, slot_ptr, store, cursor, block, C: tl.constexpr):
+    """Stores all of a circular buffer, with the Q rows of `store_ring` in it."""
+    row = tl.arange(0, C.L_BLOCK)[:, None]
+    behind = row - cursor
+    behind = tl.where(behind < 0, behind + C.L, behind)
+    fresh = behind < C.Q
+    token = behind + (C.Q - 1 - behind) // C.L * C.L  # the last one that goes there
+    for n in range(0, C.BLOCK_N, C.SLOT_N):
+        cols = (block.first + n + tl.arange(0, C.SLOT_N))[None, :]
+        mask = (row < C.L) & (cols < block.limit)
+        x = tl.load(row_ptr + token * C.X + cols, mask=mask & fresh, other=0.0)
+        at = row * C.D + cols
+        old = tl.load(slot_ptr + at, mask=mask & (behind >= C.Q), other=0.0)
+        rows = tl.where(fresh, x.to(slot_ptr.dtype.element_ty), old)
+        tl.debug_barrier()
+        stored = (row < C.L) & (cols < tl.where(store.live, block.limit, 0))
+        tl.store(store.ptr + at, rows, mask=stored)
+
+
 # One program advances one request by its Q tokens for BLOCK_N channels; the grid is
-# 1-D, rows x blocks of channels, channels fastest. It alone reads and writes its part
-# of the request's slot, and reads all it needs of it before the first write. Several
-# warps have a barrier in between; a single one reads and writes in order. So updating a
+# 1-D, rows x blocks of channels, channels fastest. It alone writes its part of the slot
+# that the request's state goes to, which no other request reads, and reads all it needs
+# of the request's slot before the first write, since the two may be one. Several warps
+# have a barrier in between; a single one reads and writes in order. So updating a
 # donated buffer in place is race-free.
 #
 # With cache_seqlens slots are circular buffers: history is the W-1 rows before the
@@ -90,13 +113,17 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
     out = Rows(out.ptr + request.to(tl.int64) * (C.Q * out.stride), out.stride)
     if (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID):
         slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
+        store = last_store(inputs, request, slot, C.Q, C)
         if inputs.cache_seqlens is not None:
             cursor = tl.load(inputs.cache_seqlens + request) % C.L
             # The remainder has the sign of the dividend.
             cursor = tl.where(cursor < 0, cursor + C.L, cursor)
             window = load_ring(slot_ptr, cursor, block, C)
             convolve_rows(row_ptr, out, window, filter, None, C.Q, block, C)
-            store_ring(row_ptr, slot_ptr, cursor, block, C)
+            if inputs.write_slots is None:
+                store_ring(row_ptr, slot_ptr, cursor, block, C)
+            else:
+                move_ring(row_ptr, slot_ptr, store, cursor, block, C)
         else:
             history = C.L
             if inputs.num_rejected is not None:
@@ -105,8 +132,8 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
             window = load_window(row_ptr, slot_ptr, 0, history, block, C)
             window = convolve_rows(row_ptr, out, window, filter, None, C.Q, block, C)
             if C.WINDOW_IS_SLOT:
-                store_window(slot_ptr, window, block, C)
+                store_window(store, window, block, C)
             else:
-                roll_slot(row_ptr, slot_ptr, C.Q, history, block, C)
+                roll_slot(row_ptr, slot_ptr, store, None, history, block, C)
     else:
         zero_rows(out, C.Q, block)

@@ -266,6 +266,7 @@ SSD_PACKED = Op(
         write_slots="n",
         snapshot_slots="n",
         snapshot_ends="n",
+        write_ends="n",
     ),
     result_dims=("t H p", "s H p k"),
     result_shapes=_ssd_packed_results,

@@ -420,8 +420,11 @@ def _chunk_table(
 
 
 def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
-    """Outputs `(M, c, G, R, P)` of prefills, their final states, like `initial`, and
-    the states `(M, G, R, P, K)` that enter the chunks.
+    """Serves prefills.
+
+    Returns:
+        Outputs `(M, c, G, R, P)`; final states, like `initial`; and the states
+        `(M, G, R, P, K)` that enter the chunks.
     """
     chunks = _chunks(inputs.map_tokens(lambda a: _select(table.real, a[table.token])))
 
@@ -461,11 +464,10 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     prefill = seqs.live & (seqs.length > 1)
     # States of another dtype stay out of the single pass over all slots. It would also
     # convert those that no sequence names, and back; on a CPU not all keep their bits.
-    moving = operands.write_slots is not None or operands.snapshot_slots is not None
     in_one_pass = (
-        not moving
-        and states.dtype == x.dtype
+        states.dtype == x.dtype
         and _every_slot_may_change(num_slots, num_seqs)
+        and not _states_move(operands)
     )
     if in_one_pass:  # From here on, row s of `seqs` is the sequence in slot s.
         tokens, seqs, prefill = _in_slot_order(seqs, prefill, num_slots, num_tokens)
@@ -478,10 +480,13 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
         _by_group(x, groups, 1), _by_group(dt, groups), _by_group(A, groups), B, C
     )
     stores = batch.stores_of(seqs, operands, spec.pad_slot_id)
-    end = stores[0].end if len(stores) > 1 else None
+    ends = [store.end for store in stores]
+    if operands.write_ends is None:
+        ends[-1] = None  # all tokens
+    of_prefills = [None] * len(ends)
     if spec.max_prefills:
-        many, last, early, states = _run_prefills(
-            spec, inputs, states, seqs, prefills, tokens, end
+        many, of_prefills, states = _run_prefills(
+            spec, inputs, states, (seqs, prefills, tokens), ends
         )
     token = jnp.minimum(seqs.start, num_tokens - 1)
     one = inputs.map_tokens(lambda a: _select(single, a[token]))
@@ -491,32 +496,32 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     old = _by_group(old, groups, 1)
     rows = old * decay
     rows = rows + (one.x * one.dt[..., None])[..., None] * one.B[:, :, None, None]
-    one_step = rows
     # A product and a sum, which XLA fuses with what is around them, unlike a dot.
     y = (rows * one.C[:, :, None, None]).sum(-1)[tokens.owner]
     if spec.max_prefills:
         y = jnp.where(prefill[tokens.owner][:, None, None, None], many, y)
-        rows = jnp.where(prefill[:, None, None, None, None], last, rows)
     y = y.reshape(num_tokens, heads, dim)
     if D is not None:
         y = y + _past_the_state(D, _select(tokens.live, x))
     y = _select(tokens.live, y).astype(dtype)
-    rows = rows.reshape(rows.shape[0], *states.shape[1:]).astype(states.dtype)
+
+    def after(end, many):
+        one = rows
+        if end is not None:
+            one = jnp.where((end > 0)[:, None, None, None, None], rows, old)
+        if many is not None:
+            one = jnp.where(prefill[:, None, None, None, None], many, one)
+        return one.reshape(one.shape[0], *states.shape[1:]).astype(states.dtype)
+
+    stored = list(map(after, ends, of_prefills))
     if in_one_pass:
-        return y, jnp.where(seqs.live[:, None, None, None], rows, states)
-    stored = [rows]
-    if end is not None:
-        snapshot = jnp.where((end > 0)[:, None, None, None, None], one_step, old)
-        if spec.max_prefills:
-            snapshot = jnp.where(prefill[:, None, None, None, None], early, snapshot)
-        snapshot = snapshot.reshape(rows.shape).astype(states.dtype)
-        stored.insert(0, snapshot)
+        return y, jnp.where(seqs.live[:, None, None, None], stored[0], states)
     # All reads of the cache come before the write. A later one, for y for example,
     # would make XLA copy a donated cache.
     y, stored, states = lax.optimization_barrier((y, stored, states))
-    for store, rows in zip(stores, stored, strict=True):
+    for store, new in zip(stores, stored, strict=True):
         slot = jnp.where(store.live, store.slot, num_slots)  # else out of bounds
-        states = states.at[slot].set(rows, mode="drop", unique_indices=True)
+        states = states.at[slot].set(new, mode="drop", unique_indices=True)
     return y, states
 
 
@@ -524,19 +529,18 @@ def _run_prefills(
     spec: SSDSpec,
     inputs: _Inputs,
     states,
-    seqs: batch.Sequences,
-    prefills: _Prefills,
-    tokens: batch.Tokens,
-    end,
+    who: tuple[batch.Sequences, _Prefills, batch.Tokens],
+    ends: list,
 ):
     """Serves the prefills of a packed batch by chunks.
 
     Returns:
-        Outputs `(T, G, R, P)`, without meaning for tokens of other sequences; final
-        states `(N, G, R, P, K)`, without meaning for other sequences; the same after
-        `end` `(N,)` of their tokens, None if that is; and `states`, to be used from
-        here on.
+        Outputs `(T, G, R, P)`, without meaning for tokens of other sequences; for each
+        of `ends`, states `(N, G, R, P, K)` after so many tokens `(N,)`, all if that is
+        None, without meaning for other sequences; and `states`, to be used from here
+        on.
     """
+    seqs, prefills, tokens = who
     num_tokens, groups = inputs.x.shape[:2]
     limit = spec.max_prefills
     table = _chunk_table(spec, seqs, prefills, num_tokens)
@@ -554,19 +558,42 @@ def _run_prefills(
     many = many.reshape(-1, *many.shape[2:])
     at = table.first[tokens.owner] * spec.chunk_size + tokens.position
     many = many.at[at].get(mode="clip")
-    last = final.at[prefills.number].get(mode="clip")
-    if end is None:
-        return many, last, None, states
+
+    def after(end):
+        if end is None:
+            return final.at[prefills.number].get(mode="clip")
+        return _state_within(spec, inputs, (entering, table, seqs), prefills.here, end)
+
+    return many, list(map(after, ends)), states
+
+
+def _state_within(spec: SSDSpec, inputs: _Inputs, chunked: tuple, here, end):
+    """States `(N, G, R, P, K)` of prefills after `end` `(N,)` tokens.
+
+    Args:
+        spec: of the op.
+        inputs: of all tokens.
+        chunked: the states that enter the chunks, the table of these, the sequences.
+        here: `(N,)`, which of the sequences are prefills.
+        end: in `[0, length]`.
+    """
+    entering, table, seqs = chunked
     # The state that enters the chunk of the last token before the end, and that chunk
     # once more, up to there.
     whole = jnp.maximum(end - 1, 0) // spec.chunk_size
     place = whole[:, None] * spec.chunk_size + jnp.arange(spec.chunk_size)
-    real = prefills.here[:, None] & (place < end[:, None])
-    token = jnp.clip(seqs.start[:, None] + place, 0, num_tokens - 1)
+    real = here[:, None] & (place < end[:, None])
+    token = jnp.clip(seqs.start[:, None] + place, 0, inputs.x.shape[0] - 1)
     chunks = _chunks(inputs.map_tokens(lambda a: _select(real, a[token])))
     early = entering.at[table.first + whole].get(mode="clip")
     early = early * jnp.exp(chunks.total[..., -1])[..., None, None]
-    return many, last, early + _chunk_states(spec.exact, chunks, None), states
+    return early + _chunk_states(spec.exact, chunks, None)
+
+
+def _states_move(operands: SSDPackedOperands) -> bool:
+    """Whether other states than the last ones, or other slots, are written."""
+    what = (operands.write_slots, operands.write_ends, operands.snapshot_slots)
+    return any(field is not None for field in what)
 
 
 def _every_slot_may_change(num_slots, num_seqs) -> bool:
