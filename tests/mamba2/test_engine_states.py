@@ -2,18 +2,27 @@
 
 import contextlib
 import dataclasses
+import re
 import time
 import types
 
 import pytest
 
-pytest.importorskip("flax.nnx")
+nnx = pytest.importorskip("flax.nnx")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_causal_conv import PAD_SLOT_ID
-from jax_causal_conv.mamba2 import Engine, QueueFull, Request, SamplingParams
+from jax_causal_conv.mamba2 import (
+    Engine,
+    Mamba2Config,
+    Mamba2LM,
+    QueueFull,
+    Request,
+    SamplingParams,
+)
 from jax_causal_conv.mamba2.engine import prefixes
 from tests.support import quick
 from tests.support.interruptions import Interrupter, Timer
@@ -569,3 +578,105 @@ def test_lost_caches_lose_the_snapshots_but_not_what_is_paused(engine, monkeypat
     engine.run()
     assert_right([paused, running, again])
     assert again.reused == 8 and read(engine) == before + 1
+
+
+# ---- The language model ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = Mamba2Config(
+        vocab_size=VOCAB,
+        d_model=32,
+        n_layers=1,
+        d_state=16,
+        headdim=16,
+        chunk_size=8,
+        tie_embeddings=False,
+    )
+    model = Mamba2LM(config, rngs=nnx.Rngs(0))
+    # Logits with a standard deviation of about 5: who is the largest is never in doubt.
+    model.lm_head.kernel[...] = model.lm_head.kernel[...] * 50
+    mixer = model.layers[0].mixer  # a memory of about 70 tokens
+    mixer.A_log[...] = jnp.full_like(mixer.A_log, np.log(0.02))
+    mixer.dt_bias[...] = jnp.zeros_like(mixer.dt_bias)
+    return model
+
+
+def serve(model, requests, **how):
+    """The tokens of the requests, the last of which are forks, and the statistics."""
+    sizes = {"num_slots": 3, "max_tokens_per_step": 16}
+    if how.get("draft") is not None:
+        sizes["max_tokens_per_step"] = 21
+    buckets = {"decode_buckets": [3], "token_buckets": [sizes["max_tokens_per_step"]]}
+    engine = Engine(model, **sizes, **buckets, **how)
+    generations = [engine.submit(request) for request in requests]
+    if how:
+        generations += engine.submit(requests[-1], n=2)
+    else:
+        seed = requests[-1].sampling.seed
+        for sampling in (
+            SamplingParams(1.0, seed=seed),
+            SamplingParams(1.0, seed=seed + 1),
+        ):
+            again = dataclasses.replace(requests[-1], sampling=sampling)
+            generations.append(engine.submit(again))
+    for _ in range(12 if how else 0):
+        for generation in generations[:3]:
+            engine.resume(generation.id) or engine.pause(generation.id)
+        poison_with_nan(engine)
+        engine.step()
+    for generation in generations:
+        engine.resume(generation.id)
+    engine.run()
+    return [generation.tokens for generation in generations], engine.stats
+
+
+def poison_with_nan(engine):
+    needed = [g.slot for g in engine._schedule.running.values()]
+    needed += [snapshot.slot for snapshot in engine._prefixes._by_use]
+    state = engine._device.state
+    free = np.setdiff1d(np.arange(len(state.newest)), needed)
+    cache = jax.tree.map(lambda a: a.at[free].set(jnp.nan), state.cache)
+    engine._device.state = state._replace(cache=cache)
+
+
+def test_a_language_model_draws_the_same_with_all_of_it(model):
+    system = prompt_of(21)
+    requests = [Request([*system, *prompt_of(4, i)], 9) for i in range(4)]
+    sampling = SamplingParams(1.0, seed=5)
+    requests += [
+        dataclasses.replace(request, sampling=sampling) for request in requests
+    ]
+    plain, _ = serve(model, requests)
+    assert len({tuple(tokens) for tokens in plain}) >= 8
+    features = {"prefix_slots": 6, "prefix_block": 8}
+    tokens, stats = serve(model, requests, **features, draft=model, max_drafts=3)
+    assert tokens == plain
+    # The draft is the model itself, and so is always right.
+    assert stats.acceptance == 1 and stats.tokens_per_step > 2.5
+    assert stats.prefix_hits >= 5 and stats.prefix_tokens > 80
+
+
+@pytest.mark.skipif(
+    jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11),
+    reason="XLA:CPU copies a donated cache before jax 0.11",
+)
+def test_no_step_and_no_resumption_copies_the_caches(model):
+    jax.config.update("jax_disable_most_optimizations", False)
+    sizes = {"num_slots": 40, "max_tokens_per_step": 200}
+    buckets = {"decode_buckets": [40], "token_buckets": [200]}
+    engine = Engine(
+        model, **sizes, **buckets, prefix_slots=7, draft=lambda r: [], max_drafts=2
+    )
+    device = engine._device
+    slots = len(device.state.newest)
+    assert slots == 87
+    programs = [device.executable(bucket).as_text() for bucket in engine.buckets]
+    saved = device.save(0)
+    lowered = device._load.lower(device.state, np.int32(0), saved)
+    programs.append(lowered.compile().as_text())
+    for text in programs:
+        assert not (
+            copies := re.findall(rf"= f32\[{slots},[\d,]+\]\S* copy\(.*", text)
+        ), copies
