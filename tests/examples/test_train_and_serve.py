@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from examples import serve, train
-from jax_causal_conv.mamba2 import Event, Mamba2LM, checkpoint
+from jax_causal_conv.mamba2 import Event, Mamba2LM, Stats, checkpoint
 from tests.support import quick
 
 pytestmark = pytest.mark.xdist_group("train_and_serve")
@@ -140,6 +140,7 @@ def test_served_requests_get_the_answers_they_get_alone(
     runs, recorded = runs
     image = tmp_path / "new" / "batches.png"
     few = ["--requests", "5", "--max-new-tokens", "9", "--slots", "4", "--budget", "4"]
+    few += ["--system", "70"]
     arguments = [str(trained), *few, "--gap", "1", "--plot", str(image)]
     arguments += ["--rounds", "2", "--prompt", "Grüße an "]
     assert serve.main(arguments) == 0
@@ -148,16 +149,18 @@ def test_served_requests_get_the_answers_they_get_alone(
     assert "Every request got the answer that it gets alone." in printed
     assert image.read_bytes().startswith(PNG)
 
-    together, alone, *_ = runs
-    assert len(runs) == 4
+    together, alone, _, drafted, *_ = runs
+    assert len(runs) == 8
     assert max(step.running for step in together.steps) > 1
     assert max(step.running for step in alone.steps) == 1
     assert bytes(together.generations[0].prompt[1:].tolist()).decode() == "Grüße an "
+    spared = [Stats(run.steps, []).prefix_tokens for run in runs]
+    assert [count > 0 for count in spared] == [False, False, True, True] * 2
+    assert sum(step.draft_tokens for step in drafted.steps) > 0
     for run in runs:
         assert all(5 <= len(tokens) <= 9 or tokens[-1] == 0 for tokens in run.tokens)
-        assert sum(step.decode_tokens for step in run.steps) == sum(
-            len(tokens) - 1 for tokens in run.tokens
-        )
+        drawn = sum(step.decode_tokens + step.accepted_tokens for step in run.steps)
+        assert drawn == sum(len(tokens) - 1 for tokens in run.tokens)
         assert run.compiled_meanwhile == 0
         assert (run.first_tokens > 0).all()
         assert (run.first_tokens <= run.latencies).all()
