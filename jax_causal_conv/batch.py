@@ -114,12 +114,12 @@ def stores_of(seqs: Sequences, operands, pad_slot_id: int) -> tuple[Stores, ...]
     return Stores(slot, jnp.clip(operands.snapshot_ends, 0, seqs.length), live), last
 
 
-def surplus_prefills(seqs: Sequences, limit: int):
+def surplus_prefills(seqs: Sequences, limit: int, most: int = 1):
     """Which sequences an SSD op skips, `(N,)`: it serves `limit` prefills, in order.
 
-    A prefill is a live sequence of more than one token.
+    A prefill is a live sequence of more than `most` tokens.
     """
-    prefill = seqs.live & (seqs.length > 1)
+    prefill = seqs.live & (seqs.length > most)
     return prefill & (jnp.cumsum(prefill) > limit)
 
 

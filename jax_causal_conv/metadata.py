@@ -1,5 +1,7 @@
 """Metadata of a packed batch, and the check of one before it is served."""
 
+from typing import Any
+
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -53,6 +55,8 @@ def validate_batch(
     num_tokens: int,
     num_slots: int,
     pad_slot_id: int = PAD_SLOT_ID,
+    write_indices: ArrayLike | None = None,
+    snapshot_indices: ArrayLike | None = None,
 ) -> None:
     """Checks a packed batch on the host, eagerly, for servers and notebooks.
 
@@ -65,11 +69,14 @@ def validate_batch(
         num_tokens: T.
         num_slots: S.
         pad_slot_id: the slot number that means "skip".
+        write_indices: `(N,)` integers, where new states go; None = `cache_indices`.
+            Then several live sequences may read one slot.
+        snapshot_indices: `(N,)` integers, where snapshots go, or None.
 
     Raises:
         ValueError: names the first offending entry: `query_start_loc[0] != 0`, a
             decreasing or too large offset, a slot out of range, a slot used by two
-            live sequences.
+            live sequences: written by both, or read by one and written by the other.
         TypeError: not integers, or traced values.
     """
     num_tokens = checks.static_int("num_tokens", num_tokens, minimum=0)
@@ -105,6 +112,10 @@ def validate_batch(
                 f"cache_indices must have shape (N,) = ({n},), got {slots.shape}"
             )
     live = np.flatnonzero((q[1:] > q[:-1]) & (slots != pad_slot_id))
+    if write_indices is not None or snapshot_indices is not None:
+        moves = {"write_indices": write_indices, "snapshot_indices": snapshot_indices}
+        _validate_moves(slots, live, moves, num_slots, pad_slot_id)
+        return
     used, first = np.unique(slots[live], return_index=True)
     outside = live[(slots[live] < 0) | (slots[live] >= num_slots)]
     repeated = np.setdiff1d(live, live[first], assume_unique=True)
@@ -120,3 +131,48 @@ def validate_batch(
             f"cache_indices[{i}] = {slot} is already used by live sequence "
             f"{owner[slot]}; two live sequences must not share a slot"
         )
+
+
+def _validate_moves(
+    reads: np.ndarray,
+    live: np.ndarray,
+    moves: dict[str, Any],
+    num_slots: int,
+    pad_slot_id: int,
+) -> None:
+    """Raises where live sequences that read and write slots get in each other's way."""
+    writes = {}
+    for name, value in moves.items():
+        if value is not None:
+            writes[name] = checks.host_integers(name, value)
+            if writes[name].shape != reads.shape:
+                raise ValueError(
+                    f"{name} must have shape (N,) = {reads.shape}, "
+                    f"got {writes[name].shape}"
+                )
+    for name, slots in {"cache_indices": reads, **writes}.items():
+        outside = (slots < 0) | (slots >= num_slots)
+        for i in live[outside[live] & (slots[live] != pad_slot_id)].tolist():
+            raise ValueError(
+                f"{name}[{i}] = {slots[i]} is outside [0, num_slots = {num_slots}) "
+                f"and is not pad_slot_id = {pad_slot_id}"
+            )
+    if "write_indices" not in writes:
+        writes = {"cache_indices": reads, **writes}
+    written: dict[int, int] = {}
+    for name, slots in writes.items():
+        for i in live.tolist():
+            slot = int(slots[i])
+            if slot == pad_slot_id:
+                continue
+            if (other := written.setdefault(slot, i)) != i:
+                raise ValueError(
+                    f"{name}[{i}] = {slot} is already written by live sequence "
+                    f"{other}; two live sequences must not write one slot"
+                )
+    for i in live.tolist():
+        if (other := written.get(int(reads[i]), i)) != i:
+            raise ValueError(
+                f"cache_indices[{i}] = {reads[i]} is written by live sequence {other}; "
+                "no live sequence may read a slot that another one writes"
+            )

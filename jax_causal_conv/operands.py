@@ -172,8 +172,9 @@ class SSDSpec:
         dt_softplus: whether step sizes are softplus of what is given.
         dt_limit: the least and the largest step size.
         exact: whether products have float32 operands, or those of x's dtype may do.
-        max_prefills: how many live sequences of more than one token the packed op
-            serves.
+        max_prefills: how many live sequences of more than `most_steps` tokens the
+            packed op serves.
+        most_steps: the most tokens of a sequence that kernels serve one by one.
         pad_slot_id: the slot number that means "skip", in the packed op.
         final_state: whether the dense op returns one.
     """
@@ -183,6 +184,7 @@ class SSDSpec:
     dt_limit: tuple[float, float] = (0.0, math.inf)
     exact: bool = True
     max_prefills: int = 0
+    most_steps: int = 1
     pad_slot_id: int = PAD_SLOT_ID
     final_state: bool = False
 
@@ -257,3 +259,36 @@ class SSDPackedOperands(NamedTuple):
     snapshot_slots: Any = None
     snapshot_ends: Any = None
     write_ends: Any = None
+
+
+class SSDReplayOperands(NamedTuple):
+    """Arrays of `ssd_packed` with a cache from which drafts can be taken back.
+
+    Those of `SSDPackedOperands`, where `states` are those before the last q tokens, and
+
+    Attributes:
+        recent_x: `(S, q, H, P)`, x of these tokens, oldest first; zeros before the
+            first token of a request.
+        recent_dt: `(S, q, H)`, likewise their dt, as it takes part in the recurrence.
+        recent_B: `(S, q, G, K)`, likewise.
+        num_rejected: `(N,)` int32, how many of them are taken back; None is 0.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    dt_bias: Any
+    states: Any
+    query_start_loc: Any
+    recent_x: Any
+    recent_dt: Any
+    recent_B: Any
+    slots: Any = None
+    has_initial_state: Any = None
+    num_rejected: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None

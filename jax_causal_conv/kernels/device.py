@@ -492,10 +492,10 @@ def store_window(store, window, block, C: tl.constexpr):
 def roll_slot(x_ptr, slot_ptr, store, early, history, block, C: tl.constexpr):
     """Stores the last L rows of `concat(history, x[0:end])`, perhaps in place.
 
-    In place, rows move left by `length - rejected`, or *right* where more rows were rejected
-    than arrive, so neither an ascending nor a descending loop over rows is safe.
-    Instead all L rows of SLOT_N channels are read, of both states if there are two,
-    then a barrier, then written; channels are independent of each other. The caller has
+    In place, rows move left by `length - rejected`, or *right* where more rows were
+    rejected than arrive, so neither an ascending nor a descending loop over rows is
+    safe. Instead all L rows of SLOT_N channels are read, of both states if there are
+    two, then a barrier, then written; channels are independent. The caller has
     issued its own reads of the slot before.
 
     Args:

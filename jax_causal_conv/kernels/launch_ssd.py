@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ..batch import first_after, runs_of, sanitize_offsets, sequences
-from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
+from ..operands import SSDOperands, SSDPackedOperands, SSDReplayOperands, SSDSpec
+from ..replay import replayed
 from . import tiles
 from .record import Launch, Launches
 from .ssd_chunks import chunks_kernel
@@ -99,9 +100,10 @@ def _packed_table(spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles) ->
         shape,
         spec.pad_slot_id,
     )
-    many = jnp.cumsum(seqs.live & (seqs.length > 1), dtype=jnp.int32)
-    served = seqs.live & (seqs.length > 1) & (many <= limit)
-    role = jnp.where(seqs.live & (seqs.length == 1), DECODE, SKIP)
+    long = seqs.live & (seqs.length > spec.most_steps)
+    many = jnp.cumsum(long, dtype=jnp.int32)
+    served = long & (many <= limit)
+    role = jnp.where(seqs.live & ~long, DECODE, SKIP)
     role = jnp.where(served, many - 1, role)
     seq = first_after(many, jnp.arange(limit, dtype=jnp.int32))
     exists = seq < many.shape[0]
@@ -167,6 +169,7 @@ def _constants(
         HIGH=high if spec.limits_dt and high != math.inf else None,
         D_BY_CHANNEL=D is not None and D.ndim == 2,
         PAD_SLOT_ID=spec.pad_slot_id,
+        STEPS=spec.most_steps,
         EXACT=spec.exact,
         Y_PARTS=(3 if x.dtype == jnp.float32 else 2) if spec.exact else 1,
         STATE_PARTS=(3 if wide_state else 2) if spec.exact else 1,
@@ -258,6 +261,15 @@ def packed(
         in_place=("y", "states"),
     )
     return tuple(results)
+
+
+def replay(
+    spec: SSDSpec, operands: SSDReplayOperands, tile: SsdTiles | None = None
+) -> Launches[tuple[jax.Array, ...]]:
+    """Launches of `ssd_packed` with drafts: those of a longer batch."""
+    spec, packed_operands, results_of = replayed(spec, operands)
+    results = yield from packed(spec, packed_operands, tile)
+    return results_of(*results)
 
 
 def dense(

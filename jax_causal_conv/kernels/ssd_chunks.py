@@ -240,6 +240,25 @@ def _store_within(inputs, work, state, i, store, when, channels, C: tl.constexpr
 
 
 @triton.jit
+def _on_the_way(store, length, low, high, C: tl.constexpr):
+    """The `Store`, if it ends in chunks `low` up to `high`, before the last token."""
+    chunk = store.end // C.CHUNK
+    here = (store.end < length) & (chunk >= low) & (chunk < high)
+    return Store(store.slot, store.end, store.live & here)
+
+
+@triton.jit
+def _store_last(inputs, state, stores, length, work, channels, C: tl.constexpr):
+    """Stores the state after a sequence wherever it is wanted."""
+    last, early = stores
+    whole = last.end == length
+    store_state(inputs.states, last, whole, state, work.head, channels, C)
+    if C.STORES > 1:
+        whole = early.end == length
+        store_state(inputs.states, early, whole, state, work.head, channels, C)
+
+
+@triton.jit
 def _through_stores(inputs, y_ptr, work, state, low, stops, channels, C: tl.constexpr):
     """Goes through whole chunks; stores what is wanted of the states on the way.
 
@@ -277,8 +296,8 @@ def _through_stores(inputs, y_ptr, work, state, low, stops, channels, C: tl.cons
 #
 # Reads: tokens of its sequence, what `prepare_kernel` left of their chunks, and the
 # state that it starts from: the slot of the sequence, or what `prepare_kernel` left of
-# the stretches before. Writes: y of its tokens; the program with the token after which a
-# state is wanted, the sequence's last one or an earlier one, writes its slot.
+# the stretches before. Writes: y of its tokens; the program with the token after which
+# a state is wanted, the sequence's last one or an earlier one, writes its slot.
 #
 # Race-free in a donated cache: sequences write different slots, none of which another
 # one reads, and each slot is written by programs of one stretch, each its own elements.
@@ -287,7 +306,7 @@ def _through_stores(inputs, y_ptr, work, state, low, stops, channels, C: tl.cons
 # where there are several, nobody reads the slot here, since `prepare_kernel` has left a
 # copy. Tokens belong to one program each.
 @triton.jit
-def chunks_kernel(inputs, outputs, C: tl.constexpr):
+def chunks_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
     program = tl.program_id(0)
     P_BLOCK: tl.constexpr = C.P_BLOCK
     y_ptr = inputs.y if C.IN_PLACE else outputs.y
@@ -328,18 +347,13 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
         else:
             seq = tl.load(inputs.prefills + prefill * 6 + 5)
             seq = tl.minimum(tl.maximum(seq, 0), inputs.num_seqs - 1)
-            last, early = stores_of(inputs, seq, slot, length, C)
-            # What is after all tokens is there at the end; an end before them is of the
-            # program that goes on from there.
-            here = (last.end < length) & (last.end // C.CHUNK >= low)
-            here = here & (last.end // C.CHUNK < high)
-            mid = Store(last.slot, last.end, last.live & here)
-            here = (early.end < length) & (early.end // C.CHUNK >= low)
-            here = here & (early.end // C.CHUNK < high)
-            stops = whole, mid, Store(early.slot, early.end, early.live & here)
-            state = _through_stores(
-                inputs, y_ptr, work, state, low, stops, channels, C
+            stores = stores_of(inputs, seq, slot, length, C)
+            stops = (
+                whole,
+                _on_the_way(stores[0], length, low, high, C),
+                _on_the_way(stores[1], length, low, high, C),
             )
+            state = _through_stores(inputs, y_ptr, work, state, low, stops, channels, C)
         if whole < high:
             state = _chunk(inputs, y_ptr, work, state, whole, C, False)
         if states_ptr is not None:
@@ -349,8 +363,4 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
                     final = state.to(states_ptr.dtype.element_ty)
                     tl.store(states_ptr + at, final, mask=mask)
                 else:
-                    whole = last.end == length
-                    store_state(states_ptr, last, whole, state, head, channels, C)
-                    if C.STORES > 1:
-                        whole = early.end == length
-                        store_state(states_ptr, early, whole, state, head, channels, C)
+                    _store_last(inputs, state, stores, length, work, channels, C)

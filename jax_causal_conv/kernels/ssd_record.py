@@ -127,6 +127,7 @@ class SsdConstants:
         STORES: 0 where a sequence stores its last state in its slot, and nothing else;
             1, where that may be an earlier state or another slot; 2, where there are
             snapshots too.
+        STEPS: the most tokens of a sequence that are served one by one.
         P_BLOCK: channels of a head a program, a power of two; from 16 on for products.
         P_BLOCKS: programs a head.
         K_BLOCK: K rounded up to a power of two; from 16 on for products.
@@ -154,6 +155,7 @@ class SsdConstants:
     IN_PLACE: bool = False
     PAD_SLOT_ID: int = -1
     STORES: int = 0
+    STEPS: int = 1
     P_BLOCK: int = 0
     P_BLOCKS: int = 0
     K_BLOCK: int = 0

@@ -81,7 +81,8 @@ def move_ring(row_ptr, slot_ptr, store, cursor, block, C: tl.constexpr):
     for n in range(0, C.BLOCK_N, C.SLOT_N):
         cols = (block.first + n + tl.arange(0, C.SLOT_N))[None, :]
         mask = (row < C.L) & (cols < block.limit)
-        x = tl.load(row_ptr + token * C.X + cols, mask=mask & fresh, other=0.0)
+        x_ptrs = row_ptr + token.to(tl.int64) * C.X + cols
+        x = tl.load(x_ptrs, mask=mask & fresh, other=0.0)
         at = row * C.D + cols
         old = tl.load(slot_ptr + at, mask=mask & (behind >= C.Q), other=0.0)
         rows = tl.where(fresh, x.to(slot_ptr.dtype.element_ty), old)

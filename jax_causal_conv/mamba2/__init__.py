@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .config import Mamba2Config
 from .sampling import GREEDY, SamplingParams, sample
-from .ssd import ssd, ssd_packed
+from .ssd import DraftStates, ssd, ssd_packed
 
 if TYPE_CHECKING:
     from .checkpoint import load, save
@@ -67,6 +67,7 @@ __all__ = [
     "GREEDY",
     "Bucket",
     "DraftRequest",
+    "DraftStates",
     "Engine",
     "Event",
     "GatedRMSNorm",

@@ -16,7 +16,7 @@ from .. import batch, checks
 from ..metadata import ConvMetadata
 from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from ..operands import PAD_SLOT_ID
-from .ssd import ssd, ssd_packed
+from .ssd import DraftStates, ssd, ssd_packed
 
 _default_linear_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -75,12 +75,12 @@ class Mamba2Cache(NamedTuple):
     """What requests leave behind in one `Mamba2Mixer`: S slots, one per request.
 
     Attributes:
-        conv: `(S, W-1, C)`, the last inputs of the conv.
-        ssm: `(S, H, P, K)`, the state of the SSM.
+        conv: `(S, W-1, C)`, the last inputs of the conv; with drafts `(S, W-1+q, C)`.
+        ssm: `(S, H, P, K)`, the state of the SSM; with drafts `DraftStates`.
     """
 
     conv: jax.Array
-    ssm: jax.Array
+    ssm: jax.Array | DraftStates
 
 
 class Mamba2Mixer(nnx.Module):
@@ -317,6 +317,7 @@ class Mamba2Mixer(nnx.Module):
         *,
         cache_indices: ArrayLike | None = None,
         has_initial_state: ArrayLike | None = None,
+        num_rejected_tokens: ArrayLike | None = None,
         write_indices: ArrayLike | None = None,
         snapshot_ends: ArrayLike | None = None,
         snapshot_indices: ArrayLike | None = None,
@@ -335,6 +336,9 @@ class Mamba2Mixer(nnx.Module):
             query_start_loc: `(N+1,)` integers, as for `causal_conv1d_fn`.
             cache_indices: `(N,)` integers, the slot of each sequence, or None.
             has_initial_state: `(N,)` bool, or None for all False.
+            num_rejected_tokens: `(N,)` integers, how many of each request's last tokens
+                were rejected drafts and are taken back, as for `ssd_packed`; None is 0.
+                The cache must have been made for so many drafts.
             write_indices: `(N,)` integers, the slot that each new state goes to,
             snapshot_ends: `(N,)` integers, after how many tokens a sequence also leaves
                 its state, and
@@ -342,9 +346,9 @@ class Mamba2Mixer(nnx.Module):
                 `causal_conv1d_fn`, or None.
             metadata: from `build_metadata`, to share between layers. None builds it.
             max_prefills: static; how many live sequences may have more than one
-                token. Of a batch with more the surplus ones, in order, are skipped: no
-                slot of theirs changes. 0 compiles a pure decode step. None is enough
-                for any batch.
+                token, or, in a cache for q drafts, more than 1 + q. Of a batch with
+                more the surplus ones, in order, are skipped: no slot of theirs changes.
+                0 compiles a step without prompts. None is enough for any batch.
             pad_slot_id: static int, the slot number that means "skip".
 
         Returns:
@@ -361,6 +365,7 @@ class Mamba2Mixer(nnx.Module):
         slots: dict[str, Any] = {
             "cache_indices": cache_indices,
             "has_initial_state": has_initial_state,
+            "num_rejected_tokens": num_rejected_tokens,
             "write_indices": write_indices,
             "snapshot_ends": snapshot_ends,
             "snapshot_indices": snapshot_indices,
@@ -387,6 +392,7 @@ class Mamba2Mixer(nnx.Module):
         *,
         dtype: DTypeLike | None = None,
         ssm_dtype: DTypeLike = jnp.float32,
+        max_drafts: int = 0,
     ) -> Mamba2Cache:
         """The cache of `num_slots` requests without history.
 
@@ -394,13 +400,35 @@ class Mamba2Mixer(nnx.Module):
             num_slots: S.
             dtype: of the conv states; None is the mixer's `dtype`, else `param_dtype`.
             ssm_dtype: of the SSM states.
+            max_drafts: q, how many of a request's last tokens can be taken back by
+                `num_rejected_tokens`. The tokens that the cache remembers for it have
+                `dtype`: it should be the computation's.
 
         Returns:
-            A `Mamba2Cache` of zeros: `(S, W-1, C)` and `(S, H, P, K)`.
+            A `Mamba2Cache` of zeros: `(S, W-1, C)` and `(S, H, P, K)`; with drafts
+            `(S, W-1+q, C)` and `DraftStates`.
+
+        Raises:
+            TypeError: `max_drafts` is no static int.
+            ValueError: it is negative.
         """
-        shape = (num_slots, self.num_heads, self.headdim, self.d_state)
-        conv = self.conv.init_state(num_slots, dtype=dtype)
-        return Mamba2Cache(conv, jnp.zeros(shape, ssm_dtype))
+        drafts = checks.static_int("max_drafts", max_drafts, minimum=0)
+        heads, of_group = (self.num_heads, self.headdim), (self.n_groups, self.d_state)
+        rows = self.conv.kernel_size - 1 + drafts
+        conv = self.conv.init_state(num_slots, state_len=rows, dtype=dtype)
+        ssm: Any = jnp.zeros((num_slots, *heads, self.d_state), ssm_dtype)
+        if drafts:
+            recent, wide = (
+                (num_slots, drafts),
+                jnp.promote_types(conv.dtype, jnp.float32),
+            )
+            ssm = DraftStates(
+                ssm,
+                jnp.zeros((*recent, *heads), conv.dtype),
+                jnp.zeros((*recent, self.num_heads), wide),
+                jnp.zeros((*recent, *of_group), conv.dtype),
+            )
+        return Mamba2Cache(conv, ssm)
 
     @property
     def _conv_sizes(self) -> tuple[int, int, int]:
@@ -487,19 +515,24 @@ def _without_surplus(
     The conv has no limit of prefills: without this it would advance the conv states of
     requests whose SSM states stay behind.
     """
-    num_tokens, num_slots = jnp.shape(u)[0], cache.ssm.shape[0]
+    states, most = cache.ssm, 1
+    if isinstance(states, DraftStates):
+        most += states.x.shape[1]
+        states = states.states
+    num_tokens, num_slots = jnp.shape(u)[0], states.shape[0]
     offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs = offsets.shape[0] - 1
     limit = checks.static_int("max_prefills", max_prefills, minimum=0)
     slots = checks.slots_array(
-        "cache_indices", cache_indices, cache.ssm, "cache.ssm", num_seqs, "N"
+        "cache_indices", cache_indices, states, "cache.ssm", num_seqs, "N"
     )
     if slots is None:
         slots = np.arange(num_seqs, dtype=np.int32)
     offsets = batch.sanitize_offsets(jnp.asarray(offsets), num_tokens)
     pad = checks.pad_slot(pad_slot_id, num_slots)
     seqs = batch.sequences(offsets, slots, None, None, (num_slots, 1), pad)
-    return jnp.where(batch.surplus_prefills(seqs, limit), PAD_SLOT_ID, slots)
+    surplus = batch.surplus_prefills(seqs, limit, most)
+    return jnp.where(surplus, PAD_SLOT_ID, slots)
 
 
 def _wide(array: jax.Array) -> jax.Array:

@@ -191,6 +191,7 @@ class Mamba2LM(nnx.Module):
         *,
         cache_indices: ArrayLike | None = None,
         has_initial_state: ArrayLike | None = None,
+        num_rejected_tokens: ArrayLike | None = None,
         write_indices: ArrayLike | None = None,
         snapshot_ends: ArrayLike | None = None,
         snapshot_indices: ArrayLike | None = None,
@@ -209,6 +210,9 @@ class Mamba2LM(nnx.Module):
             query_start_loc: `(N+1,)`, as for `causal_conv1d_fn`.
             cache_indices: `(N,)` or None, as there.
             has_initial_state: `(N,)` bool or None, as there.
+            num_rejected_tokens: `(N,)` or None: how many of each request's last tokens
+                were rejected drafts and are taken back; at most the `max_drafts` that
+                the cache was made for.
             write_indices: `(N,)` or None, as there, and
             snapshot_ends: `(N,)` or None, as there, and
             snapshot_indices: `(N,)` or None, as there: the slots that new and earlier
@@ -216,7 +220,8 @@ class Mamba2LM(nnx.Module):
             metadata: of `build_metadata`, shared by all layers; None builds it here,
                 once.
             max_prefills: static, as for `ssd_packed`: how many live sequences may
-                have more than one token. None is min(N, T // 2).
+                have more than one token, or, in a cache for q drafts, more than 1 + q.
+                None is min(N, T // 2).
             pad_slot_id: static, the slot number that means "skip".
             logits_at: `(M,)` integers, the tokens whose logits are wanted, clipped into
                 [0, T); None is the last one of each sequence.
@@ -244,6 +249,7 @@ class Mamba2LM(nnx.Module):
                 query_start_loc,
                 cache_indices=cache_indices,
                 has_initial_state=has_initial_state,
+                num_rejected_tokens=num_rejected_tokens,
                 write_indices=write_indices,
                 snapshot_ends=snapshot_ends,
                 snapshot_indices=snapshot_indices,
@@ -266,6 +272,7 @@ class Mamba2LM(nnx.Module):
         *,
         dtype: DTypeLike | None = None,
         ssm_dtype: DTypeLike = jnp.float32,
+        max_drafts: int = 0,
     ) -> tuple[Mamba2Cache, ...]:
         """The caches of all layers, zero.
 
@@ -273,12 +280,16 @@ class Mamba2LM(nnx.Module):
             num_slots: S, how many requests fit.
             dtype: of the conv states; None is the computation's.
             ssm_dtype: of the SSM states.
+            max_drafts: how many of a request's last tokens can be taken back by
+                `num_rejected_tokens`; 0 costs nothing.
 
         Returns:
             One `Mamba2Cache` per layer.
         """
         return tuple(
-            layer.mixer.init_cache(num_slots, dtype=dtype, ssm_dtype=ssm_dtype)
+            layer.mixer.init_cache(
+                num_slots, dtype=dtype, ssm_dtype=ssm_dtype, max_drafts=max_drafts
+            )
             for layer in self.layers
         )
 

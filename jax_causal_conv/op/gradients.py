@@ -42,6 +42,7 @@ from .ops import (
     ROWS_BACKWARD,
     SSD,
     SSD_PACKED,
+    SSD_REPLAY,
     UPDATE,
 )
 from .record import Op
@@ -376,4 +377,5 @@ _RULES = {
     DENSE: _rule(DENSE, _dense_forward, _dense_backward),
     SSD: _rule(SSD, *_through_xla(SSD)),
     SSD_PACKED: _rule(SSD_PACKED, *_through_xla(SSD_PACKED)),
+    SSD_REPLAY: _rule(SSD_REPLAY, *_through_xla(SSD_REPLAY)),
 }

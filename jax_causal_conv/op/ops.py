@@ -18,11 +18,14 @@ from ..operands import (
     RowsBackwardOperands,
     SSDOperands,
     SSDPackedOperands,
+    SSDReplayOperands,
     SSDSpec,
     UpdateOperands,
 )
 from ..xla import backward, forward, ssd
 from .record import Op
+
+_SSDRecords = SSDOperands | SSDPackedOperands | SSDReplayOperands
 
 
 def _kernels() -> ModuleType:
@@ -83,7 +86,7 @@ def _rows_and_slots(spec: ConvSpec, operands: UpdateOperands) -> dict[str, str]:
     return {"S": "B"} if one_by_one else {"S": "s", "B": "b"}
 
 
-def _groups(spec: SSDSpec, operands: SSDOperands | SSDPackedOperands) -> dict[str, str]:
+def _groups(spec: SSDSpec, operands: _SSDRecords) -> dict[str, str]:
     """Groups are sharded like their heads; a single one, which all share, is not."""
     del spec
     return {"G": "g" if operands.B.shape[-2] == 1 else "H"}
@@ -132,6 +135,12 @@ def _ssd_results(spec: SSDSpec, operands: SSDOperands) -> list:
 def _ssd_packed_results(spec: SSDSpec, operands: SSDPackedOperands) -> list:
     del spec
     return [_like(operands.x), _like(operands.states)]
+
+
+def _ssd_replay_results(spec: SSDSpec, operands: SSDReplayOperands) -> list:
+    del spec
+    recent = operands.recent_x, operands.recent_dt, operands.recent_B
+    return [*map(_like, (operands.x, operands.states, *recent))]
 
 
 PACKED = Op(
@@ -273,4 +282,42 @@ SSD_PACKED = Op(
     rename=_groups,
 )
 
-OPS = (PACKED, UPDATE, DENSE, PACKED_BACKWARD, ROWS_BACKWARD, SSD, SSD_PACKED)
+SSD_REPLAY = Op(
+    name="ssd_replay",
+    xla=ssd.replay,
+    launches=lambda: _ssd_kernels().replay,
+    dims=SSDReplayOperands(
+        x="t H p",
+        dt="t H",
+        A="H",
+        B="t G k",
+        C="t G k",
+        D="H p",
+        dt_bias="H",
+        states="s H p k",
+        query_start_loc="q",
+        recent_x="s r H p",
+        recent_dt="s r H",
+        recent_B="s r G k",
+        slots="n",
+        has_initial_state="n",
+        num_rejected="n",
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
+    ),
+    result_dims=("t H p", "s H p k", "s r H p", "s r H", "s r G k"),
+    result_shapes=_ssd_replay_results,
+    rename=_groups,
+)
+
+OPS = (
+    PACKED,
+    UPDATE,
+    DENSE,
+    PACKED_BACKWARD,
+    ROWS_BACKWARD,
+    SSD,
+    SSD_PACKED,
+    SSD_REPLAY,
+)

@@ -13,17 +13,19 @@ states pass through a scan.
 Letters as in `ssd`, and: R = H // G heads in a group, M chunks.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .. import batch
-from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
+from ..operands import SSDOperands, SSDPackedOperands, SSDReplayOperands, SSDSpec
+from ..replay import replayed, step_sizes
 from ..slots import differentiate_as
 
 _LOWEST_LOG_DECAY = -1000.0
@@ -102,15 +104,6 @@ def _einsum(exact: bool, subscripts: str, *operands):
     """
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return jnp.einsum(subscripts, *operands, precision=precision)
-
-
-def _step_sizes(spec: SSDSpec, dt, bias):
-    """The step sizes of the recurrence, from what the caller gave."""
-    if bias is not None:
-        dt = dt + bias.astype(dt.dtype)
-    if spec.dt_softplus:
-        dt = jax.nn.softplus(dt)
-    return jnp.clip(dt, *spec.dt_limit) if spec.limits_dt else dt
 
 
 def _past_the_state(D, x):
@@ -261,7 +254,7 @@ def dense(spec: SSDSpec, operands: SSDOperands):
     (rows, length, heads, dim), (_, _, groups, _) = x.shape, B.shape
     dtype, wide = x.dtype, batch.accumulator(x)
     x, dt, A, B, C = (a.astype(wide) for a in (x, dt, A, B, C))
-    dt = _step_sizes(spec, dt, dt_bias)
+    dt = step_sizes(spec, dt, dt_bias)
     size, count = spec.chunk_size, -(-length // spec.chunk_size)
     row_runs: batch.Runs | None = None
     runs: _ChunkRuns | None = None
@@ -440,7 +433,7 @@ def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
     return _chunk_outputs(spec.exact, chunks, entering, None), states, entering
 
 
-def packed(spec: SSDSpec, operands: SSDPackedOperands):
+def packed(spec: SSDSpec, operands: SSDPackedOperands):  # noqa: PLR0915
     """`ssd_packed` on checked arguments: y, and the new states.
 
     There are at least one token, one sequence and one slot.
@@ -452,15 +445,17 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     num_tokens, heads, dim = x.shape
     num_seqs, groups, dtype = offsets.shape[0] - 1, B.shape[1], x.dtype
     x, dt, A, B, C = (a.astype(batch.accumulator(x)) for a in (x, dt, A, B, C))
-    dt = _step_sizes(spec, dt, dt_bias)
+    dt = step_sizes(spec, dt, dt_bias)
     offsets = batch.sanitize_offsets(offsets, num_tokens)
     num_slots = states.shape[0]
     # `sequences` asks for slots of some rows of history: a state is like a single row.
     seqs = batch.sequences(
         offsets, slots, has_initial_state, None, (num_slots, 1), spec.pad_slot_id
     )
-    surplus = batch.surplus_prefills(seqs, spec.max_prefills)
+    surplus = batch.surplus_prefills(seqs, spec.max_prefills, spec.most_steps)
     seqs = seqs._replace(live=seqs.live & ~surplus)
+    if spec.most_steps > 1:  # here all but single tokens go by chunks
+        spec = dataclasses.replace(spec, max_prefills=num_seqs)
     prefill = seqs.live & (seqs.length > 1)
     # States of another dtype stay out of the single pass over all slots. It would also
     # convert those that no sequence names, and back; on a CPU not all keep their bits.
@@ -480,10 +475,10 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
         _by_group(x, groups, 1), _by_group(dt, groups), _by_group(A, groups), B, C
     )
     stores = batch.stores_of(seqs, operands, spec.pad_slot_id)
-    ends = [store.end for store in stores]
+    ends: list[Any] = [store.end for store in stores]
     if operands.write_ends is None:
         ends[-1] = None  # all tokens
-    of_prefills = [None] * len(ends)
+    of_prefills: list[Any] = [None] * len(ends)
     if spec.max_prefills:
         many, of_prefills, states = _run_prefills(
             spec, inputs, states, (seqs, prefills, tokens), ends
@@ -523,6 +518,12 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
         slot = jnp.where(store.live, store.slot, num_slots)  # else out of bounds
         states = states.at[slot].set(new, mode="drop", unique_indices=True)
     return y, states
+
+
+def replay(spec: SSDSpec, operands: SSDReplayOperands):
+    """`ssd_packed` with drafts, on checked arguments; see the package's `replay`."""
+    spec, packed_operands, results_of = replayed(spec, operands)
+    return results_of(*packed(spec, packed_operands))
 
 
 def _run_prefills(

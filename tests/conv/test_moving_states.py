@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_causal_conv import causal_conv1d_fn, causal_conv1d_update
+from jax_causal_conv import causal_conv1d_fn, causal_conv1d_update, validate_batch
 from jax_causal_conv.compat import CPU_LOOPS_UPDATE_IN_PLACE
 from tests.support import checks
 from tests.support.cases import FLOATS
@@ -192,3 +192,39 @@ def test_update_error_names_the_argument():
     case = case.replace(conv_state_write_indices=np.zeros(3, np.int32))
     with pytest.raises(ValueError, match="conv_state_write_indices must have shape"):
         checks.call(case, "xla")
+
+
+VALID = {
+    "query_start_loc": [0, 2, 3, 3, 5],
+    "cache_indices": [0, 0, 7, 1],
+    "num_tokens": 5,
+    "num_slots": 6,
+    "write_indices": [2, 3, 0, 1],
+    "snapshot_indices": [4, -1, 0, 5],
+}
+
+
+def test_validate_batch_accepts_forks_and_snapshots():
+    validate_batch(**VALID)
+    validate_batch(**VALID | {"write_indices": [2, 3, 2, -1]})  # an empty one, and none
+    validate_batch(
+        **VALID | {"snapshot_indices": [2, -1, 9, 1]}
+    )  # where its state goes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"write_indices": [2, 2, 0, 1]}, "write_indices.1. = 2 is already written"),
+        ({"write_indices": [2, 6, 0, 1]}, "write_indices.1. = 6 is outside"),
+        ({"write_indices": [1, 3, 0, 4]}, "snapshot_indices.0. = 4 is already written"),
+        ({"write_indices": [0, 3, 0, 1]}, "cache_indices.1. = 0 is written by .* 0"),
+        ({"snapshot_indices": [1, -1, 0, 5]}, "snapshot_indices.0. = 1 is already"),
+        ({"snapshot_indices": [0, -1, 0, 5]}, "cache_indices.1. = 0 is written by"),
+        ({"write_indices": None}, "write_indices.1. = 0|cache_indices.1. = 0"),
+        ({"write_indices": [2, 3]}, "write_indices must have shape"),
+    ],
+)
+def test_validate_batch_names_what_gets_in_the_way(changes, message):
+    with pytest.raises(ValueError, match=message):
+        validate_batch(**VALID | changes)

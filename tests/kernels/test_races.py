@@ -114,6 +114,19 @@ CASES = {
     "circular, L = W-1": update(
         cache_seqlens=True, num_rejected_tokens=False, state_len=3
     ),
+    "forks and snapshots": packed(
+        [1, 7, 0, 9, 4], num_slots=12, write_indices=True, snapshots=True
+    ).replace(
+        cache_indices=slots(3, 3, 1, 0, 2),
+        write_indices=slots(4, 5, 3, 0, 6),
+        snapshot_indices=slots(7, -1, 0, 8, 2),
+        snapshot_ends=slots(0, 3, 1, 9, 1),
+        num_rejected_tokens=slots(2, 0, 0, 1, 3),
+    ),
+    "decode, forks": update(write_indices=True),
+    "circular, forks": update(
+        cache_seqlens=True, num_rejected_tokens=False, write_indices=True
+    ),
 }
 
 

@@ -171,6 +171,51 @@ def test_decodes_at_the_far_end():
     assert not states[:3].any()
 
 
+def test_states_move_between_far_slots():
+    offsets = [0, TOKENS - 4, TOKENS - 3, TOKENS - 2]
+    operands = packed_operands(np.random.default_rng(0), offsets, [0, -1, SLOTS - 1])
+    operands = operands._replace(
+        write_slots=np.array([-1, -1, SLOTS - 2], np.int32),
+        snapshot_slots=np.array([-1, -1, SLOTS - 3], np.int32),
+        snapshot_ends=np.zeros(3, np.int32),
+    )
+    old = operands.states[-3:, HEAD].copy()
+    choose = programs_for((), (), (1, 2), ())
+    call = caller(choose, {"y": slice(-SEEN, None)})
+    y, states = record.run(launch_ssd.packed(SSDSpec(64), operands), call)
+    at = slice(TOKENS - 3, TOKENS - 2)
+    check(operands, at, old[2], y[at, HEAD], states[-2, HEAD])
+    np.testing.assert_array_equal(states[[-1, -3], HEAD], old[[2, 2]])
+    assert not states[:3].any()
+
+
+@pytest.mark.parametrize("stretch", [0, 1])
+def test_prompt_leaves_states_in_far_slots(stretch):
+    first = TOKENS - 9 - 130
+    offsets, slots = [0, first, first + 130], [0, SLOTS - 1]
+    operands = packed_operands(np.random.default_rng(1), offsets, slots)
+    operands = operands._replace(
+        write_slots=np.array([-1, SLOTS - 2], np.int32),
+        snapshot_slots=np.array([-1, SLOTS - 3], np.int32),
+        snapshot_ends=np.array([0, 100], np.int32),
+    )
+    old, spec = operands.states[-1, HEAD].copy(), SSDSpec(64, max_prefills=2)
+    tile = {"stretch": stretch, "chunk": 64}
+    tile = ssd_launches.tile_of("ssd_packed", spec, operands, **tile)
+    pieces = range(-(-first // 64), -(-first // 64) + 3)
+    choose = programs_for(pieces, pieces, (), (1,))
+    inner = slice(pieces.start, pieces.stop)
+    where = {"y": slice(-SEEN, None), "sums": (inner, HEAD)}
+    where |= dict.fromkeys(("carried", "forget", "weights"), (inner, HEAD))
+    y, states = record.run(
+        launch_ssd.packed(spec, operands, tile), caller(choose, where)
+    )
+    for at, slot in ((slice(first, first + 130), -2), (slice(first, first + 100), -3)):
+        check(operands, at, old, y[at, HEAD], states[slot, HEAD])
+    np.testing.assert_array_equal(states[-1, HEAD], old)
+    assert not states[:3].any()
+
+
 @pytest.mark.parametrize("stretch", [0, 1])
 def test_prompts_and_a_decode_at_the_far_end(stretch):
     """The first sequence, which is not run, has nearly all tokens and chunks."""

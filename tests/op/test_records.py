@@ -17,13 +17,15 @@ from jax_causal_conv.op.ops import (
     ROWS_BACKWARD,
     SSD,
     SSD_PACKED,
+    SSD_REPLAY,
     UPDATE,
 )
 from jax_causal_conv.operands import ConvSpec, SSDSpec
 
 T, N, S, L, D, W, B, Q = 23, 5, 7, 6, 12, 4, 3, 2
 H, P, G, K = 6, 5, 3, 7
-CONV_OPS = tuple(op for op in OPS if op not in (SSD, SSD_PACKED))
+SSD_OPS = (SSD, SSD_PACKED, SSD_REPLAY)
+CONV_OPS = tuple(op for op in OPS if op not in SSD_OPS)
 COLUMNS = (Columns(), Columns(5), Columns(split=(4, 8)), Columns(5, (4, 4, 4)))
 DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -49,12 +51,16 @@ def operands_of(op, x_dtype, state_dtype, columns, optional: bool):
             "has_initial_state": bools(N),
             "num_rejected": ints(N),
             "metadata": ConvMetadata(chunks, chunks, 8),
+            "write_slots": ints(N),
+            "snapshot_slots": ints(N),
+            "snapshot_ends": ints(N),
         },
         UPDATE: {
             "states": states,
             "slots": ints(B),
             "cache_seqlens": ints(B),
             "num_rejected": ints(B),
+            "write_slots": ints(B),
         },
         DENSE: {
             "states": array(B, L, D, dtype=state_dtype),
@@ -67,6 +73,8 @@ def operands_of(op, x_dtype, state_dtype, columns, optional: bool):
             "query_start_loc": ints(N + 1),
             "live": bools(N),
             "metadata": ConvMetadata(chunks, chunks, 8),
+            "dsnapshots": array(N, L, D, dtype=state_dtype),
+            "snapshot_ends": ints(N),
         },
         ROWS_BACKWARD: {
             "history": array(B, W - 1, D, dtype=state_dtype),
@@ -111,8 +119,16 @@ def ssd_operands(op, x_dtype, state_dtype, optional: bool):
     else:
         needed["states"] = array(S, H, P, K, dtype=state_dtype)
         needed["query_start_loc"] = array(N + 1)
-        options["slots"] = array(N)
+        for name in ("slots", "write_slots", "snapshot_slots", "snapshot_ends"):
+            options[name] = array(N)
         options["has_initial_state"] = array(N, dtype=jnp.bool_)
+    if op is SSD_PACKED:
+        options["write_ends"] = array(N)
+    if op is SSD_REPLAY:
+        needed["recent_x"] = array(S, Q, H, P, dtype=x_dtype)
+        needed["recent_dt"] = array(S, Q, H, dtype=jnp.float32)
+        needed["recent_B"] = array(S, Q, G, K, dtype=state_dtype)
+        options["num_rejected"] = array(N)
     fields = dict.fromkeys(type(op.dims)._fields) | needed
     return type(op.dims)(**fields | (options if optional else {}))
 
@@ -122,7 +138,7 @@ def shapes(results):
 
 
 @pytest.mark.parametrize("optional", [False, True])
-@pytest.mark.parametrize("op", [SSD, SSD_PACKED], ids=str)
+@pytest.mark.parametrize("op", SSD_OPS, ids=str)
 def test_results_of_the_ssd_have_the_shapes_that_the_record_says(op, optional):
     for x_dtype, state_dtype in itertools.product(DTYPES, DTYPES):
         operands = ssd_operands(op, x_dtype, state_dtype, optional)
