@@ -159,8 +159,8 @@ class Server(NamedTuple):
             num_slots=num_slots,
             max_tokens_per_step=budget,
             max_waiting=max_waiting,
-            decode_buckets={-(-num_slots // 4), num_slots},
-            token_buckets={-(-budget // 4), budget},
+            decode_buckets=[num_slots],
+            token_buckets=[budget],
             **features,
         )
         engine.warmup()

@@ -199,7 +199,6 @@ class Mamba2LM(nnx.Module):
         max_prefills: int | None = None,
         pad_slot_id: int = PAD_SLOT_ID,
         logits_at: ArrayLike | None = None,
-        **moves: ArrayLike | None,
     ) -> tuple[jax.Array, tuple[Mamba2Cache, ...]]:
         """One step of serving: prefills, chunks of them and decodes, packed.
 
@@ -225,8 +224,6 @@ class Mamba2LM(nnx.Module):
             pad_slot_id: static, the slot number that means "skip".
             logits_at: `(M,)` integers, the tokens whose logits are wanted, clipped into
                 [0, T); None is the last one of each sequence.
-            **moves: `write_indices`, `snapshot_ends` and `snapshot_indices`, as for
-                `Mamba2Mixer.packed`.
 
         Returns:
             `(N, vocab_size)` or `(M, vocab_size)` float32 logits after these tokens,
@@ -234,7 +231,7 @@ class Mamba2LM(nnx.Module):
             cache.
 
         Raises:
-            TypeError: a dtype, or the name of an argument, is wrong.
+            TypeError: a dtype is wrong.
             ValueError: a shape or size is wrong.
         """
         hidden = self._embed(tokens)
@@ -256,7 +253,6 @@ class Mamba2LM(nnx.Module):
                 metadata=metadata,
                 max_prefills=max_prefills,
                 pad_slot_id=pad_slot_id,
-                **moves,
             )
             new_cache.append(new)
         if logits_at is None:

@@ -658,6 +658,18 @@ def test_a_language_model_draws_the_same_with_all_of_it(model):
     assert stats.prefix_hits >= 5 and stats.prefix_tokens > 80
 
 
+def test_logits_are_those_of_the_tokens_that_are_asked_for(model):
+    tokens = prompt_of(12)
+    wanted = np.array([11, 3, 3, -5, 99, 7])
+    logits, _ = jax.jit(model.packed)(
+        tokens, model.init_cache(2), np.array([0, 8, 12]), logits_at=wanted
+    )
+    rows = jax.jit(model)(np.stack([tokens[:8], [*tokens[8:], 0, 0, 0, 0]]))
+    places = [(1, 3), (0, 3), (0, 3), (0, 0), (1, 3), (0, 7)]
+    want = np.stack([rows[place] for place in places])
+    np.testing.assert_allclose(logits, want, atol=1e-4 * abs(want).max())
+
+
 @pytest.mark.skipif(
     jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11),
     reason="XLA:CPU copies a donated cache before jax 0.11",
