@@ -318,7 +318,7 @@ def test_checkpoint_policies_keep_what_they_say():
     u = jnp.ones((2, tokens, 16))
 
     def block(u, params):
-        return u + nnx.merge(graphdef, params)(u), None
+        return u + 0.05 * nnx.merge(graphdef, params)(u), None
 
     def temporary(block):
         def loss(stacked, u):
@@ -335,8 +335,8 @@ def test_checkpoint_policies_keep_what_they_say():
     kept = layers * 2 * tokens * sum(mixer.column_sizes[1:4]) * 4
     assert kept / 2 < conv - nothing < 2 * kept, (conv - nothing, kept)
     assert everything > conv + kept, (nothing, conv, everything)
-    assert_close(one, want)
-    assert_close(other, want)
+    assert_close(one, want, 1e-4)
+    assert_close(other, want, 1e-4)
 
 
 def test_the_conv_is_computed_once_on_cpus_in_float32():
