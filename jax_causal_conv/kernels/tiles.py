@@ -304,3 +304,74 @@ def _stretch(chunks: int, programs: int) -> int:
     """
     stretches = min(_RESIDENT // programs, chunks // 4)
     return -(-chunks // stretches) if stretches > 1 else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SsdBackwardTiles:
+    """Tile sizes of the launches of an SSD's gradient.
+
+    Attributes:
+        p_block: channels of an item, a power of two.
+        k_block: K rounded up to a power of two.
+        chunk: tokens of a tile, a power of two.
+        tiles: tiles of a group, at most 4.
+        h_block: heads whose sums a program makes, a power of two.
+        item_block: items that a program of sums over heads goes through.
+        num_warps: warps of a program of one tile and item; of one pair of tiles.
+        state_warps: of one that goes through a row.
+        head_warps: of one that sums up dB or dC.
+        num_stages: of the loops over tiles, or over the items of a pair.
+        state_stages: of those that load states.
+    """
+
+    p_block: int
+    k_block: int
+    chunk: int
+    tiles: int
+    h_block: int
+    item_block: int
+    num_warps: int = 4
+    state_warps: int = 4
+    head_warps: int = 8
+    num_stages: int = 2
+    state_stages: int = 2
+
+
+def ssd_backward(
+    head_shape: tuple[int, int],
+    group_shape: tuple[int, int],
+    itemsize: int,
+    rows: int,
+    length: int,
+) -> SsdBackwardTiles:
+    """Tiles of the gradient of B rows of T tokens.
+
+    Args:
+        head_shape: H and P.
+        group_shape: G and K.
+        itemsize: of x, B and C.
+        rows, length: B and T.
+    """
+    (heads, dim), (groups, size) = head_shape, group_shape
+    k_block = max(16, power_of_two(size))
+    p_block = max(16, min(64, power_of_two(dim), _STATE_TILE // k_block))
+    row = 2 * k_block * itemsize
+    chunk = 64
+    while chunk > 16 and (chunk * row > _CHUNK_BYTES or chunk >= 2 * length):
+        chunk //= 2
+    count = min(4, -(-length // chunk))
+    wide = 2 * chunk * row > _CHUNK_BYTES
+    # Enough programs for a GPU; fewer, and so fewer sums to be added up again, suffice.
+    items = heads // groups * -(-dim // p_block)
+    programs = rows * -(-length // (chunk * count)) * groups * 2 * count
+    blocks = max(1, min(items, 4 * _RESIDENT // programs))
+    return SsdBackwardTiles(
+        p_block,
+        k_block,
+        chunk,
+        count,
+        h_block=min(16, power_of_two(heads)),
+        item_block=-(-items // blocks),
+        num_stages=1 if wide else 2,
+        state_stages=1 if wide else 2,
+    )
