@@ -3,6 +3,7 @@
 As in `launch_ssd`: a generator of launches that is sent the outputs of each.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -32,13 +33,14 @@ _SIZES = ("row_len", "tiles", "groups", "rows")
 
 
 class _Step(NamedTuple):
-    """A launch: its kernel, the names of what it reads and writes, and its size."""
+    """A launch: its kernel, the names of what it reads and writes, and its sizes."""
 
     kernel: Any
     reads: str
     writes: str
     grid: int
     num_warps: int
+    stages: int
 
 
 def _constants(
@@ -73,8 +75,6 @@ def _constants(
         P_BLOCKS=p_blocks,
         K_BLOCK=tile.k_block,
         H_BLOCK=tile.h_block,
-        STAGES=tile.num_stages,
-        STATE_STAGES=tile.state_stages,
         TILES=tile.tiles,
         PLANES=max(terms, 1),
         TERMS=terms,
@@ -110,12 +110,14 @@ def _outputs(
         direct=of_tokens,
         onward=of_tokens,
         dropped=shape((tiles, items), wide),
-        dD=None if operands.D is None else shape((tiles, C.H, C.P), wide),
+        dD=None if operands.D is None else shape((groups, C.H, C.P), wide),
         flows=shape((groups, pairs, items, C.CHUNK), wide),
+        flow_totals=shape((groups, pairs, items), wide),
         dscores=shape((C.ITEM_BLOCKS, groups, C.G, pairs, *square), wide),
         dC=of_sizes,
         dB=of_sizes,
         arriving=of_tokens,
+        arriving_totals=shape((tiles, items), wide),
         through=shape((groups, items), wide),
         ddt=shape((rows * length, C.H), operands.dt.dtype),
         dA=of_heads,
@@ -179,6 +181,7 @@ def backward(
             "sums scores",
             sums + rows * groups * C.G * pairs,
             4,
+            1,
         ),
         _Step(
             backward_states_kernel,
@@ -186,35 +189,40 @@ def backward(
             "entering leaving dstates",
             rows * 2 * items,
             tile.state_warps,
+            tile.state_stages,
         ),
         _Step(
             backward_tokens_kernel,
-            "x dy B D sums scores leaving run_start",
-            "dx direct onward dropped dD",
-            rows * groups * items * C.TILES,
-            tile.num_warps,
+            "x dy B C D sums leaving run_start",
+            "dx direct onward dD",
+            rows * groups * items,
+            tile.token_warps,
+            tile.token_stages,
         ),
         _Step(
             backward_pairs_kernel,
             "x dy sums scores run_start",
-            "flows dscores",
+            "flows flow_totals dscores",
             blocks * pairs,
-            tile.num_warps,
+            tile.pair_warps,
+            tile.pair_stages,
         ),
         _Step(
             backward_heads_kernel,
-            "x dy C sums entering leaving run_start",
-            "dC dB arriving through",
+            "x dy B C sums entering leaving states dfinal run_start",
+            "dropped dC dB arriving arriving_totals through",
             blocks * (2 * C.TILES + 1),
             tile.head_warps,
+            tile.head_stages,
         ),
         _Step(
             backward_finish_kernel,
-            "dt A dt_bias B C dC dB dscores direct onward dropped flows arriving "
-            "through run_start",
+            "dt A dt_bias B C dC dB dscores direct onward dropped flows flow_totals "
+            "arriving arriving_totals through run_start",
             "dC dB ddt dA ddt_bias",
             rows * groups * C.G * C.TILES * 2 + finish,
             4,
+            1,
         ),
     )
     known = inputs._asdict()
@@ -231,7 +239,7 @@ def backward(
             SsdBackwardOutputs(**{name: getattr(outputs, name) for name in written}),
             grid=step.grid,
             num_warps=step.num_warps,
-            constants=C,
+            constants=dataclasses.replace(C, STAGES=step.stages),
         )
         known |= dict(zip(written, results, strict=True))
     dD = jnp.zeros((heads, dim), jnp.float32)

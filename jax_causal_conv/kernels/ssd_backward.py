@@ -14,6 +14,7 @@ from .ssd_backward_states import (
     load_starts,
     pair_of,
     scores_at,
+    state_before,
     sums_of,
     tile_of,
 )
@@ -22,6 +23,7 @@ from .ssd_device import (
     are_finite,
     dot_left,
     dot_narrow,
+    dot_right,
     enters,
     finite,
     largest,
@@ -70,7 +72,7 @@ def _last_run(inputs, group, C: tl.constexpr):
     row = group // inputs.groups
     offset = group % inputs.groups * (C.TILES * C.CHUNK)
     last = row * 0 - 1
-    for i in tl.static_range(C.TILES):
+    for i in range(C.TILES):
         tile = tile_of(inputs, row, offset // C.CHUNK + i, C)
         last = tl.maximum(last, largest(load_starts(inputs, tile, C), 0))
     return last
@@ -79,146 +81,140 @@ def _last_run(inputs, group, C: tl.constexpr):
 @triton.jit
 def _decay_between(inputs, group, low, high, head, C: tl.constexpr):
     """The decay through tiles `[low, high)` of a group."""
+    TILES: tl.constexpr = C.TILES
     decay = 1.0
-    for i in tl.static_range(C.TILES):
-        row = group // inputs.groups
-        number = row * inputs.tiles + group % inputs.groups * C.TILES + i
+    for i in tl.static_range(TILES):
+        place = group % inputs.groups * C.TILES
+        number = group // inputs.groups * inputs.tiles + place + i
         sums = sums_of(inputs.sums, number, head, C)
-        here = (i >= low) & (i < high)
+        here = (place + i >= place + low) & (place + i < place + high)
         decay *= tl.load(sums + 3 * C.CHUNK - 1, mask=here, other=1.0)
     return decay
 
 
 @triton.jit
-def _decays(early, late, C: tl.constexpr):
-    """The decays from r to t in one tile, `[r, t]`; anything for r > t."""
+def _decays(sums, C: tl.constexpr, READERS_FIRST: tl.constexpr):
+    """The decays from r to t in a tile, `[t, r]` or `[r, t]`; 0 for r > t."""
     lanes = tl.arange(0, C.CHUNK)
-    total = tl.load(early + lanes)
-    fine = tl.load(early + 4 * C.CHUNK + lanes)
-    between = tl.load(late + lanes)[None, :] - total[:, None]
-    seen = lanes[:, None] <= lanes[None, :]
-    between = tl.where(seen, between, float("-inf"))
-    late_fine = tl.load(late + 4 * C.CHUNK + lanes)
-    return tl.exp2(between) * (1.0 / fine)[:, None] * late_fine[None, :]
+    total = tl.load(sums + lanes)
+    fine = tl.load(sums + 4 * C.CHUNK + lanes)
+    if READERS_FIRST:
+        between = total[:, None] - total[None, :]
+        between = tl.where(lanes[:, None] >= lanes[None, :], between, float("-inf"))
+        return tl.exp2(between) * fine[:, None] * (1.0 / fine)[None, :]
+    else:
+        between = total[None, :] - total[:, None]
+        between = tl.where(lanes[:, None] <= lanes[None, :], between, float("-inf"))
+        return tl.exp2(between) * (1.0 / fine)[:, None] * fine[None, :]
 
 
 @triton.jit
-def _same_run(early, late):
-    """Of `[r, t]`, whether both are of one run."""
-    return (early[:, None] == late[None, :]) & (early >= 0)[:, None]
+def _same_run(one, other):
+    """Of a matrix of tokens, whether both are of one run."""
+    return (one[:, None] == other[None, :]) & (one >= 0)[:, None]
 
 
 @triton.jit
-def _add_product(acc, mixed, seen, dy, C: tl.constexpr):
-    """`acc + mixed @ dy`, where only those `seen` see each other; None: all do.
+def _tokens_of_tile(inputs, outputs, state, group, i, item, C: tl.constexpr):
+    """The gradients of a tile's tokens.
 
-    NaN or inf in dy makes NaN of what sees it, and reaches nothing else.
+    As in the forward pass, what is a matrix of (tokens, channels) elsewhere is
+    transposed here: the state in registers is a left operand as it is.
+
+    Args:
+        state: `[P_BLOCK, K_BLOCK]`, the cotangent of that behind the tile.
+        group: the number of the group; `i`, of the tile in it.
+
+    Returns:
+        The state before the tile, and the tile's sum of dy·x `[P_BLOCK]`.
     """
     FAST: tl.constexpr = C.FAST
     Y_PARTS: tl.constexpr = C.Y_PARTS
-    if seen is None:
-        return dot_left(mixed, dy, acc, Y_PARTS, FAST)
+    CHUNK: tl.constexpr = C.CHUNK
+    P_BLOCK: tl.constexpr = C.P_BLOCK
+    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
+    lanes = tl.arange(0, CHUNK)
+    head = item // C.P_BLOCKS
+    channels = item % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
+    part = _part(inputs, group, i, head, C)
+    B = load_sizes(inputs.B, part.tile, head // (C.H // C.G), C)
+    read = load_sizes(inputs.C, part.tile, head // (C.H // C.G), C)
+    x = load_channels(inputs.x, part.tile, head, channels, C)
+    dy = load_channels(inputs.dy, part.tile, head, channels, C)
+    dt = tl.load(part.sums + CHUNK + lanes)
+    since = tl.load(part.sums + 2 * CHUNK + lanes)
+    after = tl.load(part.sums + 3 * CHUNK + lanes)
+    decay = decay_of(part.sums, C)
+    # What later tiles have of these tokens.
+    acc = tl.full([P_BLOCK, CHUNK], 0, tl.float32)
+    acc = dot_left(state, tl.trans(B), acc, Y_PARTS, FAST) * after[None, :]
+    start = None
+    if inputs.run_start is not None:
+        start = load_starts(inputs, part.tile, C)
+        leaves = (start >= 0) & (start == largest(start, 0))
+        acc = tl.where(leaves[None, :], acc, 0.0)
+    onward = add_up(tl.trans(x).to(tl.float32) * acc, 0) * dt
+    # What the tile's own tokens have of each other.
+    mixed = dot_narrow(read, tl.trans(B), C) * _decays(part.sums, C, True)
+    if start is None:
+        mixed = tl.where(lanes[:, None] >= lanes[None, :], mixed, 0.0)
+        acc = dot_right(tl.trans(dy), mixed, acc, Y_PARTS, FAST)
     else:
+        # NaN and inf in dy are for the tokens of its own run, up to its own place.
+        seen = _same_run(start, start) & (lanes[:, None] >= lanes[None, :])
         bad = are_finite(dy) == 0
-        poisoned = largest(tl.where(seen & bad[None, :], 1, 0), 1) > 0
+        poisoned = largest(tl.where(seen & bad[:, None], 1, 0), 0) > 0
         mixed = tl.where(seen, mixed, 0.0)
-        dy = tl.where(finite(dy), dy, 0.0)
-        acc = dot_left(mixed, dy, acc, Y_PARTS, FAST)
-        return tl.where(poisoned[:, None], float("nan"), acc)
+        whole = tl.where(finite(dy), dy, 0.0)
+        acc = dot_right(tl.trans(whole), mixed, acc, Y_PARTS, FAST)
+        acc = tl.where(poisoned[None, :], float("nan"), acc)
+    direct = add_up(tl.trans(x).to(tl.float32) * acc, 0)
+    dx = tl.trans(acc * dt[None, :])
+    wide_dy = dy.to(tl.float32)
+    if inputs.D is not None:
+        dx += load_skip(inputs, head, channels, C) * wide_dy
+    both = wide_dy * x.to(tl.float32)
+    if start is not None:
+        real = start >= 0
+        dx = tl.where(real[:, None], dx, 0.0)
+        both = tl.where(real[:, None], both, 0.0)
+        direct = tl.where(real, direct, 0.0)
+        # What shows in `direct` would reach other runs from here.
+        onward = tl.where(real & finite(onward), onward, 0.0)
+    PART: tl.constexpr = C.PART or C.P_BLOCKS * P_BLOCK != C.P
+    ptr = outputs.dx + (part.tile.first * (C.H * C.P) + head * C.P)
+    at = lanes[:, None] * (C.H * C.P) + channels[None, :]
+    mask = part.tile.real[:, None] & (channels < C.P)[None, :]
+    store_tile(ptr + at, dx.to(outputs.dx.dtype.element_ty), mask, PART)
+    own = (part.number.to(tl.int64) * ITEMS + item) * CHUNK + lanes
+    tl.store(outputs.onward + own, onward)
+    tl.store(outputs.direct + own, direct)
+    state = state_before(state, decay, dy, since, read, start, part.offset, C)
+    return state, add_up(both, 0)
 
 
-# The gradient of x, and what of that of dt comes with it. One program: a tile of tokens
-# and an item (B·V x I x n, tiles fastest, which read the same dy and state).
-#
-# Here as in the kernels below a matrix of scores or decays is `[r, t]`: r is a token
-# that writes, t one that reads, not before r.
+# The gradient of x, and what of that of dt comes with it. One program goes through a
+# group for an item, backwards, with the cotangent of the state in registers (B·V x I,
+# items fastest, which read the same B and C).
 @triton.jit
 def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     P_BLOCK: tl.constexpr = C.P_BLOCK
-    CHUNK: tl.constexpr = C.CHUNK
-    lanes = tl.arange(0, CHUNK)
-    j = program % C.TILES
-    item = program // C.TILES % ITEMS
-    group = program // (C.TILES * ITEMS)
+    item = program % ITEMS
+    group = program // ITEMS
     head = item // C.P_BLOCKS
     channels = item % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
-    its_group = head // (C.H // C.G)
     count = _tiles_in(inputs, group, C)
-    if j < count:
-        own = _part(inputs, group, j, head, C)
-        if inputs.run_start is not None:
-            start = load_starts(inputs, own.tile, C)
-        # What later tiles of the group have of these tokens, at the tile's end.
-        later = tl.full([CHUNK, P_BLOCK], 0, tl.float32)
-        between = 1.0
-        for i in tl.range(j + 1, count, num_stages=C.STAGES):
-            part = _part(inputs, group, i, head, C)
-            dy = load_channels(inputs.dy, part.tile, head, channels, C)
-            at = scores_at(group, i * (i + 1) // 2 + j, its_group, C)
-            since = tl.load(part.sums + 2 * CHUNK + lanes) * between
-            mixed = tl.load(inputs.scores + at) * since[None, :]
-            if inputs.run_start is None:
-                later = _add_product(later, mixed, None, dy, C)
-            else:
-                alike = _same_run(start, load_starts(inputs, part.tile, C))
-                later = _add_product(later, mixed, alike, dy, C)
-            between *= decay_of(part.sums, C)
-        B = load_sizes(inputs.B, own.tile, its_group, C)
-        behind = dot_state(B, inputs.leaving, group, head, channels, C, True)
-        behind *= between
-        if inputs.run_start is not None:
-            last = _last_run(inputs, group, C)
-            leaves = (start >= 0) & (start == last)
-            behind = tl.where(leaves[:, None], behind, 0.0)
-        x = load_channels(inputs.x, own.tile, head, channels, C)
-        wide_x = x.to(tl.float32)
-        dt = tl.load(own.sums + CHUNK + lanes)
-        after = tl.load(own.sums + 3 * CHUNK + lanes)
-        weight = dt * after
-        dropped = weight * add_up(wide_x * behind, 1)
-        acc = later + behind
-        onward = weight * add_up(wide_x * acc, 1)
-        acc *= after[:, None]
-        # What the tile's own tokens have of each other.
-        dy = load_channels(inputs.dy, own.tile, head, channels, C)
-        at = scores_at(group, j * (j + 1) // 2 + j, its_group, C)
-        mixed = tl.load(inputs.scores + at) * _decays(own.sums, own.sums, C)
-        if inputs.run_start is None:
-            mixed = tl.where(lanes[:, None] <= lanes[None, :], mixed, 0.0)
-            acc = _add_product(acc, mixed, None, dy, C)
-        else:
-            seen = _same_run(start, start) & (lanes[:, None] <= lanes[None, :])
-            acc = _add_product(acc, mixed, seen, dy, C)
-        direct = add_up(wide_x * acc, 1)
-        wide_dy = dy.to(tl.float32)
-        dx = acc * dt[:, None]
-        if inputs.D is not None:
-            dx += load_skip(inputs, head, channels, C) * wide_dy
-        both = wide_dy * wide_x
-        real = own.tile.real
-        if inputs.run_start is not None:
-            real = real & (start >= 0)
-            dx = tl.where(real[:, None], dx, 0.0)
-            both = tl.where(real[:, None], both, 0.0)
-            # What comes through `direct` shows NaN; here it would reach other runs.
-            dropped = tl.where(real & finite(dropped), dropped, 0.0)
-            onward = tl.where(real & finite(onward), onward, 0.0)
-            direct = tl.where(real, direct, 0.0)
-        number = own.number.to(tl.int64)
-        if outputs.dD is not None:
-            at = (number * C.H + head) * C.P + channels
-            tl.store(outputs.dD + at, add_up(both, 0), mask=channels < C.P)
-        PART: tl.constexpr = C.PART or C.P_BLOCKS * P_BLOCK != C.P
-        ptr = outputs.dx + (own.tile.first * (C.H * C.P) + head * C.P)
-        at = lanes[:, None] * (C.H * C.P) + channels[None, :]
-        mask = own.tile.real[:, None] & (channels < C.P)[None, :]
-        store_tile(ptr + at, dx.to(outputs.dx.dtype.element_ty), mask, PART)
-        at = number * ITEMS + item
-        tl.store(outputs.dropped + at, add_up(dropped, 0))
-        tl.store(outputs.onward + at * CHUNK + lanes, onward)
-        tl.store(outputs.direct + at * CHUNK + lanes, direct)
+    state = load_planes(inputs.leaving, group, head, channels, C)
+    dD = tl.full([P_BLOCK], 0, tl.float32)
+    for done in tl.range(0, count, num_stages=C.STAGES):
+        i = count - 1 - done
+        state, both = _tokens_of_tile(inputs, outputs, state, group, i, item, C)
+        dD += both
+    if outputs.dD is not None:
+        at = (group.to(tl.int64) * C.H + head) * C.P + channels
+        tl.store(outputs.dD + at, dD, mask=channels < C.P)
 
 
 class Block(NamedTuple):
@@ -266,6 +262,19 @@ def _passing(flow, C: tl.constexpr):
     return add_up(tl.where(lanes[:, None] < lanes[None, :], sums, 0.0), 0)
 
 
+@triton.jit
+def _pair_scales(inputs, group, i, j, item, C: tl.constexpr):
+    """For tiles j < i what scales an item's flow: by r, with dt, and by t."""
+    lanes = tl.arange(0, C.CHUNK)
+    head = item // C.P_BLOCKS
+    first = group // inputs.groups * inputs.tiles + group % inputs.groups * C.TILES
+    early = sums_of(inputs.sums, first + j, head, C)
+    late = sums_of(inputs.sums, first + i, head, C)
+    weight = tl.load(early + C.CHUNK + lanes) * tl.load(early + 3 * C.CHUNK + lanes)
+    weight *= _decay_between(inputs, group, j + 1, i, head, C)
+    return weight, tl.load(late + 2 * C.CHUNK + lanes)
+
+
 # The cotangent of scores, summed over heads, and the flows within a group. One program:
 # a pair of tiles and a block of items (B·V x blocks x G x pairs, pairs fastest).
 @triton.jit
@@ -284,13 +293,13 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
         scores = tl.load(inputs.scores + scores_at(group, pair, block.heads, C))
         acc = tl.full([CHUNK, CHUNK], 0, tl.float32)
         out = outputs.flows + (group.to(tl.int64) * PAIRS + pair) * (ITEMS * CHUNK)
+        totals = outputs.flow_totals + (group.to(tl.int64) * PAIRS + pair) * ITEMS
+        row = group // inputs.groups
+        place = group % inputs.groups * C.TILES
+        early = tile_of(inputs, row, place + j, C)
+        late = tile_of(inputs, row, place + i, C)
         if inputs.run_start is not None:
-            row = group // inputs.groups
-            place = group % inputs.groups * C.TILES
-            seen = _same_run(
-                load_starts(inputs, tile_of(inputs, row, place + j, C), C),
-                load_starts(inputs, tile_of(inputs, row, place + i, C), C),
-            )
+            seen = _same_run(load_starts(inputs, early, C), load_starts(inputs, late, C))
         if i == j:
             ahead = lanes[:, None] <= lanes[None, :]
             if inputs.run_start is not None:
@@ -303,7 +312,7 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
                 dy = load_channels(inputs.dy, part.tile, head, channels, C)
                 product = dot_narrow(x, tl.trans(dy), C)
                 dt = tl.load(part.sums + CHUNK + lanes)
-                product *= _decays(part.sums, part.sums, C) * dt[:, None]
+                product *= _decays(part.sums, C, False) * dt[:, None]
                 product = tl.where(ahead, product, 0.0)
                 acc += product
                 # The diagonal passes no token.
@@ -312,29 +321,50 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
                     flow = tl.where(seen & finite(flow), flow, 0.0)
                 tl.store(out + item * CHUNK + lanes, _passing(flow, C))
         else:
+            # What is needed next is on its way while this is worked on.
+            weight, since = _pair_scales(inputs, group, i, j, block.low, C)
             for item in tl.range(block.low, block.high, num_stages=C.STAGES):
+                following = tl.minimum(item + 1, block.high - 1)
+                scales = _pair_scales(inputs, group, i, j, following, C)
                 head = item // C.P_BLOCKS
                 channels = item % C.P_BLOCKS * C.P_BLOCK + p
-                early = _part(inputs, group, j, head, C)
-                late = _part(inputs, group, i, head, C)
-                x = load_channels(inputs.x, early.tile, head, channels, C)
-                dy = load_channels(inputs.dy, late.tile, head, channels, C)
+                x = load_channels(inputs.x, early, head, channels, C)
+                dy = load_channels(inputs.dy, late, head, channels, C)
                 product = dot_narrow(x, tl.trans(dy), C)
-                weight = tl.load(early.sums + CHUNK + lanes)
-                weight *= tl.load(early.sums + 3 * CHUNK + lanes)
-                weight *= _decay_between(inputs, group, j + 1, i, head, C)
-                since = tl.load(late.sums + 2 * CHUNK + lanes)
                 product *= weight[:, None] * since[None, :]
                 flow = product * scores
                 if inputs.run_start is not None:
                     product = tl.where(seen, product, 0.0)
                     flow = tl.where(seen & finite(flow), flow, 0.0)
                 acc += product
-                tl.store(out + item * CHUNK + lanes, add_up(flow, 0))
+                sums = add_up(flow, 0)
+                tl.store(out + item * CHUNK + lanes, sums)
+                tl.store(totals + item, add_up(sums, 0))
+                weight, since = scales
         ptr = outputs.dscores + block.block * (
             (inputs.rows * inputs.groups).to(tl.int64) * (C.G * PAIRS * CHUNK * CHUNK)
         )
         tl.store(ptr + scores_at(group, pair, block.heads, C), acc)
+
+
+@triton.jit
+def _read_scale(inputs, own, block, i, item, C: tl.constexpr):
+    """Of tile i the decays from the group's beginning to its tokens."""
+    head = item // C.P_BLOCKS
+    sums = sums_of(inputs.sums, own.number, head, C) + 2 * C.CHUNK
+    between = _decay_between(inputs, block.group, 0, i, head, C)
+    return tl.load(sums + tl.arange(0, C.CHUNK)) * between
+
+
+@triton.jit
+def _written_scale(inputs, own, block, j, item, C: tl.constexpr):
+    """Of tile j dt and the decays from its tokens to the group's end."""
+    lanes = tl.arange(0, C.CHUNK)
+    head = item // C.P_BLOCKS
+    count = _tiles_in(inputs, block.group, C)
+    sums = sums_of(inputs.sums, own.number, head, C)
+    weight = tl.load(sums + C.CHUNK + lanes) * tl.load(sums + 3 * C.CHUNK + lanes)
+    return weight * _decay_between(inputs, block.group, j + 1, count, head, C)
 
 
 @triton.jit
@@ -350,14 +380,18 @@ def _write_read(inputs, outputs, block, i, C: tl.constexpr):
     if inputs.run_start is not None:
         offset = block.group % inputs.groups * (C.TILES * CHUNK)
         taken = enters(load_starts(inputs, own.tile, C), offset)
-    for item in tl.range(block.low, block.high, num_stages=C.STATE_STAGES):
+    high = block.high
+    if inputs.states is None:  # no state comes before a row
+        high = tl.where(block.group % inputs.groups == 0, block.low, high)
+    scale = _read_scale(inputs, own, block, i, block.low, C)
+    for item in tl.range(block.low, high, num_stages=C.STAGES):
+        following = tl.minimum(item + 1, high - 1)
+        next_scale = _read_scale(inputs, own, block, i, following, C)
         head = item // C.P_BLOCKS
         channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
         dy = load_channels(inputs.dy, own.tile, head, channels, C)
-        product = dot_state(dy, inputs.entering, block.group, head, channels, C, False)
-        since = tl.load(sums_of(inputs.sums, own.number, head, C) + 2 * CHUNK + lanes)
-        since *= _decay_between(inputs, block.group, 0, i, head, C)
-        product *= since[:, None]
+        product = dot_state(dy, inputs.entering, block.group, head, channels, C)
+        product *= scale[:, None]
         flow = add_up(product * read, 1)
         if taken is not None:
             product = tl.where(taken[:, None], product, 0.0)
@@ -365,6 +399,12 @@ def _write_read(inputs, outputs, block, i, C: tl.constexpr):
         acc += product
         at = own.number.to(tl.int64) * ITEMS + item
         tl.store(outputs.arriving + at * CHUNK + lanes, flow)
+        tl.store(outputs.arriving_totals + at, add_up(flow, 0))
+        scale = next_scale
+    for item in range(high, block.high):
+        at = own.number.to(tl.int64) * ITEMS + item
+        tl.store(outputs.arriving + at * CHUNK + lanes, lanes * 0.0)
+        tl.store(outputs.arriving_totals + at, 0.0)
     _store_sizes(outputs.dC, inputs, own, block, acc, C)
 
 
@@ -372,26 +412,38 @@ def _write_read(inputs, outputs, block, i, C: tl.constexpr):
 def _write_written(inputs, outputs, block, j, C: tl.constexpr):
     """What dB of tile j has through the states behind its group."""
     CHUNK: tl.constexpr = C.CHUNK
-    count = _tiles_in(inputs, block.group, C)
-    lanes = tl.arange(0, CHUNK)
+    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     own = _part(inputs, block.group, j, 0, C)
+    B = load_sizes(inputs.B, own.tile, block.heads, C).to(tl.float32)
     acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
     taken = None
     if inputs.run_start is not None:
         start = load_starts(inputs, own.tile, C)
         taken = (start >= 0) & (start == _last_run(inputs, block.group, C))
-    for item in tl.range(block.low, block.high, num_stages=C.STATE_STAGES):
+    high = block.high
+    if inputs.dfinal is None:  # nobody looks at the state behind a row
+        at_end = block.group % inputs.groups == inputs.groups - 1
+        high = tl.where(at_end, block.low, high)
+    scale = _written_scale(inputs, own, block, j, block.low, C)
+    for item in tl.range(block.low, high, num_stages=C.STAGES):
+        following = tl.minimum(item + 1, high - 1)
+        next_scale = _written_scale(inputs, own, block, j, following, C)
         head = item // C.P_BLOCKS
         channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
         x = load_channels(inputs.x, own.tile, head, channels, C)
-        product = dot_state(x, inputs.leaving, block.group, head, channels, C, False)
-        sums = sums_of(inputs.sums, own.number, head, C)
-        weight = tl.load(sums + CHUNK + lanes) * tl.load(sums + 3 * CHUNK + lanes)
-        weight *= _decay_between(inputs, block.group, j + 1, count, head, C)
-        product *= weight[:, None]
+        product = dot_state(x, inputs.leaving, block.group, head, channels, C)
+        product *= scale[:, None]
+        flow = add_up(product * B, 1)
         if taken is not None:
             product = tl.where(taken[:, None], product, 0.0)
+            flow = tl.where(taken & finite(flow), flow, 0.0)
         acc += product
+        at = own.number.to(tl.int64) * ITEMS + item
+        tl.store(outputs.dropped + at, add_up(flow, 0))
+        scale = next_scale
+    for item in range(high, block.high):
+        at = own.number.to(tl.int64) * ITEMS + item
+        tl.store(outputs.dropped + at, 0.0)
     _store_sizes(outputs.dB, inputs, own, block, acc, C)
 
 
@@ -505,7 +557,8 @@ def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):
     Nothing that does not pass a token is in the sum of its decay's derivative: that of
     a head which forgets fast is small, and would be lost in what cancels.
     """
-    PAIRS: tl.constexpr = C.TILES * (C.TILES + 1) // 2
+    TILES: tl.constexpr = C.TILES
+    PAIRS: tl.constexpr = TILES * (TILES + 1) // 2
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     CHUNK: tl.constexpr = C.CHUNK
     lanes = tl.arange(0, CHUNK)[None, :]
@@ -522,6 +575,9 @@ def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):
     before = inside  # of the tokens before each
     direct = inside
     passed = tl.full([C.FINISH_HEADS], 0, tl.float32)
+    pairs = tl.arange(0, 16)[None, :]
+    late, early = pair_of(pairs)
+    tiles = tl.arange(0, 4)[None, :]
     for p_block in range(C.P_BLOCKS):
         item = heads * C.P_BLOCKS + p_block
         at = ((first + i) * ITEMS + item[:, None]) * CHUNK + lanes
@@ -529,22 +585,22 @@ def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):
         before += tl.load(inputs.onward + at - 1, mask=whole & (lanes > 0), other=0.0)
         arriving += tl.load(inputs.arriving + at, mask=whole, other=0.0)
         at = item[:, None] * CHUNK + lanes
-        for j in range(0, i):
+        own_pair = (i * (i + 1) // 2 + i) * (ITEMS * CHUNK)
+        inside += tl.load(flows + own_pair + at, mask=whole, other=0.0)
+        for j in tl.static_range(TILES):
             pair = (i * (i + 1) // 2 + j) * (ITEMS * CHUNK)
-            arriving += tl.load(flows + pair + at, mask=whole, other=0.0)
-        pair = (i * (i + 1) // 2 + i) * (ITEMS * CHUNK)
-        inside += tl.load(flows + pair + at, mask=whole, other=0.0)
+            arriving += tl.load(flows + pair + at, mask=whole & (lanes * 0 + i > j), other=0.0)
         passed += tl.load(inputs.through + group.to(tl.int64) * ITEMS + item, in_h, 0.0)
-        for j in range(0, i):
-            at_j = (first + j) * ITEMS + item
-            passed += tl.load(inputs.dropped + at_j, mask=in_h, other=0.0)
-        for late in range(i + 1, count):
-            at_late = ((first + late) * ITEMS + item[:, None]) * CHUNK + lanes
-            flow = tl.load(inputs.arriving + at_late, mask=whole, other=0.0)
-            for j in range(0, i):
-                pair = (late * (late + 1) // 2 + j) * (ITEMS * CHUNK)
-                flow += tl.load(flows + pair + at, mask=whole, other=0.0)
-            passed += add_up(flow, 1)
+        of_pair = (group.to(tl.int64) * PAIRS + pairs) * ITEMS + item[:, None]
+        over = in_h[:, None] & (early < i) & (late > i) & (late < count)
+        flow = tl.load(inputs.flow_totals + of_pair, mask=over, other=0.0)
+        passed += add_up(flow, 1)
+        of_tile = (first + tiles) * ITEMS + item[:, None]
+        over = in_h[:, None] & (tiles < i)
+        passed += add_up(tl.load(inputs.dropped + of_tile, mask=over, other=0.0), 1)
+        over = in_h[:, None] & (tiles > i) & (tiles < count)
+        flow = tl.load(inputs.arriving_totals + of_tile, mask=over, other=0.0)
+        passed += add_up(flow, 1)
     slope = inside + _sum_later(arriving) + tl.associative_scan(
         before, 1, tl.standard._sum_combine
     )

@@ -28,8 +28,8 @@ class SsdBackwardInputs(NamedTuple):
             for padding; None without segments.
         dy: `(B·T, H, P)`, the cotangent of y, in x's dtype.
         dfinal: `(B, H, P, K)`, that of the states at the rows' ends; None is zeros.
-        sums, scores, entering, leaving, direct, onward, dropped, flows, dscores, dC,
-            dB, arriving, through: what other kernels have left, see
+        sums, scores, entering, leaving, direct, onward, dropped, flows, flow_totals,
+            dscores, dC, dB, arriving, arriving_totals, through: what other kernels have left, see
             `SsdBackwardOutputs`.
         row_len: T.
         tiles: L, of a row.
@@ -56,10 +56,12 @@ class SsdBackwardInputs(NamedTuple):
     onward: Any = None
     dropped: Any = None
     flows: Any = None
+    flow_totals: Any = None
     dscores: Any = None
     dC: Any = None
     dB: Any = None
     arriving: Any = None
+    arriving_totals: Any = None
     through: Any = None
     row_len: Any = None
     tiles: Any = None
@@ -89,15 +91,17 @@ class SsdBackwardOutputs(NamedTuple):
         onward: `(B·L, I, c)`, the flow from each token to all behind its tile.
         dropped: `(B·L, I)`, that from all tokens of a tile to the state behind its
             group.
-        dD: `(B·L, H, P)`, a tile's sum of dy·x.
+        dD: `(B·V, H, P)`, a group's sum of dy·x.
         flows: `(B·V, pairs, I, c)`: of two tiles the flow from all of j to each token
             of i; of one tile the flow that passes each token from the tile's tokens to
             the tile's tokens.
+        flow_totals: `(B·V, pairs, I)`, the first of these, summed over t.
         dscores: `(blocks, B·V, G, pairs, c, c)`: the cotangent of `scores`, summed over
             a block of a group's items.
         dC, dB: `(blocks, B·T, G, K)`, the cotangents through the states before and
             behind a group; of `finish_kernel` `(B·T, G, K)`, all of them.
         arriving: `(B·L, I, c)`, the flow from the state before the group to each token.
+        arriving_totals: `(B·L, I)`, its sums.
         through: `(B·V, I)`, from there to the state behind the group.
         ddt: `(B·T, H)`, in dt's dtype.
         dA, ddt_bias: `(B·L, H)`, the sums of tiles.
@@ -114,10 +118,12 @@ class SsdBackwardOutputs(NamedTuple):
     dropped: Any = None
     dD: Any = None
     flows: Any = None
+    flow_totals: Any = None
     dscores: Any = None
     dC: Any = None
     dB: Any = None
     arriving: Any = None
+    arriving_totals: Any = None
     through: Any = None
     ddt: Any = None
     dA: Any = None

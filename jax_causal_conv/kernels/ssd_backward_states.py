@@ -124,8 +124,9 @@ def _write_sums(inputs, outputs, number, block, C: tl.constexpr):
 
 @triton.jit
 def pair_of(pair):
-    """The tiles i and j <= i of a pair."""
-    i = (pair >= 1).to(tl.int32) + (pair >= 3).to(tl.int32) + (pair >= 6).to(tl.int32)
+    """The tiles i and j <= i of a pair; i is 4 behind the last."""
+    i = (pair >= 1).to(tl.int32) + (pair >= 3).to(tl.int32)
+    i += (pair >= 6).to(tl.int32) + (pair >= 10).to(tl.int32)
     return i, pair - i * (i + 1) // 2
 
 
@@ -192,13 +193,11 @@ def load_planes(ptr, number, head, channels, C: tl.constexpr):
 
 
 @triton.jit
-def dot_state(a, ptr, number, head, channels, C: tl.constexpr, TRANS: tl.constexpr):
-    """`a @ state`, or the transposed state, for a narrow `a`."""
+def dot_state(a, ptr, number, head, channels, C: tl.constexpr):
+    """`a @ state` for a narrow `a`."""
     FAST: tl.constexpr = C.FAST
     Y_PARTS: tl.constexpr = C.Y_PARTS
     state = load_plane(ptr, number, 0, head, channels, C)
-    if TRANS:
-        state = tl.trans(state)
     acc = tl.full([a.shape[0], state.shape[1]], 0, tl.float32)
     if C.TERMS == 0:
         return dot_right(a, state, acc, Y_PARTS, FAST)
@@ -206,8 +205,6 @@ def dot_state(a, ptr, number, head, channels, C: tl.constexpr, TRANS: tl.constex
         acc = dot_exact(a, state, acc, FAST)
         if C.TERMS == 2:
             rest = load_plane(ptr, number, 1, head, channels, C)
-            if TRANS:
-                rest = tl.trans(rest)
             acc = dot_exact(a, rest, acc, FAST)
         return acc
 
@@ -223,6 +220,36 @@ def _first_state(ptr, row, head, channels, C: tl.constexpr):
 
 
 @triton.jit
+def state_before(state, decay, dy, since, read, start, offset, C: tl.constexpr):
+    """The cotangent of the state before a tile, from that of the one behind it.
+
+    Args:
+        decay: of the tile; `since`, to each token; `read`, C.
+        start: where the tokens' runs begin; None without segments.
+        offset: the first token's place in the row.
+    """
+    if start is None:
+        return add_tokens(state * decay, dy, since, read, C)
+    else:
+        last = largest(start, 0)  # the latest run begins latest
+        through = (last < 0) | enters(last, offset)
+        state = tl.where(through, state * decay, 0.0)
+        return add_run(state, dy, since, read, enters(start, offset), C)
+
+
+@triton.jit
+def _state_after(state, decay, x, weight, B, start, offset, C: tl.constexpr):
+    """The state behind a tile; the arguments are like those of `state_before`."""
+    if start is None:
+        return add_tokens(state * decay, x, weight, B, C)
+    else:
+        last = largest(start, 0)
+        through = (last < 0) | enters(last, offset)
+        state = tl.where(through, state * decay, 0.0)
+        return add_run(state, x, weight, B, (start >= 0) & (start == last), C)
+
+
+@triton.jit
 def _step(inputs, state, row, i, head, channels, C: tl.constexpr, BACK: tl.constexpr):
     """The state behind tile i from that before it; BACK, their cotangents, backwards."""
     lanes = tl.arange(0, C.CHUNK)
@@ -230,27 +257,20 @@ def _step(inputs, state, row, i, head, channels, C: tl.constexpr, BACK: tl.const
     tile = tile_of(inputs, row, i, C)
     sums = sums_of(inputs.sums, row * inputs.tiles + i, head, C)
     decay = decay_of(sums, C)
-    if BACK:
-        rows = load_channels(inputs.dy, tile, head, channels, C)
-        sizes = load_sizes(inputs.C, tile, group, C)
-        weight = tl.load(sums + 2 * C.CHUNK + lanes)
-    else:
-        rows = load_channels(inputs.x, tile, head, channels, C)
-        sizes = load_sizes(inputs.B, tile, group, C)
-        weight = tl.load(sums + C.CHUNK + lanes) * tl.load(sums + 3 * C.CHUNK + lanes)
-    if inputs.run_start is None:
-        return add_tokens(state * decay, rows, weight, sizes, C)
-    else:
-        offset = i * C.CHUNK
+    offset = i * C.CHUNK
+    start = None
+    if inputs.run_start is not None:
         start = load_starts(inputs, tile, C)
-        last = largest(start, 0)  # the latest run begins latest
-        through = (last < 0) | enters(last, offset)
-        state = tl.where(through, state * decay, 0.0)
-        if BACK:
-            taken = enters(start, offset)
-        else:
-            taken = (start >= 0) & (start == last)
-        return add_run(state, rows, weight, sizes, taken, C)
+    if BACK:
+        dy = load_channels(inputs.dy, tile, head, channels, C)
+        read = load_sizes(inputs.C, tile, group, C)
+        since = tl.load(sums + 2 * C.CHUNK + lanes)
+        return state_before(state, decay, dy, since, read, start, offset, C)
+    else:
+        x = load_channels(inputs.x, tile, head, channels, C)
+        B = load_sizes(inputs.B, tile, group, C)
+        weight = tl.load(sums + C.CHUNK + lanes) * tl.load(sums + 3 * C.CHUNK + lanes)
+        return _state_after(state, decay, x, weight, B, start, offset, C)
 
 
 # The states before groups, and the cotangents of those behind: a program goes through a
@@ -268,19 +288,28 @@ def backward_states_kernel(inputs, outputs, C: tl.constexpr):
     first = row * inputs.groups
     if back == 0:
         state = _first_state(inputs.states, row, head, channels, C)
-        for i in tl.range(0, count, num_stages=C.STATE_STAGES):
+        # What the last group adds is no state before a group.
+        last = (inputs.groups - 1) * C.TILES
+        for i in tl.range(0, last, num_stages=C.STAGES):
             if i % C.TILES == 0:
                 number = first + i // C.TILES
                 _store_planes(outputs.entering, state, number, head, channels, C)
             state = _step(inputs, state, row, i, head, channels, C, False)
+        number = first + inputs.groups - 1
+        _store_planes(outputs.entering, state, number, head, channels, C)
     else:
         state = _first_state(inputs.dfinal, row, head, channels, C)
-        for done in tl.range(0, count, num_stages=C.STATE_STAGES):
+        left = 0
+        if outputs.dstates is None:  # then what goes behind the first group suffices
+            left = C.TILES
+        for done in tl.range(0, count - left, num_stages=C.STAGES):
             i = count - 1 - done
             if (i % C.TILES == C.TILES - 1) | (done == 0):
                 number = first + i // C.TILES
                 _store_planes(outputs.leaving, state, number, head, channels, C)
             state = _step(inputs, state, row, i, head, channels, C, True)
-        if outputs.dstates is not None:
+        if outputs.dstates is None:
+            _store_planes(outputs.leaving, state, first, head, channels, C)
+        else:
             at, mask = state_tile(row, head, channels, C)
             tl.store(outputs.dstates + at, state, mask=mask)

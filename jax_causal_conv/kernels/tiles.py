@@ -317,11 +317,11 @@ class SsdBackwardTiles:
         tiles: tiles of a group, at most 4.
         h_block: heads whose sums a program makes, a power of two.
         item_block: items that a program of sums over heads goes through.
-        num_warps: warps of a program of one tile and item; of one pair of tiles.
-        state_warps: of one that goes through a row.
-        head_warps: of one that sums up dB or dC.
-        num_stages: of the loops over tiles, or over the items of a pair.
-        state_stages: of those that load states.
+        state_warps: warps of a program that goes through a row for an item.
+        token_warps: of one of a tile and an item.
+        pair_warps: of one that goes through the items for a pair of tiles.
+        head_warps: of one that goes through them for dB or dC of a tile.
+        state_stages, token_stages, pair_stages, head_stages: of their loops.
     """
 
     p_block: int
@@ -330,11 +330,14 @@ class SsdBackwardTiles:
     tiles: int
     h_block: int
     item_block: int
-    num_warps: int = 4
     state_warps: int = 4
+    token_warps: int = 4
+    pair_warps: int = 4
     head_warps: int = 8
-    num_stages: int = 2
     state_stages: int = 2
+    token_stages: int = 2
+    pair_stages: int = 2
+    head_stages: int = 2
 
 
 def ssd_backward(
@@ -360,7 +363,7 @@ def ssd_backward(
     while chunk > 16 and (chunk * row > _CHUNK_BYTES or chunk >= 2 * length):
         chunk //= 2
     count = min(4, -(-length // chunk))
-    wide = 2 * chunk * row > _CHUNK_BYTES
+    stages = 1 if 2 * chunk * row > _CHUNK_BYTES else 2
     # Enough programs for a GPU; fewer, and so fewer sums to be added up again, suffice.
     items = heads // groups * -(-dim // p_block)
     programs = rows * -(-length // (chunk * count)) * groups * 2 * count
@@ -372,6 +375,8 @@ def ssd_backward(
         count,
         h_block=min(16, power_of_two(heads)),
         item_block=-(-items // blocks),
-        num_stages=1 if wide else 2,
-        state_stages=1 if wide else 2,
+        state_stages=stages,
+        token_stages=stages,
+        pair_stages=stages,
+        head_stages=stages,
     )
