@@ -99,6 +99,7 @@ def _outputs(
     of_sizes = shape((C.ITEM_BLOCKS, rows * length, C.G, C.K), wide)
     of_tokens = shape((tiles, items, C.CHUNK), wide)
     of_heads = shape((tiles, C.H), wide)
+    of_D = (C.H, C.P) if C.D_BY_CHANNEL else (items,)
     dstates = shape((rows, C.H, C.P, C.K), wide)
     return SsdBackwardOutputs(
         sums=shape((tiles, C.H, 5, C.CHUNK), wide),
@@ -110,7 +111,7 @@ def _outputs(
         direct=of_tokens,
         onward=of_tokens,
         dropped=shape((tiles, items), wide),
-        dD=None if operands.D is None else shape((groups, C.H, C.P), wide),
+        dD=None if operands.D is None else shape((tiles, *of_D), wide),
         flows=shape((groups, pairs, items, C.CHUNK), wide),
         flow_totals=shape((groups, pairs, items), wide),
         dscores=shape((C.ITEM_BLOCKS, groups, C.G, pairs, *square), wide),
@@ -193,9 +194,9 @@ def backward(
         ),
         _Step(
             backward_tokens_kernel,
-            "x dy B C D sums leaving run_start",
+            "x dy B D sums scores leaving run_start",
             "dx direct onward dD",
-            rows * groups * items,
+            rows * groups * items * C.TILES,
             tile.token_warps,
             tile.token_stages,
         ),
@@ -245,6 +246,8 @@ def backward(
     dD = jnp.zeros((heads, dim), jnp.float32)
     if operands.D is not None:
         dD = known["dD"].sum(0)
+        if not C.D_BY_CHANNEL:  # one channel has the gradient of all
+            dD = jnp.pad(dD.reshape(heads, -1).sum(1, keepdims=True), ((0, 0), (0, dim - 1)))
     gradients = [
         known["dx"].reshape(x.shape),
         known["ddt"].reshape(operands.dt.shape),

@@ -14,7 +14,6 @@ from .ssd_backward_states import (
     load_starts,
     pair_of,
     scores_at,
-    state_before,
     sums_of,
     tile_of,
 )
@@ -115,106 +114,116 @@ def _same_run(one, other):
 
 
 @triton.jit
-def _tokens_of_tile(inputs, outputs, state, group, i, item, C: tl.constexpr):
-    """The gradients of a tile's tokens.
+def _add_product(acc, mixed, seen, dy, C: tl.constexpr):
+    """`acc + mixed @ dy`, where only those `seen` see each other; None: all do.
 
-    As in the forward pass, what is a matrix of (tokens, channels) elsewhere is
-    transposed here: the state in registers is a left operand as it is.
-
-    Args:
-        state: `[P_BLOCK, K_BLOCK]`, the cotangent of that behind the tile.
-        group: the number of the group; `i`, of the tile in it.
-
-    Returns:
-        The state before the tile, and the tile's sum of dy·x `[P_BLOCK]`.
+    NaN or inf in dy makes NaN of what sees it, and reaches nothing else.
     """
     FAST: tl.constexpr = C.FAST
     Y_PARTS: tl.constexpr = C.Y_PARTS
-    CHUNK: tl.constexpr = C.CHUNK
-    P_BLOCK: tl.constexpr = C.P_BLOCK
-    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
-    lanes = tl.arange(0, CHUNK)
-    head = item // C.P_BLOCKS
-    channels = item % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
-    part = _part(inputs, group, i, head, C)
-    B = load_sizes(inputs.B, part.tile, head // (C.H // C.G), C)
-    read = load_sizes(inputs.C, part.tile, head // (C.H // C.G), C)
-    x = load_channels(inputs.x, part.tile, head, channels, C)
-    dy = load_channels(inputs.dy, part.tile, head, channels, C)
-    dt = tl.load(part.sums + CHUNK + lanes)
-    since = tl.load(part.sums + 2 * CHUNK + lanes)
-    after = tl.load(part.sums + 3 * CHUNK + lanes)
-    decay = decay_of(part.sums, C)
-    # What later tiles have of these tokens.
-    acc = tl.full([P_BLOCK, CHUNK], 0, tl.float32)
-    acc = dot_left(state, tl.trans(B), acc, Y_PARTS, FAST) * after[None, :]
-    start = None
-    if inputs.run_start is not None:
-        start = load_starts(inputs, part.tile, C)
-        leaves = (start >= 0) & (start == largest(start, 0))
-        acc = tl.where(leaves[None, :], acc, 0.0)
-    onward = add_up(tl.trans(x).to(tl.float32) * acc, 0) * dt
-    # What the tile's own tokens have of each other.
-    mixed = dot_narrow(read, tl.trans(B), C) * _decays(part.sums, C, True)
-    if start is None:
-        mixed = tl.where(lanes[:, None] >= lanes[None, :], mixed, 0.0)
-        acc = dot_right(tl.trans(dy), mixed, acc, Y_PARTS, FAST)
+    if seen is None:
+        return dot_left(mixed, dy, acc, Y_PARTS, FAST)
     else:
-        # NaN and inf in dy are for the tokens of its own run, up to its own place.
-        seen = _same_run(start, start) & (lanes[:, None] >= lanes[None, :])
         bad = are_finite(dy) == 0
-        poisoned = largest(tl.where(seen & bad[:, None], 1, 0), 0) > 0
+        poisoned = largest(tl.where(seen & bad[None, :], 1, 0), 1) > 0
         mixed = tl.where(seen, mixed, 0.0)
-        whole = tl.where(finite(dy), dy, 0.0)
-        acc = dot_right(tl.trans(whole), mixed, acc, Y_PARTS, FAST)
-        acc = tl.where(poisoned[None, :], float("nan"), acc)
-    direct = add_up(tl.trans(x).to(tl.float32) * acc, 0)
-    dx = tl.trans(acc * dt[None, :])
-    wide_dy = dy.to(tl.float32)
-    if inputs.D is not None:
-        dx += load_skip(inputs, head, channels, C) * wide_dy
-    both = wide_dy * x.to(tl.float32)
-    if start is not None:
-        real = start >= 0
-        dx = tl.where(real[:, None], dx, 0.0)
-        both = tl.where(real[:, None], both, 0.0)
-        direct = tl.where(real, direct, 0.0)
-        # What shows in `direct` would reach other runs from here.
-        onward = tl.where(real & finite(onward), onward, 0.0)
-    PART: tl.constexpr = C.PART or C.P_BLOCKS * P_BLOCK != C.P
-    ptr = outputs.dx + (part.tile.first * (C.H * C.P) + head * C.P)
-    at = lanes[:, None] * (C.H * C.P) + channels[None, :]
-    mask = part.tile.real[:, None] & (channels < C.P)[None, :]
-    store_tile(ptr + at, dx.to(outputs.dx.dtype.element_ty), mask, PART)
-    own = (part.number.to(tl.int64) * ITEMS + item) * CHUNK + lanes
-    tl.store(outputs.onward + own, onward)
-    tl.store(outputs.direct + own, direct)
-    state = state_before(state, decay, dy, since, read, start, part.offset, C)
-    return state, add_up(both, 0)
+        dy = tl.where(finite(dy), dy, 0.0)
+        acc = dot_left(mixed, dy, acc, Y_PARTS, FAST)
+        return tl.where(poisoned[:, None], float("nan"), acc)
 
 
-# The gradient of x, and what of that of dt comes with it. One program goes through a
-# group for an item, backwards, with the cotangent of the state in registers (B·V x I,
-# items fastest, which read the same B and C).
+# The gradient of x, and what of that of dt comes with it. One program: a tile of tokens
+# and an item (B·V x I x n, tiles fastest, which read the same dy and state).
+#
+# Here as in the kernels below a matrix of scores or decays is `[r, t]`: r is a token
+# that writes, t one that reads, not before r.
 @triton.jit
 def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     P_BLOCK: tl.constexpr = C.P_BLOCK
-    item = program % ITEMS
-    group = program // ITEMS
+    CHUNK: tl.constexpr = C.CHUNK
+    lanes = tl.arange(0, CHUNK)
+    j = program % C.TILES
+    item = program // C.TILES % ITEMS
+    group = program // (C.TILES * ITEMS)
     head = item // C.P_BLOCKS
     channels = item % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
+    its_group = head // (C.H // C.G)
     count = _tiles_in(inputs, group, C)
-    state = load_planes(inputs.leaving, group, head, channels, C)
-    dD = tl.full([P_BLOCK], 0, tl.float32)
-    for done in tl.range(0, count, num_stages=C.STAGES):
-        i = count - 1 - done
-        state, both = _tokens_of_tile(inputs, outputs, state, group, i, item, C)
-        dD += both
-    if outputs.dD is not None:
-        at = (group.to(tl.int64) * C.H + head) * C.P + channels
-        tl.store(outputs.dD + at, dD, mask=channels < C.P)
+    if j < count:
+        own = _part(inputs, group, j, head, C)
+        if inputs.run_start is not None:
+            start = load_starts(inputs, own.tile, C)
+        # What later tiles of the group have of these tokens, at the tile's end.
+        later = tl.full([CHUNK, P_BLOCK], 0, tl.float32)
+        between = 1.0
+        for i in tl.range(j + 1, count, num_stages=C.STAGES):
+            part = _part(inputs, group, i, head, C)
+            dy = load_channels(inputs.dy, part.tile, head, channels, C)
+            at = scores_at(group, i * (i + 1) // 2 + j, its_group, C)
+            since = tl.load(part.sums + 2 * CHUNK + lanes) * between
+            mixed = tl.load(inputs.scores + at) * since[None, :]
+            if inputs.run_start is None:
+                later = _add_product(later, mixed, None, dy, C)
+            else:
+                alike = _same_run(start, load_starts(inputs, part.tile, C))
+                later = _add_product(later, mixed, alike, dy, C)
+            between *= decay_of(part.sums, C)
+        B = load_sizes(inputs.B, own.tile, its_group, C)
+        behind = dot_state(B, inputs.leaving, group, head, channels, C, True)
+        behind *= between
+        if inputs.run_start is not None:
+            last = _last_run(inputs, group, C)
+            leaves = (start >= 0) & (start == last)
+            behind = tl.where(leaves[:, None], behind, 0.0)
+        x = load_channels(inputs.x, own.tile, head, channels, C)
+        wide_x = x.to(tl.float32)
+        dt = tl.load(own.sums + CHUNK + lanes)
+        after = tl.load(own.sums + 3 * CHUNK + lanes)
+        acc = later + behind
+        onward = dt * after * add_up(wide_x * acc, 1)
+        acc *= after[:, None]
+        # What the tile's own tokens have of each other.
+        dy = load_channels(inputs.dy, own.tile, head, channels, C)
+        at = scores_at(group, j * (j + 1) // 2 + j, its_group, C)
+        mixed = tl.load(inputs.scores + at) * _decays(own.sums, C, False)
+        if inputs.run_start is None:
+            mixed = tl.where(lanes[:, None] <= lanes[None, :], mixed, 0.0)
+            acc = _add_product(acc, mixed, None, dy, C)
+        else:
+            seen = _same_run(start, start) & (lanes[:, None] <= lanes[None, :])
+            acc = _add_product(acc, mixed, seen, dy, C)
+        direct = add_up(wide_x * acc, 1)
+        wide_dy = dy.to(tl.float32)
+        dx = acc * dt[:, None]
+        if inputs.D is not None:
+            dx += load_skip(inputs, head, channels, C) * wide_dy
+        real = own.tile.real
+        if inputs.run_start is not None:
+            real = real & (start >= 0)
+            dx = tl.where(real[:, None], dx, 0.0)
+            # What shows in `direct` would reach other runs from here.
+            onward = tl.where(real & finite(onward), onward, 0.0)
+            direct = tl.where(real, direct, 0.0)
+        number = own.number.to(tl.int64)
+        if outputs.dD is not None:
+            if C.D_BY_CHANNEL:
+                both = tl.where(real[:, None], wide_dy * wide_x, 0.0)
+                at = (number * C.H + head) * C.P + channels
+                tl.store(outputs.dD + at, add_up(both, 0), mask=channels < C.P)
+            else:
+                both = add_up(wide_dy * wide_x, 1)
+                both = add_up(tl.where(real, both, 0.0), 0)
+                tl.store(outputs.dD + number * ITEMS + item, both)
+        PART: tl.constexpr = C.PART or C.P_BLOCKS * P_BLOCK != C.P
+        ptr = outputs.dx + (own.tile.first * (C.H * C.P) + head * C.P)
+        at = lanes[:, None] * (C.H * C.P) + channels[None, :]
+        mask = own.tile.real[:, None] & (channels < C.P)[None, :]
+        store_tile(ptr + at, dx.to(outputs.dx.dtype.element_ty), mask, PART)
+        at = number * ITEMS + item
+        tl.store(outputs.onward + at * CHUNK + lanes, onward)
+        tl.store(outputs.direct + at * CHUNK + lanes, direct)
 
 
 class Block(NamedTuple):
@@ -248,7 +257,7 @@ def _block(number, C: tl.constexpr):
 
 @triton.jit
 def _passing(flow, C: tl.constexpr):
-    """Of flows `[r, t]` the sums of those with r before and t not before each token.
+    """Of flows `[t, r]` the sums of those with r before and t not before each token.
 
     A product with a triangle of ones sums up what is later, for each r; then no sum has
     a term in it that must cancel.
@@ -256,15 +265,15 @@ def _passing(flow, C: tl.constexpr):
     FAST: tl.constexpr = C.FAST
     PARTS: tl.constexpr = C.Y_PARTS
     lanes = tl.arange(0, C.CHUNK)
-    later = tl.where(lanes[:, None] >= lanes[None, :], 1.0, 0.0).to(tl.bfloat16)
+    later = tl.where(lanes[:, None] <= lanes[None, :], 1.0, 0.0).to(tl.bfloat16)
     acc = tl.full([C.CHUNK, C.CHUNK], 0, tl.float32)
-    sums = dot_left(flow, later, acc, PARTS, FAST)
-    return add_up(tl.where(lanes[:, None] < lanes[None, :], sums, 0.0), 0)
+    sums = dot_right(later, flow, acc, PARTS, FAST)
+    return add_up(tl.where(lanes[:, None] > lanes[None, :], sums, 0.0), 1)
 
 
 @triton.jit
 def _pair_scales(inputs, group, i, j, item, C: tl.constexpr):
-    """For tiles j < i what scales an item's flow: by r, with dt, and by t."""
+    """For tiles j < i what scales an item's flow: by t, and by r, with dt."""
     lanes = tl.arange(0, C.CHUNK)
     head = item // C.P_BLOCKS
     first = group // inputs.groups * inputs.tiles + group % inputs.groups * C.TILES
@@ -272,11 +281,13 @@ def _pair_scales(inputs, group, i, j, item, C: tl.constexpr):
     late = sums_of(inputs.sums, first + i, head, C)
     weight = tl.load(early + C.CHUNK + lanes) * tl.load(early + 3 * C.CHUNK + lanes)
     weight *= _decay_between(inputs, group, j + 1, i, head, C)
-    return weight, tl.load(late + 2 * C.CHUNK + lanes)
+    return tl.load(late + 2 * C.CHUNK + lanes), weight
 
 
 # The cotangent of scores, summed over heads, and the flows within a group. One program:
 # a pair of tiles and a block of items (B·V x blocks x G x pairs, pairs fastest).
+#
+# Here a matrix of tokens is `[t, r]`, so that sums over r stay within few threads.
 @triton.jit
 def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)
@@ -290,7 +301,8 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
     group = block.group
     i, j = pair_of(pair)
     if i < _tiles_in(inputs, group, C):
-        scores = tl.load(inputs.scores + scores_at(group, pair, block.heads, C))
+        at = scores_at(group, pair, block.heads, C)
+        scores = tl.load(inputs.scores + tl.trans(at))
         acc = tl.full([CHUNK, CHUNK], 0, tl.float32)
         out = outputs.flows + (group.to(tl.int64) * PAIRS + pair) * (ITEMS * CHUNK)
         totals = outputs.flow_totals + (group.to(tl.int64) * PAIRS + pair) * ITEMS
@@ -299,20 +311,20 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
         early = tile_of(inputs, row, place + j, C)
         late = tile_of(inputs, row, place + i, C)
         if inputs.run_start is not None:
-            seen = _same_run(load_starts(inputs, early, C), load_starts(inputs, late, C))
+            seen = _same_run(load_starts(inputs, late, C), load_starts(inputs, early, C))
         if i == j:
-            ahead = lanes[:, None] <= lanes[None, :]
+            ahead = lanes[:, None] >= lanes[None, :]
             if inputs.run_start is not None:
                 ahead = ahead & seen
             for item in tl.range(block.low, block.high, num_stages=C.STAGES):
                 head = item // C.P_BLOCKS
                 channels = item % C.P_BLOCKS * C.P_BLOCK + p
-                part = _part(inputs, group, i, head, C)
-                x = load_channels(inputs.x, part.tile, head, channels, C)
-                dy = load_channels(inputs.dy, part.tile, head, channels, C)
-                product = dot_narrow(x, tl.trans(dy), C)
-                dt = tl.load(part.sums + CHUNK + lanes)
-                product *= _decays(part.sums, C, False) * dt[:, None]
+                sums = sums_of(inputs.sums, row * inputs.tiles + place + i, head, C)
+                x = load_channels(inputs.x, early, head, channels, C)
+                dy = load_channels(inputs.dy, late, head, channels, C)
+                product = dot_narrow(dy, tl.trans(x), C)
+                dt = tl.load(sums + CHUNK + lanes)
+                product *= _decays(sums, C, True) * dt[None, :]
                 product = tl.where(ahead, product, 0.0)
                 acc += product
                 # The diagonal passes no token.
@@ -320,9 +332,10 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
                 if inputs.run_start is not None:
                     flow = tl.where(seen & finite(flow), flow, 0.0)
                 tl.store(out + item * CHUNK + lanes, _passing(flow, C))
+                tl.store(totals + item, 0.0)  # nothing passes the tile
         else:
             # What is needed next is on its way while this is worked on.
-            weight, since = _pair_scales(inputs, group, i, j, block.low, C)
+            since, weight = _pair_scales(inputs, group, i, j, block.low, C)
             for item in tl.range(block.low, block.high, num_stages=C.STAGES):
                 following = tl.minimum(item + 1, block.high - 1)
                 scales = _pair_scales(inputs, group, i, j, following, C)
@@ -330,21 +343,21 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
                 channels = item % C.P_BLOCKS * C.P_BLOCK + p
                 x = load_channels(inputs.x, early, head, channels, C)
                 dy = load_channels(inputs.dy, late, head, channels, C)
-                product = dot_narrow(x, tl.trans(dy), C)
-                product *= weight[:, None] * since[None, :]
+                product = dot_narrow(dy, tl.trans(x), C)
+                product *= since[:, None] * weight[None, :]
                 flow = product * scores
                 if inputs.run_start is not None:
                     product = tl.where(seen, product, 0.0)
                     flow = tl.where(seen & finite(flow), flow, 0.0)
                 acc += product
-                sums = add_up(flow, 0)
-                tl.store(out + item * CHUNK + lanes, sums)
-                tl.store(totals + item, add_up(sums, 0))
-                weight, since = scales
+                flows = add_up(flow, 1)
+                tl.store(out + item * CHUNK + lanes, flows)
+                tl.store(totals + item, add_up(flows, 0))
+                since, weight = scales
         ptr = outputs.dscores + block.block * (
             (inputs.rows * inputs.groups).to(tl.int64) * (C.G * PAIRS * CHUNK * CHUNK)
         )
-        tl.store(ptr + scores_at(group, pair, block.heads, C), acc)
+        tl.store(ptr + at, acc)
 
 
 @triton.jit
@@ -390,7 +403,7 @@ def _write_read(inputs, outputs, block, i, C: tl.constexpr):
         head = item // C.P_BLOCKS
         channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
         dy = load_channels(inputs.dy, own.tile, head, channels, C)
-        product = dot_state(dy, inputs.entering, block.group, head, channels, C)
+        product = dot_state(dy, inputs.entering, block.group, head, channels, C, False)
         product *= scale[:, None]
         flow = add_up(product * read, 1)
         if taken is not None:
@@ -431,7 +444,7 @@ def _write_written(inputs, outputs, block, j, C: tl.constexpr):
         head = item // C.P_BLOCKS
         channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
         x = load_channels(inputs.x, own.tile, head, channels, C)
-        product = dot_state(x, inputs.leaving, block.group, head, channels, C)
+        product = dot_state(x, inputs.leaving, block.group, head, channels, C, False)
         product *= scale[:, None]
         flow = add_up(product * B, 1)
         if taken is not None:
@@ -525,7 +538,7 @@ def _finish_sizes(inputs, outputs, group, heads, i, C: tl.constexpr, READ: tl.co
     for other in range(low, high):
         pair = i * (i + 1) // 2 + other if READ else other * (other + 1) // 2 + i
         tile = scores_at(group, pair, heads, C)
-        if READ:
+        if not READ:
             tile = tl.trans(tile)
         cotangent = tl.full([CHUNK, CHUNK], 0, tl.float32)
         for block in range(C.ITEM_BLOCKS):

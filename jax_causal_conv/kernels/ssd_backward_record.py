@@ -91,13 +91,13 @@ class SsdBackwardOutputs(NamedTuple):
         onward: `(B·L, I, c)`, the flow from each token to all behind its tile.
         dropped: `(B·L, I)`, that from all tokens of a tile to the state behind its
             group.
-        dD: `(B·V, H, P)`, a group's sum of dy·x.
+        dD: `(B·L, H, P)`, a tile's sum of dy·x; of one D a head `(B·L, I)`.
         flows: `(B·V, pairs, I, c)`: of two tiles the flow from all of j to each token
             of i; of one tile the flow that passes each token from the tile's tokens to
             the tile's tokens.
-        flow_totals: `(B·V, pairs, I)`, the first of these, summed over t.
-        dscores: `(blocks, B·V, G, pairs, c, c)`: the cotangent of `scores`, summed over
-            a block of a group's items.
+        flow_totals: `(B·V, pairs, I)`, of two tiles the sum of these, else 0.
+        dscores: `(blocks, B·V, G, pairs, c, c)`: the cotangent of `scores`, as
+            `[t, r]`, summed over a block of a group's items.
         dC, dB: `(blocks, B·T, G, K)`, the cotangents through the states before and
             behind a group; of `finish_kernel` `(B·T, G, K)`, all of them.
         arriving: `(B·L, I, c)`, the flow from the state before the group to each token.

@@ -193,11 +193,13 @@ def load_planes(ptr, number, head, channels, C: tl.constexpr):
 
 
 @triton.jit
-def dot_state(a, ptr, number, head, channels, C: tl.constexpr):
-    """`a @ state` for a narrow `a`."""
+def dot_state(a, ptr, number, head, channels, C: tl.constexpr, TRANS: tl.constexpr):
+    """`a @ state`, or the transposed state, for a narrow `a`."""
     FAST: tl.constexpr = C.FAST
     Y_PARTS: tl.constexpr = C.Y_PARTS
     state = load_plane(ptr, number, 0, head, channels, C)
+    if TRANS:
+        state = tl.trans(state)
     acc = tl.full([a.shape[0], state.shape[1]], 0, tl.float32)
     if C.TERMS == 0:
         return dot_right(a, state, acc, Y_PARTS, FAST)
@@ -205,6 +207,8 @@ def dot_state(a, ptr, number, head, channels, C: tl.constexpr):
         acc = dot_exact(a, state, acc, FAST)
         if C.TERMS == 2:
             rest = load_plane(ptr, number, 1, head, channels, C)
+            if TRANS:
+                rest = tl.trans(rest)
             acc = dot_exact(a, rest, acc, FAST)
         return acc
 

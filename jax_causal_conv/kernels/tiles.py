@@ -333,10 +333,10 @@ class SsdBackwardTiles:
     state_warps: int = 4
     token_warps: int = 4
     pair_warps: int = 4
-    head_warps: int = 8
+    head_warps: int = 4
     state_stages: int = 2
-    token_stages: int = 2
-    pair_stages: int = 2
+    token_stages: int = 1
+    pair_stages: int = 3
     head_stages: int = 2
 
 
@@ -367,7 +367,7 @@ def ssd_backward(
     # Enough programs for a GPU; fewer, and so fewer sums to be added up again, suffice.
     items = heads // groups * -(-dim // p_block)
     programs = rows * -(-length // (chunk * count)) * groups * 2 * count
-    blocks = max(1, min(items, 4 * _RESIDENT // programs))
+    blocks = max(1, min(items // 8, 4 * _RESIDENT // programs))
     return SsdBackwardTiles(
         p_block,
         k_block,
@@ -376,7 +376,6 @@ def ssd_backward(
         h_block=min(16, power_of_two(heads)),
         item_block=-(-items // blocks),
         state_stages=stages,
-        token_stages=stages,
-        pair_stages=stages,
+        pair_stages=stages + 1,
         head_stages=stages,
     )
