@@ -12,6 +12,7 @@ from .ssd_backward_states import (
     load_planes,
     load_sizes,
     load_starts,
+    load_x,
     pair_of,
     scores_at,
     sums_of,
@@ -170,14 +171,14 @@ def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):
                 alike = _same_run(start, load_starts(inputs, part.tile, C))
                 later = _add_product(later, mixed, alike, dy, C)
             between *= decay_of(part.sums, C)
-        B = load_sizes(inputs.B, own.tile, its_group, C)
+        B = load_sizes(inputs, inputs.B, own.tile, its_group, C)
         behind = dot_state(B, inputs.leaving, group, head, channels, C, True)
         behind *= between
         if inputs.run_start is not None:
             last = _last_run(inputs, group, C)
             leaves = (start >= 0) & (start == last)
             behind = tl.where(leaves[:, None], behind, 0.0)
-        x = load_channels(inputs.x, own.tile, head, channels, C)
+        x = load_x(inputs, own.tile, head, channels, C)
         wide_x = x.to(tl.float32)
         dt = tl.load(own.sums + CHUNK + lanes)
         after = tl.load(own.sums + 3 * CHUNK + lanes)
@@ -320,7 +321,7 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
                 head = item // C.P_BLOCKS
                 channels = item % C.P_BLOCKS * C.P_BLOCK + p
                 sums = sums_of(inputs.sums, row * inputs.tiles + place + i, head, C)
-                x = load_channels(inputs.x, early, head, channels, C)
+                x = load_x(inputs, early, head, channels, C)
                 dy = load_channels(inputs.dy, late, head, channels, C)
                 product = dot_narrow(dy, tl.trans(x), C)
                 dt = tl.load(sums + CHUNK + lanes)
@@ -341,7 +342,7 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
                 scales = _pair_scales(inputs, group, i, j, following, C)
                 head = item // C.P_BLOCKS
                 channels = item % C.P_BLOCKS * C.P_BLOCK + p
-                x = load_channels(inputs.x, early, head, channels, C)
+                x = load_x(inputs, early, head, channels, C)
                 dy = load_channels(inputs.dy, late, head, channels, C)
                 product = dot_narrow(dy, tl.trans(x), C)
                 product *= since[:, None] * weight[None, :]
@@ -387,7 +388,7 @@ def _write_read(inputs, outputs, block, i, C: tl.constexpr):
     CHUNK: tl.constexpr = C.CHUNK
     lanes = tl.arange(0, CHUNK)
     own = _part(inputs, block.group, i, 0, C)
-    read = load_sizes(inputs.C, own.tile, block.heads, C).to(tl.float32)
+    read = load_sizes(inputs, inputs.C, own.tile, block.heads, C).to(tl.float32)
     acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
     taken = None
     if inputs.run_start is not None:
@@ -427,7 +428,7 @@ def _write_written(inputs, outputs, block, j, C: tl.constexpr):
     CHUNK: tl.constexpr = C.CHUNK
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     own = _part(inputs, block.group, j, 0, C)
-    B = load_sizes(inputs.B, own.tile, block.heads, C).to(tl.float32)
+    B = load_sizes(inputs, inputs.B, own.tile, block.heads, C).to(tl.float32)
     acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
     taken = None
     if inputs.run_start is not None:
@@ -443,7 +444,7 @@ def _write_written(inputs, outputs, block, j, C: tl.constexpr):
         next_scale = _written_scale(inputs, own, block, j, following, C)
         head = item // C.P_BLOCKS
         channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
-        x = load_channels(inputs.x, own.tile, head, channels, C)
+        x = load_x(inputs, own.tile, head, channels, C)
         product = dot_state(x, inputs.leaving, block.group, head, channels, C, False)
         product *= scale[:, None]
         flow = add_up(product * B, 1)
@@ -544,13 +545,12 @@ def _finish_sizes(inputs, outputs, group, heads, i, C: tl.constexpr, READ: tl.co
         for block in range(C.ITEM_BLOCKS):
             cotangent += tl.load(inputs.dscores + block * step + tile)
         sizes = load_sizes(
+            inputs,
             inputs.B if READ else inputs.C,
             tile_of(inputs, row, place + other, C),
             heads,
             C,
         )
-        if inputs.run_start is not None:
-            sizes = tl.where(finite(sizes), sizes, 0.0)
         acc = dot_left(cotangent, sizes, acc, Y_PARTS, FAST)
     if inputs.run_start is not None:
         acc = tl.where((load_starts(inputs, own, C) >= 0)[:, None], acc, 0.0)
@@ -628,9 +628,9 @@ def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):
     if inputs.dt_bias is not None:
         bias = bias[:, None]
     counted = real
-    if inputs.run_start is not None:
-        counted = real & (load_starts(inputs, own, C) >= 0)[None, :]
     dt, inner = step_and_slope(given, bias, C)
+    if inputs.run_start is not None:
+        counted = real & (load_starts(inputs, own, C) >= 0)[None, :] & finite(dt)
     dA = tl.where(counted, slope * dt, 0.0)
     ddt = tl.where(counted, (slope * A[:, None] + direct) * inner, 0.0)
     tl.store(outputs.ddt + at, ddt.to(outputs.ddt.dtype.element_ty), mask=real)

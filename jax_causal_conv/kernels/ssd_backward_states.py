@@ -15,6 +15,7 @@ from .ssd_device import (
     dot_right,
     enters,
     exponents,
+    finite,
     largest,
     load_bias,
     load_tile,
@@ -55,13 +56,29 @@ def load_channels(ptr, tile, head, channels, C: tl.constexpr):
 
 
 @triton.jit
-def load_sizes(ptr, tile, group, C: tl.constexpr):
-    """`[c, K_BLOCK]` of B or C."""
+def load_x(inputs, tile, head, channels, C: tl.constexpr):
+    """`[c, P_BLOCK]` of x; with segments NaN and inf are zeros, see `load_sizes`."""
+    x = load_channels(inputs.x, tile, head, channels, C)
+    if inputs.run_start is not None:
+        x = tl.where(finite(x), x, 0.0)
+    return x
+
+
+@triton.jit
+def load_sizes(inputs, ptr, tile, group, C: tl.constexpr):
+    """`[c, K_BLOCK]` of B or C.
+
+    With segments NaN and inf are zeros, as in `xla.ssd`: in a product they would reach
+    the tokens of other runs. Outputs of their own run are NaN, and have no gradients.
+    """
     PART: tl.constexpr = C.PART or C.K_BLOCK != C.K
     k = tl.arange(0, C.K_BLOCK)
     ptr = ptr + (tile.first * (C.G * C.K) + group * C.K)
     at = tl.arange(0, C.CHUNK)[:, None] * (C.G * C.K) + k[None, :]
-    return load_tile(ptr + at, tile.real[:, None] & (k < C.K)[None, :], PART)
+    sizes = load_tile(ptr + at, tile.real[:, None] & (k < C.K)[None, :], PART)
+    if inputs.run_start is not None:
+        sizes = tl.where(finite(sizes), sizes, 0.0)
+    return sizes
 
 
 @triton.jit
@@ -105,7 +122,7 @@ def _write_sums(inputs, outputs, number, block, C: tl.constexpr):
     dt = tl.load(inputs.dt + at, mask=mask, other=0.0)
     dt = step_size(dt, load_bias(inputs, heads[None, :], C), C)
     if inputs.run_start is not None:
-        mask = mask & (load_starts(inputs, tile, C) >= 0)[:, None]
+        mask = mask & (load_starts(inputs, tile, C) >= 0)[:, None] & finite(dt)
     A = tl.load(inputs.A + heads, mask=heads < C.H, other=0.0).to(tl.float64)
     dt, steps = exponents(tl.where(mask, dt, 0.0), A[None, :])
     total = running_sum(steps)
@@ -136,8 +153,8 @@ def _write_scores(inputs, outputs, number, pair, group, C: tl.constexpr):
     late, early = pair_of(pair)
     first = number % inputs.groups * C.TILES
     if first + late < inputs.tiles:
-        B = load_sizes(inputs.B, tile_of(inputs, row, first + early, C), group, C)
-        read = load_sizes(inputs.C, tile_of(inputs, row, first + late, C), group, C)
+        B = load_sizes(inputs, inputs.B, tile_of(inputs, row, first + early, C), group, C)
+        read = load_sizes(inputs, inputs.C, tile_of(inputs, row, first + late, C), group, C)
         scores = dot_narrow(B, tl.trans(read), C)
         tl.store(outputs.scores + scores_at(number, pair, group, C), scores)
 
@@ -267,12 +284,12 @@ def _step(inputs, state, row, i, head, channels, C: tl.constexpr, BACK: tl.const
         start = load_starts(inputs, tile, C)
     if BACK:
         dy = load_channels(inputs.dy, tile, head, channels, C)
-        read = load_sizes(inputs.C, tile, group, C)
+        read = load_sizes(inputs, inputs.C, tile, group, C)
         since = tl.load(sums + 2 * C.CHUNK + lanes)
         return state_before(state, decay, dy, since, read, start, offset, C)
     else:
-        x = load_channels(inputs.x, tile, head, channels, C)
-        B = load_sizes(inputs.B, tile, group, C)
+        x = load_x(inputs, tile, head, channels, C)
+        B = load_sizes(inputs, inputs.B, tile, group, C)
         weight = tl.load(sums + C.CHUNK + lanes) * tl.load(sums + 3 * C.CHUNK + lanes)
         return _state_after(state, decay, x, weight, B, start, offset, C)
 
