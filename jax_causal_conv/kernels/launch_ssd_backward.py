@@ -41,6 +41,7 @@ class _Step(NamedTuple):
     grid: int
     num_warps: int
     stages: int
+    older_num_warps: int | None = None
 
 
 def _constants(
@@ -215,6 +216,7 @@ def backward(
             blocks * (2 * C.TILES + 1),
             tile.head_warps,
             tile.head_stages,
+            tile.older_head_warps,
         ),
         _Step(
             backward_finish_kernel,
@@ -240,6 +242,7 @@ def backward(
             SsdBackwardOutputs(**{name: getattr(outputs, name) for name in written}),
             grid=step.grid,
             num_warps=step.num_warps,
+            older_num_warps=step.older_num_warps,
             constants=dataclasses.replace(C, STAGES=step.stages),
         )
         known |= dict(zip(written, results, strict=True))

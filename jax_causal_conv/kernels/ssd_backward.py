@@ -355,10 +355,10 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
                 tl.store(out + item * CHUNK + lanes, flows)
                 tl.store(totals + item, add_up(flows, 0))
                 since, weight = scales
-        ptr = outputs.dscores + block.block * (
-            (inputs.rows * inputs.groups).to(tl.int64) * (C.G * PAIRS * CHUNK * CHUNK)
-        )
-        tl.store(ptr + at, acc)
+        # The program's number first, since what is 1 is no tensor.
+        step = block.block.to(tl.int64) * (inputs.rows * inputs.groups)
+        step *= C.G * PAIRS * CHUNK * CHUNK
+        tl.store(outputs.dscores + step + at, acc)
 
 
 @triton.jit
@@ -465,8 +465,8 @@ def _write_written(inputs, outputs, block, j, C: tl.constexpr):
 def _store_sizes(ptr, inputs, own, block, values, C: tl.constexpr):
     """Writes `[c, K_BLOCK]` of a block's dB or dC."""
     k = tl.arange(0, C.K_BLOCK)
-    tokens = (inputs.rows * inputs.row_len).to(tl.int64)
-    first = block.block * tokens + own.tile.first
+    first = block.block.to(tl.int64) * (inputs.rows * inputs.row_len)
+    first += own.tile.first
     at = (first + tl.arange(0, C.CHUNK))[:, None] * (C.G * C.K)
     at += (block.heads * C.K + k)[None, :]
     mask = own.tile.real[:, None] & (k < C.K)[None, :]
@@ -529,13 +529,14 @@ def _finish_sizes(inputs, outputs, group, heads, i, C: tl.constexpr, READ: tl.co
     ptr = inputs.dC if READ else inputs.dB
     out = outputs.dC if READ else outputs.dB
     at = (own.first + lanes)[:, None] * (C.G * C.K) + (heads * C.K + k)[None, :]
-    step = (inputs.rows * inputs.row_len).to(tl.int64) * (C.G * C.K)
+    wide = group.to(tl.int64) * 0  # what is 1 is no tensor
+    step = (wide + inputs.rows * inputs.row_len) * (C.G * C.K)
     acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
     for block in range(C.ITEM_BLOCKS):
         acc += tl.load(ptr + block * step + at, mask=mask, other=0.0)
     low = 0 if READ else i
     high = i + 1 if READ else _tiles_in(inputs, group, C)
-    step = (inputs.rows * inputs.groups).to(tl.int64) * (C.G * PAIRS * CHUNK * CHUNK)
+    step = (wide + inputs.rows * inputs.groups) * (C.G * PAIRS * CHUNK * CHUNK)
     for other in range(low, high):
         pair = i * (i + 1) // 2 + other if READ else other * (other + 1) // 2 + i
         tile = scores_at(group, pair, heads, C)

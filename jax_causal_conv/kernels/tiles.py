@@ -320,7 +320,8 @@ class SsdBackwardTiles:
         state_warps: warps of a program that goes through a row for an item.
         token_warps: of one of a tile and an item.
         pair_warps: of one that goes through the items for a pair of tiles.
-        head_warps: of one that goes through them for dB or dC of a tile.
+        head_warps: of one that goes through them for dB or dC of a tile;
+            older_head_warps, on GPUs before Hopper.
         state_stages, token_stages, pair_stages, head_stages: of their loops.
     """
 
@@ -334,6 +335,7 @@ class SsdBackwardTiles:
     token_warps: int = 4
     pair_warps: int = 4
     head_warps: int = 4
+    older_head_warps: int = 8
     state_stages: int = 2
     token_stages: int = 1
     pair_stages: int = 3
