@@ -239,6 +239,28 @@ class SSDOperands(NamedTuple):
     segment_ids: Any = None
 
 
+class SSDBackwardOperands(NamedTuple):
+    """Arrays of the gradient of `ssd`.
+
+    Attributes:
+        x, dt, A, B, C, D, dt_bias, states, segment_ids: see `SSDOperands`.
+        dy: `(B, T, H, P)`, the cotangent of y.
+        dfinal: `(B, H, P, K)`, that of the final state; None is zeros.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any = None
+    dt_bias: Any = None
+    states: Any = None
+    segment_ids: Any = None
+    dy: Any = None
+    dfinal: Any = None
+
+
 class SSDPackedOperands(NamedTuple):
     """Arrays of `ssd_packed`.
 

@@ -257,7 +257,7 @@ def zero_tokens(y_ptr, first, count, head, channels, C: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, FAST: tl.constexpr):
+def dot_exact(a, b, acc, FAST: tl.constexpr):
     """A product of 16-bit operands: exact, but for its float32 sums."""
     if FAST:
         return tl.dot(a, b, acc)
@@ -274,7 +274,7 @@ def to_tf32(a):
 
 
 @triton.jit
-def _cut(values):
+def cut(values):
     """The upper 8 bits of float32 values, as bfloat16, and what is left.
 
     Cut off, not rounded: that takes a mask and a subtraction, where a GPU rounds a
@@ -299,9 +299,9 @@ def dot_left(wide, narrow, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     if narrow.dtype == tl.bfloat16:
         rest = wide
         for _ in tl.static_range(PARTS - 1):
-            term, rest = _cut(rest)
-            acc = _dot(term, narrow, acc, FAST)
-        acc = _dot(rest.to(tl.bfloat16), narrow, acc, FAST)
+            term, rest = cut(rest)
+            acc = dot_exact(term, narrow, acc, FAST)
+        acc = dot_exact(rest.to(tl.bfloat16), narrow, acc, FAST)
     elif narrow.dtype == tl.float16:
         # float16 has too short a range for the terms, but TF32 holds its values.
         exact = narrow.to(tl.float32)
@@ -323,9 +323,9 @@ def dot_right(narrow, wide, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     if narrow.dtype == tl.bfloat16:
         rest = wide
         for _ in tl.static_range(PARTS - 1):
-            term, rest = _cut(rest)
-            acc = _dot(narrow, term, acc, FAST)
-        acc = _dot(narrow, rest.to(tl.bfloat16), acc, FAST)
+            term, rest = cut(rest)
+            acc = dot_exact(narrow, term, acc, FAST)
+        acc = dot_exact(narrow, rest.to(tl.bfloat16), acc, FAST)
     elif narrow.dtype == tl.float16:
         exact = narrow.to(tl.float32)
         term = to_tf32(wide)
@@ -345,7 +345,7 @@ def dot_narrow(a, b, C: tl.constexpr):
     """`a @ b` of operands as they were given."""
     acc = tl.full([a.shape[0], b.shape[1]], 0, tl.float32)
     if (a.dtype == b.dtype) & (a.dtype != tl.float32):
-        return _dot(a, b, acc, C.FAST)
+        return dot_exact(a, b, acc, C.FAST)
     elif C.EXACT:
         wide = a.to(tl.float32)
         return tl.dot(wide, b.to(tl.float32), acc, input_precision="tf32x3")

@@ -313,3 +313,80 @@ def _stretch(chunks: int, programs: int) -> int:
     """
     stretches = min(_RESIDENT // programs, chunks // 4)
     return -(-chunks // stretches) if stretches > 1 else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SsdBackwardTiles:
+    """Tile sizes of the launches of an SSD's gradient.
+
+    Attributes:
+        p_block: channels of an item, a power of two.
+        k_block: K rounded up to a power of two.
+        chunk: tokens of a tile, a power of two.
+        tiles: tiles of a group, at most 4.
+        h_block: heads whose sums a program makes, a power of two.
+        item_block: items that a program of sums over heads goes through.
+        state_warps: warps of a program that goes through a row for an item.
+        token_warps: of one of a tile and an item.
+        pair_warps: of one that goes through the items for a pair of tiles.
+        head_warps: of one that goes through them for dB or dC of a tile;
+            older_head_warps, on GPUs before Hopper.
+        state_stages, token_stages, pair_stages, head_stages: of their loops.
+    """
+
+    p_block: int
+    k_block: int
+    chunk: int
+    tiles: int
+    h_block: int
+    item_block: int
+    state_warps: int = 4
+    token_warps: int = 4
+    pair_warps: int = 4
+    head_warps: int = 4
+    older_head_warps: int = 8
+    state_stages: int = 2
+    token_stages: int = 1
+    pair_stages: int = 3
+    head_stages: int = 2
+
+
+def ssd_backward(
+    head_shape: tuple[int, int],
+    group_shape: tuple[int, int],
+    itemsize: int,
+    rows: int,
+    length: int,
+) -> SsdBackwardTiles:
+    """Tiles of the gradient of B rows of T tokens.
+
+    Args:
+        head_shape: H and P.
+        group_shape: G and K.
+        itemsize: of x, B and C.
+        rows, length: B and T.
+    """
+    (heads, dim), (groups, size) = head_shape, group_shape
+    k_block = max(16, power_of_two(size))
+    p_block = max(16, min(64, power_of_two(dim), _STATE_TILE // k_block))
+    row = 2 * k_block * itemsize
+    chunk = 64
+    while chunk > 16 and (chunk * row > _CHUNK_BYTES or chunk >= 2 * length):
+        chunk //= 2
+    count = min(4, -(-length // chunk))
+    stages = 1 if 2 * chunk * row > _CHUNK_BYTES else 2
+    # Enough programs for a GPU; fewer, and so fewer sums to be added up again, suffice.
+    items = heads // groups * -(-dim // p_block)
+    programs = rows * -(-length // (chunk * count)) * groups * 2 * count
+    blocks = max(1, min(items // 8, 4 * _RESIDENT // programs))
+    return SsdBackwardTiles(
+        p_block,
+        k_block,
+        chunk,
+        count,
+        h_block=min(16, power_of_two(heads)),
+        item_block=-(-items // blocks),
+        state_stages=stages,
+        pair_stages=stages + 1,
+        head_stages=stages,
+    )

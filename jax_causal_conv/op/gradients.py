@@ -33,10 +33,13 @@ from ..operands import (
     PackedBackwardOperands,
     PackedOperands,
     RowsBackwardOperands,
+    SSDBackwardOperands,
+    SSDOperands,
     UpdateOperands,
 )
 from ..promotion import promoting
 from ..slots import history_before, read_before, ring_before, wide_slots
+from ..xla.ssd import SSD_GRADIENTS
 from . import primitive, sharding
 from .ops import (
     DENSE,
@@ -44,6 +47,7 @@ from .ops import (
     PACKED_BACKWARD,
     ROWS_BACKWARD,
     SSD,
+    SSD_BACKWARD,
     SSD_PACKED,
     SSD_REPLAY,
     UPDATE,
@@ -355,6 +359,24 @@ def _dense_backward(implementation, spec, operands: DenseOperands, cotangents):
     return (_record_of_cotangents(operands, states=dstates, **gradients),)
 
 
+def _ssd_forward(implementation, spec, operands: SSDOperands):
+    return primitive.run(SSD, implementation, spec, operands), operands
+
+
+def _ssd_backward(implementation, spec, operands: SSDOperands, cotangents):
+    """The gradients by the backward op, each in the dtype of its operand."""
+    dy, dfinal = (*cotangents, None)[:2]
+    given = SSDBackwardOperands(*operands, dy=dy, dfinal=dfinal)
+    results = primitive.run(SSD_BACKWARD, implementation, spec, given)
+    gradients = dict(zip(SSD_GRADIENTS, results, strict=False))
+    if operands.D is not None and operands.D.ndim == 1:
+        gradients["D"] = gradients["D"].sum(1)
+    for name, gradient in gradients.items():
+        operand = getattr(operands, name)
+        gradients[name] = None if operand is None else gradient.astype(operand.dtype)
+    return (_record_of_cotangents(operands, **gradients),)
+
+
 def _through_xla(op: Op) -> tuple[Callable, Callable]:
     """The rule of an op without a backward op: XLA differentiates its implementation.
 
@@ -386,7 +408,7 @@ _RULES = {
     PACKED: _rule(PACKED, _packed_forward, _packed_backward),
     UPDATE: _rule(UPDATE, _update_forward, _update_backward),
     DENSE: _rule(DENSE, _dense_forward, _dense_backward),
-    SSD: _rule(SSD, *_through_xla(SSD)),
+    SSD: _rule(SSD, _ssd_forward, _ssd_backward),
     SSD_PACKED: _rule(SSD_PACKED, *_through_xla(SSD_PACKED)),
     SSD_REPLAY: _rule(SSD_REPLAY, *_through_xla(SSD_REPLAY)),
 }

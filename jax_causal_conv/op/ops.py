@@ -16,6 +16,7 @@ from ..operands import (
     PackedBackwardOperands,
     PackedOperands,
     RowsBackwardOperands,
+    SSDBackwardOperands,
     SSDOperands,
     SSDPackedOperands,
     SSDReplayOperands,
@@ -25,7 +26,7 @@ from ..operands import (
 from ..xla import backward, forward, ssd
 from .record import Op
 
-_SSDRecords = SSDOperands | SSDPackedOperands | SSDReplayOperands
+_SSDRecords = SSDOperands | SSDBackwardOperands | SSDPackedOperands | SSDReplayOperands
 
 
 def _kernels() -> ModuleType:
@@ -86,6 +87,12 @@ def _rows_and_slots(spec: ConvSpec, operands: UpdateOperands) -> dict[str, str]:
     return {"S": "B"} if one_by_one else {"S": "s", "B": "b"}
 
 
+def _ssd_backward_kernels() -> ModuleType:
+    from ..kernels import launch_ssd_backward
+
+    return launch_ssd_backward
+
+
 def _groups(spec: SSDSpec, operands: _SSDRecords) -> dict[str, str]:
     """Groups are sharded like their heads; a single one, which all share, is not."""
     del spec
@@ -141,6 +148,27 @@ def _ssd_replay_results(spec: SSDSpec, operands: SSDReplayOperands) -> list:
     del spec
     recent = operands.recent_x, operands.recent_dt, operands.recent_B
     return [*map(_like, (operands.x, operands.states, *recent))]
+
+
+def _ssd_gradients(spec: SSDSpec, operands: SSDBackwardOperands) -> list:
+    """Shapes of the gradients of x, dt, A, B, C, dt_bias, D, and states if any.
+
+    Those of A, B, C, dt_bias and D are sums, of tokens or heads, and wide.
+    """
+    del spec
+    x, A, B, wide = operands.x, operands.A, operands.B, accumulator(operands.x)
+    shapes = [
+        _like(x),
+        _like(operands.dt),
+        jax.ShapeDtypeStruct(A.shape, wide),
+        jax.ShapeDtypeStruct(B.shape, wide),
+        jax.ShapeDtypeStruct(B.shape, wide),
+        jax.ShapeDtypeStruct(A.shape, wide),
+        jax.ShapeDtypeStruct(x.shape[2:], wide),
+    ]
+    if operands.states is not None:
+        shapes.append(jax.ShapeDtypeStruct(operands.states.shape, wide))
+    return shapes
 
 
 PACKED = Op(
@@ -256,6 +284,37 @@ SSD = Op(
     fold=_fold_rows("A", "D", "dt_bias"),
 )
 
+SSD_BACKWARD = Op(
+    name="ssd_backward",
+    xla=ssd.dense_backward,
+    launches=lambda: _ssd_backward_kernels().backward,
+    dims=SSDBackwardOperands(
+        x="B t H p",
+        dt="B t H",
+        A="H",
+        B="B t G k",
+        C="B t G k",
+        D="H p",
+        dt_bias="H",
+        states="B H p k",
+        segment_ids="B t",
+        dy="B t H p",
+        dfinal="B H p k",
+    ),
+    result_dims=(
+        "B t H p",
+        "B t H",
+        "H",
+        "B t G k",
+        "B t G k",
+        "H",
+        "H p",
+        "B H p k",
+    ),
+    result_shapes=_ssd_gradients,
+    rename=_groups,
+)
+
 SSD_PACKED = Op(
     name="ssd_packed",
     xla=ssd.packed,
@@ -318,6 +377,7 @@ OPS = (
     PACKED_BACKWARD,
     ROWS_BACKWARD,
     SSD,
+    SSD_BACKWARD,
     SSD_PACKED,
     SSD_REPLAY,
 )

@@ -24,7 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import batch
-from ..operands import SSDOperands, SSDPackedOperands, SSDReplayOperands, SSDSpec
+from ..operands import (
+    SSDBackwardOperands,
+    SSDOperands,
+    SSDPackedOperands,
+    SSDReplayOperands,
+    SSDSpec,
+)
 from ..replay import replayed, step_sizes
 from ..slots import differentiate_as
 
@@ -33,6 +39,10 @@ _LOWEST_LOG_DECAY = -1000.0
 
 _BLOCK = 32
 """The places of a chunk that `_sums_between` sums up at once."""
+
+
+SSD_GRADIENTS = ("x", "dt", "A", "B", "C", "dt_bias", "D", "states")
+"""The operands of `dense` that have gradients, in the order of `dense_backward`."""
 
 
 class _Inputs(NamedTuple):
@@ -301,6 +311,39 @@ def dense(spec: SSDSpec, operands: SSDOperands):
     if not spec.final_state:
         return (y,)
     return y, state if initial_state is None else state.astype(initial_state.dtype)
+
+
+def dense_backward(spec: SSDSpec, operands: SSDBackwardOperands):
+    """The gradients of `dense`, in the order of `SSD_GRADIENTS`.
+
+    Those of x and dt have their dtypes. The others are sums and stay wide; that of D is
+    `(H, P)`, and those of D and dt_bias are there in any case.
+    """
+    *inputs, dy, dfinal = operands
+    primal = SSDOperands(*inputs)
+    x, wide = primal.x, batch.accumulator(primal.x)
+    (heads, dim), states = x.shape[2:], primal.states
+    D = jnp.zeros((heads, 1), wide) if primal.D is None else primal.D.astype(wide)
+    bias = primal.dt_bias
+    floats = {
+        "x": x,
+        "dt": primal.dt,
+        "A": primal.A.astype(wide),
+        "B": primal.B.astype(wide),
+        "C": primal.C.astype(wide),
+        "dt_bias": jnp.zeros(heads, wide) if bias is None else bias.astype(wide),
+        "D": jnp.broadcast_to(D.reshape(heads, -1), (heads, dim)),
+    }
+    if states is not None:
+        floats["states"] = states.astype(wide)
+    spec = dataclasses.replace(spec, final_state=dfinal is not None)
+
+    def results(floats):
+        return dense(spec, primal._replace(**floats))
+
+    cotangents = (dy,) if dfinal is None else (dy, dfinal.astype(wide))
+    gradients = jax.vjp(results, floats)[1](cotangents)[0]
+    return tuple(gradients[name] for name in SSD_GRADIENTS if name in gradients)
 
 
 def _runs_of_chunks(row_runs: batch.Runs, size: int, count: int) -> _ChunkRuns:

@@ -16,6 +16,7 @@ from jax_causal_conv.op.ops import (
     PACKED_BACKWARD,
     ROWS_BACKWARD,
     SSD,
+    SSD_BACKWARD,
     SSD_PACKED,
     SSD_REPLAY,
     UPDATE,
@@ -24,7 +25,7 @@ from jax_causal_conv.operands import ConvSpec, SSDSpec
 
 T, N, S, L, D, W, B, Q = 23, 5, 7, 6, 12, 4, 3, 2
 H, P, G, K = 6, 5, 3, 7
-SSD_OPS = (SSD, SSD_PACKED, SSD_REPLAY)
+SSD_OPS = (SSD, SSD_BACKWARD, SSD_PACKED, SSD_REPLAY)
 CONV_OPS = tuple(op for op in OPS if op not in SSD_OPS)
 COLUMNS = (Columns(), Columns(5), Columns(split=(4, 8)), Columns(5, (4, 4, 4)))
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -100,7 +101,7 @@ def operands_of(op, x_dtype, state_dtype, columns, optional: bool):
 
 
 def ssd_operands(op, x_dtype, state_dtype, optional: bool):
-    rows = (B, T) if op is SSD else (T,)
+    rows = (T,) if op is SSD_PACKED else (B, T)
     groups = array(*rows, G, K, dtype=x_dtype)
     needed = {
         "x": array(*rows, H, P, dtype=x_dtype),
@@ -113,7 +114,10 @@ def ssd_operands(op, x_dtype, state_dtype, optional: bool):
         "D": array(H, P, dtype=jnp.float32),
         "dt_bias": array(H, dtype=x_dtype),
     }
-    if op is SSD:
+    if op is SSD_BACKWARD:
+        needed["dy"] = needed["x"]
+        options["dfinal"] = array(B, H, P, K, dtype=state_dtype)
+    if op is not SSD_PACKED:
         options["states"] = array(B, H, P, K, dtype=state_dtype)
         options["segment_ids"] = array(B, T)
     else:

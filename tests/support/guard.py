@@ -50,6 +50,7 @@ from tests.support import (
     cases,
     checks,
     reference,
+    ssd_backward,
     ssd_cases,
     ssd_launches,
 )
@@ -435,6 +436,10 @@ def check_ssd_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
         print(f"case {seed} {at}", flush=True)
         got = ssd_launches.launch(case, guarded_caller(arena, at), **tile)
         ssd_cases.compare(case, got, expected, "interpret")
+        if not case.packed:
+            spec, operands = ssd_backward.operands_of(case)
+            changes = {"chunk": 16, "tiles": 2} if tile else {}
+            ssd_backward.launch(spec, operands, guarded_caller(arena, at), **changes)
 
 
 # Planted bugs, to show that the harness sees what it is for.

@@ -209,7 +209,7 @@ def gradients(x, dt, A, B, C, D, dt_bias, state, dy, dstate, *, sizes=False):
         dread[n] = np.einsum("hp,hpk->hk", dy[n], states[n + 1])
         dstate = dstate + dy[n][:, :, None] * read[n][:, None, :]
         dnew = np.einsum("hpk,hk->hp", dstate, write[n])
-        dx[n] = dt[n][:, None] * dnew + D[:, None] * dy[n]
+        dx[n] = dt[n][:, None] * dnew + D.reshape(heads, -1) * dy[n]
         dwrite[n] = dt[n][:, None] * np.einsum("hpk,hp->hk", dstate, x[n])
         dlog = decay[n] * np.einsum("hpk,hpk->h", dstate, states[n])
         ddt[n] = rate * dlog + (dnew * x[n]).sum(-1)
@@ -225,7 +225,7 @@ def gradients(x, dt, A, B, C, D, dt_bias, state, dy, dstate, *, sizes=False):
         "A": dA,
         "B": by_group(dwrite),
         "C": by_group(dread),
-        "D": (dy * x).sum((0, 2)),
+        "D": (dy * x).sum((0, 2) if D.ndim == 1 else 0),
         "dt_bias": (ddt * slope).sum(0),
         "state": dstate,
     }
