@@ -28,7 +28,6 @@ from .ssd_backward_record import (
 from .ssd_backward_states import backward_prepare_kernel, backward_states_kernel
 from .tiles import SsdBackwardTiles
 
-
 _SIZES = ("row_len", "tiles", "groups", "rows")
 
 
@@ -134,7 +133,7 @@ def backward(
 ) -> Launches[tuple[jax.Array, ...]]:
     """Launches of the gradient of `ssd`: six."""
     x, states = operands.x, operands.states
-    (rows, length, heads, dim), size = x.shape, operands.B.shape[-1]
+    rows, length, heads, dim = x.shape
     sizes = jnp.promote_types(operands.B.dtype, operands.C.dtype)
     tile = tile or tiles.ssd_backward(
         (heads, dim),
@@ -250,7 +249,9 @@ def backward(
     if operands.D is not None:
         dD = known["dD"].sum(0)
         if not C.D_BY_CHANNEL:  # one channel has the gradient of all
-            dD = jnp.pad(dD.reshape(heads, -1).sum(1, keepdims=True), ((0, 0), (0, dim - 1)))
+            dD = jnp.pad(
+                dD.reshape(heads, -1).sum(1, keepdims=True), ((0, 0), (0, dim - 1))
+            )
     gradients = [
         known["dx"].reshape(x.shape),
         known["ddt"].reshape(operands.dt.shape),
@@ -261,4 +262,3 @@ def backward(
         dD,
     ]
     return *gradients, *([known["dstates"]] if states is not None else [])
-

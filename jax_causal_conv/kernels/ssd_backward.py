@@ -139,7 +139,7 @@ def _add_product(acc, mixed, seen, dy, C: tl.constexpr):
 # Here as in the kernels below a matrix of scores or decays is `[r, t]`: r is a token
 # that writes, t one that reads, not before r.
 @triton.jit
-def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):
+def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     P_BLOCK: tl.constexpr = C.P_BLOCK
@@ -290,7 +290,7 @@ def _pair_scales(inputs, group, i, j, item, C: tl.constexpr):
 #
 # Here a matrix of tokens is `[t, r]`, so that sums over r stay within few threads.
 @triton.jit
-def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
+def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     PAIRS: tl.constexpr = C.TILES * (C.TILES + 1) // 2
@@ -312,7 +312,9 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
         early = tile_of(inputs, row, place + j, C)
         late = tile_of(inputs, row, place + i, C)
         if inputs.run_start is not None:
-            seen = _same_run(load_starts(inputs, late, C), load_starts(inputs, early, C))
+            seen = _same_run(
+                load_starts(inputs, late, C), load_starts(inputs, early, C)
+            )
         if i == j:
             ahead = lanes[:, None] >= lanes[None, :]
             if inputs.run_start is not None:
@@ -514,7 +516,9 @@ def backward_heads_kernel(inputs, outputs, C: tl.constexpr):
 
 
 @triton.jit
-def _finish_sizes(inputs, outputs, group, heads, i, C: tl.constexpr, READ: tl.constexpr):
+def _finish_sizes(
+    inputs, outputs, group, heads, i, C: tl.constexpr, READ: tl.constexpr
+):
     """All of dC (READ) or dB of a tile."""
     FAST: tl.constexpr = C.FAST
     Y_PARTS: tl.constexpr = C.Y_PARTS
@@ -565,7 +569,7 @@ def _sum_later(values):
 
 
 @triton.jit
-def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):
+def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):  # noqa: PLR0915
     """The gradient of dt of a tile, for a block of heads; dA and that of the bias.
 
     Nothing that does not pass a token is in the sum of its decay's derivative: that of
@@ -603,7 +607,9 @@ def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):
         inside += tl.load(flows + own_pair + at, mask=whole, other=0.0)
         for j in tl.static_range(TILES):
             pair = (i * (i + 1) // 2 + j) * (ITEMS * CHUNK)
-            arriving += tl.load(flows + pair + at, mask=whole & (lanes * 0 + i > j), other=0.0)
+            arriving += tl.load(
+                flows + pair + at, mask=whole & (lanes * 0 + i > j), other=0.0
+            )
         passed += tl.load(inputs.through + group.to(tl.int64) * ITEMS + item, in_h, 0.0)
         of_pair = (group.to(tl.int64) * PAIRS + pairs) * ITEMS + item[:, None]
         over = in_h[:, None] & (early < i) & (late > i) & (late < count)
@@ -615,8 +621,10 @@ def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):
         over = in_h[:, None] & (tiles > i) & (tiles < count)
         flow = tl.load(inputs.arriving_totals + of_tile, mask=over, other=0.0)
         passed += add_up(flow, 1)
-    slope = inside + _sum_later(arriving) + tl.associative_scan(
-        before, 1, tl.standard._sum_combine
+    slope = (
+        inside
+        + _sum_later(arriving)
+        + tl.associative_scan(before, 1, tl.standard._sum_combine)
     )
     slope += passed[:, None]
     # From here on the chain rule, for one token after another.

@@ -122,7 +122,9 @@ def expected(spec: SSDSpec, operands: SSDBackwardOperands) -> dict[str, np.ndarr
     if spec.limits_dt or not spec.dt_softplus:
         with jax.enable_x64(True):
             wide = jax.tree.map(lambda a: jnp.asarray(a.astype(np.float64)), operands)
-            return named(jax.jit(ssd.dense_backward, static_argnums=0)(spec, wide), wide)
+            return named(
+                jax.jit(ssd.dense_backward, static_argnums=0)(spec, wide), wide
+            )
     x, states = operands.x, operands.states
     rows, length, heads, dim = x.shape
     D = np.zeros(heads) if operands.D is None else operands.D
