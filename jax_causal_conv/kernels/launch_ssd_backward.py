@@ -149,6 +149,10 @@ def backward(
     def of_tokens(array):
         return array.reshape(rows * length, *array.shape[2:])
 
+    def of_sizes(array):
+        array = of_tokens(array)
+        return array if array.dtype == sizes else array.astype(sizes)
+
     run_start = None
     if operands.segment_ids is not None:
         runs = runs_of(operands.segment_ids, rows, length)
@@ -157,8 +161,8 @@ def backward(
         x=of_tokens(x),
         dt=of_tokens(operands.dt),
         A=operands.A,
-        B=of_tokens(operands.B).astype(sizes),
-        C=of_tokens(operands.C).astype(sizes),
+        B=of_sizes(operands.B),
+        C=of_sizes(operands.C),
         D=operands.D,
         dt_bias=operands.dt_bias,
         states=states,
