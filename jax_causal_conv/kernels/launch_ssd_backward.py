@@ -28,7 +28,6 @@ from .ssd_backward_record import (
 from .ssd_backward_states import backward_prepare_kernel, backward_states_kernel
 from .tiles import SsdBackwardTiles
 
-
 _SIZES = ("row_len", "tiles", "groups", "rows")
 
 
@@ -134,7 +133,7 @@ def backward(
 ) -> Launches[tuple[jax.Array, ...]]:
     """Launches of the gradient of `ssd`: six."""
     x, states = operands.x, operands.states
-    (rows, length, heads, dim), size = x.shape, operands.B.shape[-1]
+    rows, length, heads, dim = x.shape
     sizes = jnp.promote_types(operands.B.dtype, operands.C.dtype)
     tile = tile or tiles.ssd_backward(
         (heads, dim),
@@ -150,6 +149,10 @@ def backward(
     def of_tokens(array):
         return array.reshape(rows * length, *array.shape[2:])
 
+    def of_sizes(array):
+        array = of_tokens(array)
+        return array if array.dtype == sizes else array.astype(sizes)
+
     run_start = None
     if operands.segment_ids is not None:
         runs = runs_of(operands.segment_ids, rows, length)
@@ -158,8 +161,8 @@ def backward(
         x=of_tokens(x),
         dt=of_tokens(operands.dt),
         A=operands.A,
-        B=of_tokens(operands.B).astype(sizes),
-        C=of_tokens(operands.C).astype(sizes),
+        B=of_sizes(operands.B),
+        C=of_sizes(operands.C),
         D=operands.D,
         dt_bias=operands.dt_bias,
         states=states,

@@ -139,7 +139,7 @@ def _add_product(acc, mixed, seen, dy, C: tl.constexpr):
 # Here as in the kernels below a matrix of scores or decays is `[r, t]`: r is a token
 # that writes, t one that reads, not before r.
 @triton.jit
-def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):
+def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     P_BLOCK: tl.constexpr = C.P_BLOCK
@@ -290,7 +290,7 @@ def _pair_scales(inputs, group, i, j, item, C: tl.constexpr):
 #
 # Here a matrix of tokens is `[t, r]`, so that sums over r stay within few threads.
 @triton.jit
-def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):
+def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     PAIRS: tl.constexpr = C.TILES * (C.TILES + 1) // 2
@@ -569,7 +569,7 @@ def _sum_later(values):
 
 
 @triton.jit
-def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):
+def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):  # noqa: PLR0915
     """The gradient of dt of a tile, for a block of heads; dA and that of the bias.
 
     Nothing that does not pass a token is in the sum of its decay's derivative: that of

@@ -29,8 +29,8 @@ class SsdBackwardInputs(NamedTuple):
         dy: `(B·T, H, P)`, the cotangent of y, in x's dtype.
         dfinal: `(B, H, P, K)`, that of the states at the rows' ends; None is zeros.
         sums, scores, entering, leaving, direct, onward, dropped, flows, flow_totals,
-            dscores, dC, dB, arriving, arriving_totals, through: what other kernels have left, see
-            `SsdBackwardOutputs`.
+            dscores, dC, dB, arriving, arriving_totals, through: what other kernels have
+            left, see `SsdBackwardOutputs`.
         row_len: T.
         tiles: L, of a row.
         groups: V, of a row.
@@ -72,10 +72,10 @@ class SsdBackwardInputs(NamedTuple):
 class SsdBackwardOutputs(NamedTuple):
     """What a kernel writes; float32 unless said otherwise.
 
-    The *flow* from token r to token t > r is `dt[r]·decay(t, r)·(dy[t]·x[r])·(C[t]·B[r])`,
-    what r adds to the loss through y[t]; so there are flows from the state before a
-    group and to the state behind it. The derivative in the log of a token's decay is
-    the sum of all flows that pass it.
+    The *flow* from token r to token t > r is
+    `dt[r]·decay(t, r)·(dy[t]·x[r])·(C[t]·B[r])`, what r adds to the loss through y[t];
+    so there are flows from the state before a group and to the state behind it. The
+    derivative in the log of a token's decay is the sum of all flows that pass it.
 
     Attributes:
         sums: `(B·L, H, 5, c)`: of each token the sum of dt·A in units of log 2 from its

@@ -90,7 +90,7 @@ def load_starts(inputs, tile, C: tl.constexpr):
 
 @triton.jit
 def sums_of(sums_ptr, number, head, C: tl.constexpr):
-    """A pointer to `[5, c]` of `SsdBackwardOutputs.sums`; number is that of the tile."""
+    """A pointer to `[5, c]` of `SsdBackwardOutputs.sums` of the tile of this number."""
     return sums_ptr + (number.to(tl.int64) * C.H + head) * (5 * C.CHUNK)
 
 
@@ -276,7 +276,7 @@ def _state_after(state, decay, x, weight, B, start, offset, C: tl.constexpr):
 
 @triton.jit
 def _step(inputs, state, row, i, head, channels, C: tl.constexpr, BACK: tl.constexpr):
-    """The state behind tile i from that before it; BACK, their cotangents, backwards."""
+    """The state behind tile i from that before; BACK, their cotangents, backwards."""
     lanes = tl.arange(0, C.CHUNK)
     group = head // (C.H // C.G)
     tile = tile_of(inputs, row, i, C)

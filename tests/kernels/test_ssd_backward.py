@@ -21,9 +21,9 @@ SPEC = SSDSpec(16, dt_softplus=True)
 SMALL = {"chunk": 16, "tiles": 2}
 ALL_BFLOAT16 = dict.fromkeys(("x", "B", "C", "dt"), BFLOAT16)
 IDS = [
-    [4] * 20 + [-1] * 3 + [4] * 30 + [7] * 17,
-    [-1] * 40 + [2] + [3] * 29,
-    [-2] * 70,
+    [4] * 10 + [-1] * 3 + [4] * 14 + [7] * 13,
+    [-1] * 18 + [2] + [3] * 21,
+    [-2] * 40,
 ]
 
 CASES = {  # operands, and changes to tiles and spec
@@ -54,9 +54,9 @@ CASES = {  # operands, and changes to tiles and spec
         SMALL,
         {},
     ),
-    "documents": (draw(15, 3, 70, ids=IDS), SMALL, {}),
+    "documents": (draw(15, 3, 40, ids=IDS), SMALL, {}),
     "documents, no states": (
-        draw(16, 3, 70, ids=IDS, state=None, final=False, **ALL_BFLOAT16),
+        draw(16, 3, 40, ids=IDS, state=None, final=False, **ALL_BFLOAT16),
         SMALL | {"tiles": 4},
         {},
     ),
@@ -96,7 +96,7 @@ def test_default_precision_rounds_products_and_no_more():
 
 
 def test_padding_has_no_gradient_and_no_influence():
-    operands = draw(21, 3, 70, ids=IDS)
+    operands = draw(21, 3, 40, ids=IDS)
     clean = launch(SPEC, operands, guard.caller(), **SMALL)
     padding = np.asarray(IDS) < 0
     bad = {}

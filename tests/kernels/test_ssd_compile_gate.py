@@ -134,7 +134,7 @@ def test_gradient_stays_in_registers(capability):
 
 
 def test_gradient_compiles_where_sizes_are_one():
-    """Jax-triton makes a constant of a number that is 1: rows, tokens, tiles, groups."""
+    """A number that is 1 (rows, tokens, tiles, groups) is a constant to the kernels."""
     kernels = compiled_gradient(90, rows=1, tokens=1, heads=1)
     assert [code.name for code in kernels] == list(BACKWARD)
 
