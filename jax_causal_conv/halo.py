@@ -212,7 +212,7 @@ def _joins(segment_ids: jax.Array, axis_name: str) -> tuple[jax.Array, _Joins]:
     runs = batches.runs_of(segment_ids, rows, length)
     place = jnp.arange(length, dtype=jnp.int32)
     last = jnp.max(jnp.where(runs.real, place, 0), axis=1, keepdims=True)
-    start = jnp.take_along_axis(runs.start, last, axis=1)
+    start = jnp.take_along_axis(runs.start, last, axis=1, mode="clip")
     first, empty = segment_ids[:, 0], ~runs.real.any(axis=1)
     same = _from_left(segment_ids[:, -1], axis_name) == first
     joined = (same | (jax.lax.axis_index(axis_name) == 0)) & (first >= 0)

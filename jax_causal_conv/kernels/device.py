@@ -123,7 +123,8 @@ class Store(NamedTuple):
     Attributes:
         slot: its number; `ptr`, to its first row.
         end: the state is that after so many tokens of a sequence.
-        live: whether it is stored at all; None: it is.
+        live: whether it is stored at all; None: it is. (No function returns such a
+            record: Triton 3.6 cannot.)
     """
 
     slot: Any
@@ -485,7 +486,7 @@ def filter_rows(
             length of its sequence.
 
     Returns:
-        The window behind the last row, where there is a single walk.
+        The window behind the last row, where there is a single walk; else nothing.
     """
     first, most, length = chunk
     if C.DILATION == 1:
@@ -516,7 +517,7 @@ def filter_rows(
                 block,
                 C,
             )
-        return None
+        return ()
 
 
 @triton.jit
@@ -535,13 +536,9 @@ def walk_of(rows, phase, C: tl.constexpr):
 
 
 @triton.jit
-def last_store(inputs, seq, slot, length, C: tl.constexpr):
-    """The `Store` of the state after a live sequence, whose slot is `slot`."""
-    if inputs.write_slots is None:
-        ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
-        return Store(slot, ptr, length, None)
-    else:
-        return _named_store(inputs, tl.load(inputs.write_slots + seq), length, C)
+def written_store(inputs, seq, length, C: tl.constexpr):
+    """The `Store` of the state after a sequence whose slots are read and written."""
+    return _named_store(inputs, tl.load(inputs.write_slots + seq), length, C)
 
 
 @triton.jit

@@ -8,14 +8,15 @@ import triton.language as tl
 from .device import (
     Offsets,
     Rows,
+    Store,
     channel_block,
     filter_rows,
-    last_store,
     load_filter,
     offset_bound,
     roll_slot,
     snapshot_store,
     store_window,
+    written_store,
     zero_rows,
     zero_uncovered,
 )
@@ -147,7 +148,9 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
             if (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID):
                 slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
                 first_ptr = row_ptr + first.to(tl.int64) * C.X
-                store = last_store(inputs, seq, slot, length, C)
+                store = Store(slot, slot_ptr, length, None)
+                if inputs.write_slots is not None:
+                    store = written_store(inputs, seq, length, C)
                 early = None
                 if inputs.snapshot_slots is not None:
                     early = snapshot_store(inputs, seq, store, C)

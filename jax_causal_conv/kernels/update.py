@@ -7,16 +7,17 @@ import triton.language as tl
 
 from .device import (
     Rows,
+    Store,
     channel_block,
     convolve_rows,
     filter_rows,
     in_walk,
-    last_store,
     load_filter,
     load_plain,
     roll_slot,
     store_window,
     walk_of,
+    written_store,
     zero_rows,
 )
 
@@ -108,6 +109,7 @@ def move_ring(row_ptr, slot_ptr, store, cursor, block, C: tl.constexpr):
 # cursor, input q goes to row (cursor + q) mod L.
 @triton.jit
 def update_kernel(inputs, outputs, C: tl.constexpr):
+    Q: tl.constexpr = C.Q
     request = tl.program_id(0) // C.COL_BLOCKS
     block, out = channel_block(outputs.out, C)
 
@@ -120,7 +122,9 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
     out = Rows(out.ptr + request.to(tl.int64) * (C.Q * out.stride), out.stride)
     if (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID):
         slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
-        store = last_store(inputs, request, slot, C.Q, C)
+        store = Store(slot, slot_ptr, C.Q, None)
+        if inputs.write_slots is not None:
+            store = written_store(inputs, request, C.Q, C)
         if inputs.cache_seqlens is not None:
             cursor = tl.load(inputs.cache_seqlens + request) % C.L
             # The remainder has the sign of the dividend.
@@ -154,7 +158,7 @@ def update_kernel(inputs, outputs, C: tl.constexpr):
                 0,
                 history,
                 filter,
-                (0, C.Q, C.Q),
+                (0, Q, Q),
                 block,
                 C,
             )

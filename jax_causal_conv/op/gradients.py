@@ -160,7 +160,9 @@ def _through_roll(dslots, seqs: Sequences, end=None):
     end = seqs.length if end is None else end
     old = jnp.arange(state_len)
     row = old - seqs.history[:, None] + state_len - end[:, None]
-    moved = jnp.take_along_axis(dslots, jnp.maximum(row, 0)[..., None], axis=1)
+    moved = jnp.take_along_axis(
+        dslots, jnp.maximum(row, 0)[..., None], axis=1, mode="clip"
+    )
     kept = (row >= 0) & (old < seqs.history[:, None])
     return jnp.where(kept[..., None], moved, 0)
 
@@ -296,7 +298,7 @@ def _update_backward(implementation, spec, residuals, cotangents):
         # Rows in the order of the tokens that were written to them, newest last.
         row = jnp.arange(state_len)
         order = jnp.mod(cursor[:, None] + query - state_len + row, state_len)
-        into_tokens = jnp.take_along_axis(dslots, order[..., None], axis=1)
+        into_tokens = jnp.take_along_axis(dslots, order[..., None], axis=1, mode="clip")
         written = jnp.mod(row - cursor[:, None], state_len) < query
         through = jnp.where(written[..., None], 0, dslots)
         source = jnp.mod(cursor[:, None] - count + jnp.arange(count), state_len)

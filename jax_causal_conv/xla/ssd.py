@@ -358,8 +358,10 @@ def _runs_of_chunks(row_runs: batch.Runs, size: int, count: int) -> _ChunkRuns:
     enters = real & ((start < begin) | (start == 0))
     place = jnp.arange(size, dtype=jnp.int32)
     last = jnp.max(jnp.where(real, place, 0), axis=2, keepdims=True)
-    leaves = real & (start == jnp.take_along_axis(start, last, axis=2))
-    through = jnp.take_along_axis(enters, last, axis=2) | ~real.any(2, keepdims=True)
+    leaves = real & (start == jnp.take_along_axis(start, last, axis=2, mode="clip"))
+    through = jnp.take_along_axis(enters, last, axis=2, mode="clip") | ~real.any(
+        2, keepdims=True
+    )
     return _ChunkRuns(start, enters, leaves, through[..., 0])
 
 

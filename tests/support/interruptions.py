@@ -26,6 +26,9 @@ class Interrupter:
 
     def __enter__(self):
         self.previous = sys.gettrace()
+        # Python 3.12 tells of instructions only if a frame wants to hear of them before
+        # tracing begins.
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self.enter)
         return self
 

@@ -83,7 +83,8 @@ class Device:
         Returns:
             `(M,)`, what will have been drawn.
         """
-        tokens, self.state = executable(self._params, self.state, batch)
+        with jax.disable_jit(False):  # nothing compiled can run without it
+            tokens, self.state = executable(self._params, self.state, batch)
         tokens.copy_to_host_async()
         return tokens
 
