@@ -164,6 +164,29 @@ def packed_step_of_a_divided_model_communicates_in_sums_alone(groups, kind):
         assert_close(got.ssm, old.ssm)
 
 
+def tokens_of(model):
+    """What an engine makes of three requests."""
+    engine = mamba2.Engine(
+        model, num_slots=2, max_tokens_per_step=8, token_buckets=[8], decode_buckets=[2]
+    )
+    requests = [mamba2.Request([1, 2, 3, 4, 5], 3), mamba2.Request([6], 4)]
+    drawn = mamba2.SamplingParams(temperature=1.0, top_k=9, seed=1)
+    requests.append(mamba2.Request([7, 8], 2, drawn))
+    generations = [engine.submit(request) for request in requests]
+    with quick.compilation():
+        engine.run()
+    return [generation.tokens for generation in generations]
+
+
+@CHECKS.over(KINDS)
+def engine_serves_a_divided_model(kind):
+    mesh = make_mesh(kind, model=4)
+    divided = mamba2.tensor_parallel(make_model(1), mesh, "model")
+    with jax.set_mesh(mesh):
+        got = tokens_of(divided)
+    assert got == tokens_of(make_model(1))
+
+
 @CHECKS.over(("jit", "eager"))
 def mixer_takes_explicitly_sharded_rows(how):
     mesh = make_mesh("Explicit", data=2)
