@@ -1,6 +1,7 @@
 """Flax NNX layers over the ops; needs the extra `flax`.
 
-`CausalConv1d` is the conv alone, `Mamba2Mixer` the whole mixer of a Mamba-2 block.
+`CausalConv1d` is the conv alone, `Mamba2Mixer` the whole mixer of a Mamba-2 block,
+`ShortConvMixer` that of LFM2 and LFM3.
 """
 
 try:
@@ -12,12 +13,14 @@ except ModuleNotFoundError as error:
 
 from .mamba2.mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
 from .nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
+from .short_conv import ShortConvMixer
 
 __all__ = [
     "CausalConv1d",
     "GatedRMSNorm",
     "Mamba2Cache",
     "Mamba2Mixer",
+    "ShortConvMixer",
     "default_bias_init",
     "default_kernel_init",
 ]

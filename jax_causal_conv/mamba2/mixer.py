@@ -1,7 +1,7 @@
 """The mixer of a Mamba-2 block as a Flax NNX layer, and the gated norm inside it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from .. import batch, checks
 from ..metadata import ConvMetadata
 from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from ..operands import PAD_SLOT_ID
+from ..published import families, weights
 from .ssd import ssd, ssd_packed
 
 _default_linear_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -25,19 +26,21 @@ class GatedRMSNorm(nnx.Module):
     """RMSNorm of y gated by silu(z), over groups of neighbouring features.
 
     `scale * rms_norm(y * silu(z))`, or `scale * rms_norm(y) * silu(z)` with
-    `norm_before_gate`, computed in float32 (float64 for float64 inputs) and rounded
-    once. `scale` is a Param `(features,)`, ones at first.
+    `norm_before_gate`, with sigmoid in silu's place if asked for; computed in float32
+    (float64 for float64 inputs) and rounded once. `scale` is a Param `(features,)`,
+    ones at first.
 
     Args:
         features: the size of the last axis.
         groups: each of so many equal groups of features has its own mean square.
         norm_before_gate: the gate comes after the norm.
+        gate_activation: "silu" or "sigmoid", of z.
         eps: added to the mean square.
         dtype: of the result; None infers it from y, z and scale.
         param_dtype: of `scale`.
 
     Raises:
-        ValueError: `groups` does not divide `features`.
+        ValueError: `groups` does not divide `features`, or the activation is unknown.
     """
 
     def __init__(
@@ -46,13 +49,19 @@ class GatedRMSNorm(nnx.Module):
         *,
         groups: int = 1,
         norm_before_gate: bool = False,
+        gate_activation: str = "silu",
         eps: float = 1e-5,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
     ):
         _divides("groups", groups, "features", features)
+        if gate_activation not in ("silu", "sigmoid"):
+            raise ValueError(
+                f"gate_activation must be 'silu' or 'sigmoid', got {gate_activation!r}"
+            )
         self.groups = groups
         self.norm_before_gate = norm_before_gate
+        self.gate_activation = gate_activation
         self.eps = eps
         self.dtype = dtype
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
@@ -62,7 +71,7 @@ class GatedRMSNorm(nnx.Module):
         scale = self.scale[...]
         dtype = canonicalize_dtype(y, z, scale, dtype=self.dtype)
         y, z, scale = (_wide(a) for a in (y, z, scale))
-        gate = jax.nn.silu(z)
+        gate = jax.nn.silu(z) if self.gate_activation == "silu" else jax.nn.sigmoid(z)
         y = y if self.norm_before_gate else y * gate
         size = y.shape[-1] // self.groups
         grouped = y.reshape(*y.shape[:-1], self.groups, size)
@@ -92,12 +101,12 @@ class Mamba2Mixer(nnx.Module):
         dt = clip(softplus(dt + dt_bias), *dt_limit);  A = -exp(A_log)
         y = ssd(x, dt, A, B, C, D);  out = out_proj(norm(y, z))
 
-    H = d_inner // headdim heads with d_inner = expand * d_model; head h uses group
+    H = d_inner // headdim heads (d_inner is expand * d_model); head h uses group
     h // (H // n_groups) of B and C; the conv has C = d_inner + 2 * n_groups * d_state
     channels. Parameters: `in_proj` (an nnx.Linear), `conv` (a `CausalConv1d`),
-    `A_log`, `D` and `dt_bias` `(H,)`, `norm` (a `GatedRMSNorm`), `out_proj` (an
-    nnx.Linear). Step sizes, A, D and the norm are computed in float32 whatever `dtype`
-    is.
+    `A_log`, `D` and `dt_bias` `(H,)`, `norm` (a `GatedRMSNorm` or None), `out_proj`
+    (an nnx.Linear). Step sizes, A, D and the norm are computed in float32 whatever
+    `dtype` is.
 
     **Padding.** Tokens that are padding (a negative segment id, a skipped sequence)
     are seen by nobody. Their own rows of the output mean nothing: for finite u they
@@ -122,18 +131,21 @@ class Mamba2Mixer(nnx.Module):
         d_model: features of input and output.
         d_state: K, the size of the state per head and channel.
         d_conv: W, the width of the conv.
-        expand: d_inner / d_model.
+        expand: d_inner / d_model; a fraction of a channel is dropped.
+        d_inner: the channels of all heads, instead of `expand`.
         headdim: P, the channels of a head.
         n_groups: G, groups of heads that share B and C.
         chunk_size: tokens that the SSD handles at once. It matters for speed only, so
             it need not be that of a checkpoint.
         use_bias: whether in_proj and out_proj have a bias.
+        use_out_bias: whether out_proj has one; None is `use_bias`.
         use_conv_bias: whether the conv has one.
         dt_limit: lower and upper limit of the step sizes.
         dt_min: lower end of the initial step sizes, which are log-uniform.
         dt_max: upper end.
         dt_init_floor: no initial step size is smaller.
         A_init_range: -A is initially uniform in this range.
+        norm: whether there is a norm. False: y * silu(z) goes into out_proj.
         norm_before_gate: the norm's gate comes after it.
         norm_groups: groups of the norm; None is `n_groups`, as published. (Versions of
             transformers that normalise over the whole of d_inner want 1; for
@@ -173,16 +185,19 @@ class Mamba2Mixer(nnx.Module):
         d_state: int = 128,
         d_conv: int = 4,
         expand: float = 2,
+        d_inner: int | None = None,
         headdim: int = 64,
         n_groups: int = 1,
         chunk_size: int = 64,
         use_bias: bool = False,
+        use_out_bias: bool | None = None,
         use_conv_bias: bool = True,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         dt_init_floor: float = 1e-4,
         A_init_range: tuple[float, float] = (1.0, 16.0),
+        norm: bool = True,
         norm_before_gate: bool = False,
         norm_groups: int | None = None,
         norm_eps: float = 1e-5,
@@ -201,7 +216,9 @@ class Mamba2Mixer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d_model = checks.static_int("d_model", d_model, minimum=1)
-        d_inner = int(expand * d_model)
+        if d_inner is None:
+            d_inner = int(expand * d_model)
+        d_inner = checks.static_int("d_inner", d_inner, minimum=1)
         _divides("headdim", headdim, "d_inner = expand * d_model", d_inner)
         num_heads = d_inner // headdim
         _divides("n_groups", n_groups, "the number of heads", num_heads)
@@ -250,21 +267,116 @@ class Mamba2Mixer(nnx.Module):
         dt = jnp.maximum(jnp.exp(log_dt), dt_init_floor)
         inverse_softplus = dt + jnp.log(-jnp.expm1(-dt))
         self.dt_bias = nnx.Param(inverse_softplus.astype(param_dtype))
-        self.norm = GatedRMSNorm(
-            d_inner,
-            groups=n_groups if norm_groups is None else norm_groups,
-            norm_before_gate=norm_before_gate,
-            eps=norm_eps,
-            **dtypes,
-        )
+        self.norm: GatedRMSNorm | None = nnx.data(None)
+        if norm:
+            self.norm = GatedRMSNorm(
+                d_inner,
+                groups=n_groups if norm_groups is None else norm_groups,
+                norm_before_gate=norm_before_gate,
+                eps=norm_eps,
+                **dtypes,
+            )
         self.out_proj = nnx.Linear(
             d_inner,
             d_model,
-            use_bias=use_bias,
+            use_bias=use_bias if use_out_bias is None else use_out_bias,
             kernel_init=out_kernel_init,
             bias_init=out_bias_init,
             rngs=rngs,
             **dtypes,
+        )
+
+    @classmethod
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+        prefix: str,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        chunk_size: int | None = None,
+        num_shards: int = 1,
+        precision: jax.lax.PrecisionLike = None,
+        implementation: str | None = None,
+    ) -> "Mamba2Mixer":
+        """The mixer of one layer of a published model.
+
+        Model types (with the prefix of layer 3): mamba2 and nemotron_h
+        (`backbone.layers.3.mixer`), bamba, granitemoehybrid and falcon_h1
+        (`model.layers.3.mamba`), zamba2 (`model.layers.3.mamba`, and in its hybrid
+        layers `model.layers.3.mamba_decoder.mamba`).
+
+        The mixer computes what transformers' mixer does when it reads a whole text.
+        Its decoding with a cache does not apply `time_step_limit` and `time_step_min`;
+        here they always hold. Falcon-H1's `ssm_in_multiplier` and `ssm_multipliers`
+        become part of in_proj, once, in float32. What a block does around its mixer
+        (Falcon-H1's `ssm_out_multiplier`, Granite's `residual_multiplier`) is not
+        in it.
+
+        Args:
+            config: the model's config.json, as json reads it.
+            tensors: arrays under their names in the checkpoint, those of other layers
+                too; a file opened by `safetensors.safe_open` will do.
+            prefix: of the names of this mixer's tensors.
+            dtype: of the computation. None is that of in_proj's weight.
+            param_dtype: of the parameters, but for `A_log`, `D` and `dt_bias`, which
+                are float32. None is `dtype`.
+            chunk_size: None is the config's.
+            num_shards: as for the constructor; the columns are put in its order.
+            precision: as for the constructor.
+            implementation: as for the constructor.
+
+        Returns:
+            The mixer, on jax's default device.
+
+        Raises:
+            ValueError: another kind of model; a value of the config is of a wrong kind,
+                or sizes contradict each other; or tensors are missing, left over,
+                misshapen or no floats, all of which are named.
+        """
+        published = families.mamba2(config)
+        arguments = published.arguments | {
+            "num_shards": num_shards,
+            "precision": precision,
+            "implementation": implementation,
+        }
+        if chunk_size is not None:
+            arguments["chunk_size"] = chunk_size
+        found = weights.below(tensors, prefix)
+        dtype, param_dtype = weights.dtypes(found, "in_proj.weight", dtype, param_dtype)
+
+        def make() -> Mamba2Mixer:
+            return cls(
+                dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0), **arguments
+            )
+
+        mixer = nnx.eval_shape(make)
+        columns, channels = mixer.in_proj_order, mixer.conv_order
+        factors = published.columns
+        scaled = bool((factors != 1).any() or published.in_factor != 1)
+
+        def in_proj(weight: np.ndarray) -> np.ndarray:
+            if scaled:
+                weight = _at_least_float32(weight) * factors[:, None]
+                weight = weight * np.float32(published.in_factor)
+            return weight[columns]
+
+        def in_proj_bias(bias: np.ndarray) -> np.ndarray:
+            bias = _at_least_float32(bias) * factors if scaled else bias
+            return bias[columns]
+
+        return weights.build(
+            make,
+            found,
+            param_dtype,
+            name_of=lambda where: weights.name(where).replace("conv.", "conv1d."),
+            change={
+                "in_proj.weight": in_proj,
+                "in_proj.bias": in_proj_bias,
+                "conv1d.weight": lambda weight: weight[channels],
+                "conv1d.bias": lambda bias: bias[channels],
+            },
         )
 
     @property
@@ -460,7 +572,13 @@ class Mamba2Mixer(nnx.Module):
 
     def _output(self, y: Any, z: jax.Array) -> jax.Array:
         """The mixer's output from that of the SSD and the gate."""
-        return self.out_proj(self.norm(y.reshape(z.shape), z))
+        y = y.reshape(z.shape)
+        if self.norm is None:
+            dtype = canonicalize_dtype(y, z, dtype=self.out_proj.dtype)
+            y = (_wide(y) * jax.nn.silu(_wide(z))).astype(dtype)
+        else:
+            y = self.norm(y, z)
+        return self.out_proj(y)
 
 
 def _without_surplus(
@@ -494,6 +612,10 @@ def _without_surplus(
 def _wide(array: jax.Array) -> jax.Array:
     """In float32, or in float64 if that is its dtype."""
     return array.astype(batch.accumulator(array))
+
+
+def _at_least_float32(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.float64 else array.astype(np.float32)
 
 
 def _divides(name: str, value: int, whole_name: str, whole: int) -> None:

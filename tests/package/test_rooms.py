@@ -17,8 +17,8 @@ FLOORS = (
     ("xla", "kernels"),
     ("op",),
     ("packed", "update", "dense", "states", "halo", "metadata", "mamba2.ssd"),
-    ("nnx_conv", "linen"),
-    ("mamba2",),
+    ("nnx_conv", "linen", "published"),
+    ("mamba2", "short_conv"),
     ("nnx",),
     ("__init__", "doctor", "__main__"),
 )
