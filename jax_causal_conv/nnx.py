@@ -12,8 +12,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .mamba2.mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
-from .mamba2.short_conv import ShortConvMixer
 from .nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
+from .short_conv import ShortConvMixer
 
 __all__ = [
     "CausalConv1d",

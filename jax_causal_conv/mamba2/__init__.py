@@ -26,11 +26,9 @@ if TYPE_CHECKING:
         Stats,
         StepStats,
     )
-    from .families import mixer_from_hf
     from .mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
     from .model import Mamba2LM
     from .parallel import tensor_parallel
-    from .short_conv import ShortConvMixer
 else:
     _MODULES = {
         "checkpoint": ("load", "save"),
@@ -46,11 +44,9 @@ else:
             "Stats",
             "StepStats",
         ),
-        "families": ("mixer_from_hf",),
         "mixer": ("GatedRMSNorm", "Mamba2Cache", "Mamba2Mixer"),
         "model": ("Mamba2LM",),
         "parallel": ("tensor_parallel",),
-        "short_conv": ("ShortConvMixer",),
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -86,11 +82,9 @@ __all__ = [
     "QueueFull",
     "Request",
     "SamplingParams",
-    "ShortConvMixer",
     "Stats",
     "StepStats",
     "load",
-    "mixer_from_hf",
     "sample",
     "save",
     "ssd",

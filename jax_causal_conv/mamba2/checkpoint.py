@@ -1,12 +1,13 @@
 """Mamba2 checkpoints in local directories: load both published layouts, save one.
 
-- transformers' `Mamba2ForCausalLM`: config.json with "model_type": "mamba2" and
-  model.safetensors, or its shards with model.safetensors.index.json.
-- The original `state-spaces/mamba2-*`: config.json with "ssm_cfg" and
-  pytorch_model.bin, which needs torch to be read, or its tensors as safetensors.
+- transformers' `Mamba2ForCausalLM` or `Mamba2Model`: config.json with
+  "model_type": "mamba2".
+- The original `state-spaces/mamba2-*`: config.json with "ssm_cfg".
 
-Nothing is downloaded. Both layouts have the same names of tensors, except for the
-embedding table.
+The weights are model.safetensors or pytorch_model.bin, which needs torch to be read, or
+shards of either with an index. Nothing is downloaded. Both layouts have the same names
+of tensors, except for the embedding table. Mixers of other families of models are
+loaded by `Mamba2Mixer.from_hf`.
 
 In float32 a loaded model computes what transformers computes when it reads a whole
 text, to rounding. Known differences elsewhere: with `time_step_limit`, transformers (as
@@ -24,20 +25,21 @@ import dataclasses
 import functools
 import json
 import os
+import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..arguments import Implementation
+from ..published import fields, weights
 from .config import Mamba2Config
 from .model import Mamba2LM
 
@@ -47,34 +49,19 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 
+_BACKBONE = "backbone."
 _EMBEDDING = "backbone.embeddings.weight"
 _ORIGINAL_EMBEDDING = "backbone.embedding.weight"
 _HEAD = "lm_head.weight"
 
-# The decay of every token depends on these few numbers: they are never rounded to 16
-# bits.
-_FLOAT32 = {"A_log", "D", "dt_bias"}
+# How a file begins that stands for another in a git repository.
+_LFS = b"version https://git-lfs"
 
 # How safetensors and torch call the dtypes that are accepted.
-_DTYPES = {
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
-_TORCH_DTYPES = {dtype.name: dtype for dtype in _DTYPES.values()}
-
-_Where = tuple[Any, ...]
-"""A parameter's place in the model, such as ("layers", 0, "mixer", "D")."""
-
-
-class _Tensor(NamedTuple):
-    """A tensor in a file, which `read` reads. `dtype` is None if it is not accepted."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype | None
-    read: Callable[[], np.ndarray]
+_DTYPES = dict(zip(("F16", "BF16", "F32", "F64"), weights.DTYPES, strict=True))
+_TORCH_DTYPES = {dtype.name: dtype for dtype in weights.DTYPES}
 
 
 def load(
@@ -107,28 +94,36 @@ def load(
     Raises:
         FileNotFoundError: a file is missing.
         ImportError: only pytorch_model.bin is there, and torch is not installed.
-        ValueError: the model is not a Mamba2 known here; or tensors are missing, left
-            over, misshapen or no floats, all of which are named; or the head of a
-            model with tied embeddings is not its embedding table.
+        ValueError: the model is not a Mamba2 known here; a value in the config is of a
+            wrong kind; a file is cut off or a git-lfs pointer, or lies outside the
+            directory; or tensors are missing, left over, misshapen or no floats, all of
+            which are named; or the head of a model with tied embeddings is not its
+            embedding table. Nothing is loaded in part.
     """
     directory = Path(path)
-    raw = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    original = "ssm_cfg" in raw
-    config = (Mamba2Config.from_original if original else Mamba2Config.from_hf)(raw)
+    config = _read_config(directory / CONFIG)
     if chunk_size is not None:
         config = dataclasses.replace(config, chunk_size=chunk_size)
     with contextlib.ExitStack() as files:
         tensors = _open(directory, files)
-        # Like transformers, this accepts the original name of the embedding table.
-        if _ORIGINAL_EMBEDDING in tensors and _EMBEDDING not in tensors:
-            tensors[_EMBEDDING] = tensors.pop(_ORIGINAL_EMBEDDING)
         try:
-            if config.tie_embeddings and _HEAD in tensors:
-                _drop_tied_head(tensors)
-            if dtype is None and _EMBEDDING in tensors:
-                dtype = tensors[_EMBEDDING].dtype
-            ops = {"precision": precision, "implementation": implementation}
-            return _build(config, tensors, dtype, param_dtype, ops)
+            tensors = _with_one_naming(tensors, config.tie_embeddings)
+            of_compute, of_params = weights.dtypes(
+                tensors, _EMBEDDING, dtype, param_dtype
+            )
+            return weights.build(
+                lambda: Mamba2LM(
+                    config,
+                    dtype=of_compute,
+                    param_dtype=of_params,
+                    precision=precision,
+                    implementation=implementation,
+                    rngs=nnx.Rngs(0),
+                ),
+                tensors,
+                of_params,
+                name_of=_name,
+            )
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
 
@@ -146,7 +141,9 @@ def save(path: str | os.PathLike[str], model: Mamba2LM) -> None:
     directory = Path(path)
     config = {**model.config.to_hf(), "dtype": str(model.param_dtype)}
     tensors = {
-        _name(where): np.ascontiguousarray(_turned(where, np.asarray(param[...])))
+        _name(where): np.ascontiguousarray(
+            weights.turned(where, np.asarray(param[...]))
+        )
         for where, param in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -155,71 +152,47 @@ def save(path: str | os.PathLike[str], model: Mamba2LM) -> None:
     (directory / CONFIG).write_text(text, encoding="utf-8")
 
 
-def _build(
-    config: Mamba2Config,
-    tensors: Mapping[str, _Tensor],
-    dtype: DTypeLike | None,
-    param_dtype: DTypeLike | None,
-    ops: Mapping[str, Any],
-) -> Mamba2LM:
-    """Makes the model with these tensors, none of which may be missing or left over."""
-    dtype = jax.dtypes.canonicalize_dtype(jnp.float32 if dtype is None else dtype)
-    param_dtype = jax.dtypes.canonicalize_dtype(param_dtype or dtype)
-    empty = nnx.eval_shape(  # shapes alone: nothing is initialised
-        lambda: Mamba2LM(
-            config,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=nnx.Rngs(0),
-            **ops,
-        )
-    )
-    graph, state = nnx.split(empty, nnx.Param)
-    params = {_name(where): (where, p) for where, p in nnx.to_flat_state(state)}
-    shapes = {
-        name: _turned(where, np.broadcast_to(0, param.shape)).shape
-        for name, (where, param) in params.items()
-    }
-    _check(shapes, tensors)
-    loaded = []
-    for name, (where, param) in params.items():
-        target = jnp.dtype(jnp.float32 if where[-1] in _FLOAT32 else param_dtype)
-        array = np.asarray(_turned(where, tensors[name].read()), target, order="C")
-        loaded.append((where, param.replace(jnp.asarray(array))))
-    return nnx.merge(graph, nnx.from_flat_state(loaded))
+def _read_config(path: Path) -> Mamba2Config:
+    """The config in a file, in either layout; errors name the file."""
+    raw = fields.read_json(path)
+    original = "ssm_cfg" in raw
+    try:
+        return (Mamba2Config.from_original if original else Mamba2Config.from_hf)(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _check(
-    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, _Tensor]
-) -> None:
-    """Raises a ValueError that names everything wrong with the tensors."""
-    wrong = [f"missing: {name}" for name in sorted(shapes.keys() - tensors.keys())]
-    wrong += [f"unexpected: {name}" for name in sorted(tensors.keys() - shapes.keys())]
-    for name in sorted(shapes.keys() & tensors.keys()):
-        tensor = tensors[name]
-        if tensor.shape != shapes[name]:
-            wrong.append(f"{name} has shape {tensor.shape}, expected {shapes[name]}")
-        elif tensor.dtype is None:
-            wrong.append(f"{name} is not of float16, bfloat16, float32 or float64")
-    if wrong:
-        raise ValueError("the tensors do not fit the config:\n  " + "\n  ".join(wrong))
+def _with_one_naming(
+    tensors: Mapping[str, weights.Tensor], tied: bool
+) -> dict[str, weights.Tensor]:
+    """The tensors as the language model of transformers names them.
 
-
-def _drop_tied_head(tensors: dict[str, _Tensor]) -> None:
-    """Removes a head that repeats the embedding table."""
+    The model below its head may have been saved alone, without `backbone.`; the
+    embedding table has another name in the original layout; and tied embeddings may
+    have been saved as the table, the head, or both.
+    """
+    if not any(name.startswith(_BACKBONE) for name in tensors):
+        tensors = {
+            name if name == _HEAD else _BACKBONE + name: tensor
+            for name, tensor in tensors.items()
+        }
+    tensors = dict(tensors)
+    if _ORIGINAL_EMBEDDING in tensors and _EMBEDDING not in tensors:
+        tensors[_EMBEDDING] = tensors.pop(_ORIGINAL_EMBEDDING)
+    if not tied or _HEAD not in tensors:
+        return tensors
     head = tensors.pop(_HEAD)
-    table = tensors.get(_EMBEDDING)
-    if table is None:
-        return  # reported as missing
+    table = tensors.setdefault(_EMBEDDING, head)
     if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
         raise ValueError(
             f"embeddings are tied, but {_HEAD} differs from the embedding table"
         )
+    return tensors
 
 
-def _name(where: _Where) -> str:
+def _name(where: weights.Where) -> str:
     """The name of a parameter in a checkpoint."""
-    top, *path, leaf = where
+    top, *path, _ = where
     top = {
         "embed": "backbone.embeddings",
         "layers": "backbone.layers",
@@ -227,52 +200,79 @@ def _name(where: _Where) -> str:
         "lm_head": "lm_head",
     }[top]
     path = ["conv1d" if part == "conv" else str(part) for part in path]
-    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-    return ".".join([top, *path, leaf])
+    return ".".join([top, *path, weights.leaf(where)])
 
 
-def _turned(where: _Where, array: Any) -> Any:
-    """Turns an array's axes from our order to torch's, or back; it returns a view.
-
-    A Linear's weight is the transpose of a kernel; a Conv1d's `(C, 1, W)` has an axis
-    of length 1 that the conv's kernel `(C, W)` has not.
-    """
-    if where[-1] != "kernel":
-        return array
-    if where[-2] != "conv":
-        return array.T
-    return array[:, None, :] if array.ndim == 2 else array[:, 0, :]
-
-
-def _open(directory: Path, files: contextlib.ExitStack) -> dict[str, _Tensor]:
+def _open(directory: Path, files: contextlib.ExitStack) -> dict[str, weights.Tensor]:
     """All tensors of a checkpoint by name; `files` closes what this opens."""
+    open_one = functools.partial(_open_safetensors, files=files)
     if (directory / WEIGHTS).exists():
-        shards = [WEIGHTS]
-    elif (directory / INDEX).exists():
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        shards = sorted(set(index["weight_map"].values()))
-    elif (directory / PICKLE).exists():
+        return open_one(directory / WEIGHTS)
+    if (directory / INDEX).exists():
+        return _open_shards(directory / INDEX, open_one)
+    if (directory / PICKLE).exists():
         return _unpickle(directory / PICKLE)
-    else:
-        raise FileNotFoundError(
-            f"{directory} holds none of {WEIGHTS}, {INDEX} and {PICKLE}"
-        )
-    tensors: dict[str, _Tensor] = {}
-    for shard in shards:
-        file = files.enter_context(safe_open(directory / shard, framework="numpy"))
-        for name in file.keys():  # noqa: SIM118 (it is not a dict)
-            if name in tensors:
-                raise ValueError(f"{directory}: {name} is in more than one shard")
-            tensor = file.get_slice(name)
-            tensors[name] = _Tensor(
-                tuple(tensor.get_shape()),
-                _DTYPES.get(tensor.get_dtype()),
-                functools.partial(file.get_tensor, name),
+    if (directory / PICKLE_INDEX).exists():
+        return _open_shards(directory / PICKLE_INDEX, _unpickle)
+    raise FileNotFoundError(
+        f"{directory} holds none of {WEIGHTS}, {INDEX}, {PICKLE} and {PICKLE_INDEX}"
+    )
+
+
+def _open_shards(
+    index: Path, open_one: Callable[[Path], dict[str, weights.Tensor]]
+) -> dict[str, weights.Tensor]:
+    """The tensors of all files that an index names, which lie beside it."""
+    files = fields.read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise ValueError(f"{index}: weight_map must be an object, got {files!r}")
+    for name, file in files.items():
+        is_plain = isinstance(file, str) and file not in ("", ".", "..")
+        if not is_plain or set(file) & set("/\\\0"):
+            raise ValueError(
+                f"{index}: weight_map[{name!r}] must be the name of a file in the same "
+                f"folder, got {file!r}"
             )
+    tensors: dict[str, weights.Tensor] = {}
+    for file in sorted(set(files.values())):
+        for name, tensor in open_one(index.parent / file).items():
+            if name in tensors:
+                raise ValueError(f"{index.parent}: {name} is in more than one shard")
+            tensors[name] = tensor
     return tensors
 
 
-def _unpickle(path: Path) -> dict[str, _Tensor]:
+def _open_safetensors(
+    path: Path, files: contextlib.ExitStack
+) -> dict[str, weights.Tensor]:
+    """The tensors of one file, which `files` closes."""
+    _refuse_pointer(path)
+    try:
+        file = files.enter_context(safe_open(path, framework="numpy"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    tensors = {}
+    for name in file.keys():  # noqa: SIM118 (it is not a dict)
+        tensor = file.get_slice(name)
+        tensors[name] = weights.Tensor(
+            tuple(tensor.get_shape()),
+            _DTYPES.get(tensor.get_dtype()),
+            functools.partial(file.get_tensor, name),
+        )
+    return tensors
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raises if git-lfs has left a pointer in a file's place, or there is no file."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ValueError(
+                f"{path} is a git-lfs pointer, expected the weights: fetch them with "
+                "`git lfs pull`"
+            )
+
+
+def _unpickle(path: Path) -> dict[str, weights.Tensor]:
     """The tensors of a torch checkpoint, mapped into memory."""
     try:
         import torch  # noqa: PLC0415 (needed for these files alone)
@@ -281,6 +281,7 @@ def _unpickle(path: Path) -> dict[str, _Tensor]:
             f"{path} can only be read with torch: install it, or convert the file to "
             f"{WEIGHTS} (safetensors.torch.save_file)"
         ) from error
+    _refuse_pointer(path)
 
     def tensor_of(value):
         def read():
@@ -290,7 +291,17 @@ def _unpickle(path: Path) -> dict[str, _Tensor]:
             return value.numpy()
 
         dtype = _TORCH_DTYPES.get(str(value.dtype).removeprefix("torch."))
-        return _Tensor(tuple(value.shape), dtype, read)
+        return weights.Tensor(tuple(value.shape), dtype, read)
 
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Files of torch before 1.6 are no archives, and cannot be mapped.
+    how = {"map_location": "cpu", "weights_only": True}
+    try:
+        state = torch.load(path, mmap=zipfile.is_zipfile(path), **how)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a whole torch checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
+        raise ValueError(f"{path} must hold tensors by name alone")
     return {name: tensor_of(value) for name, value in state.items()}

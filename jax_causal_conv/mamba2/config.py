@@ -9,48 +9,68 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .. import checks
+from ..published import families, fields
+from ..published.fields import field
+
 __all__ = ["Mamba2Config"]
 
+_ANY_STEP = (0.0, float("inf"))
+
 # Our fields under the names of transformers' Mamba2Config, with its default values.
-_HF_FIELDS: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", 32768),
-    "d_model": ("hidden_size", 4096),
-    "n_layers": ("num_hidden_layers", 64),
-    "d_state": ("state_size", 128),
-    "d_conv": ("conv_kernel", 4),
-    "expand": ("expand", 2),
-    "headdim": ("head_dim", 64),
-    "n_groups": ("n_groups", 8),
-    "chunk_size": ("chunk_size", 256),
-    "use_bias": ("use_bias", False),
-    "use_conv_bias": ("use_conv_bias", True),
-    "tie_embeddings": ("tie_word_embeddings", False),
-    "norm_eps": ("layer_norm_epsilon", 1e-5),
-    "dt_limit": ("time_step_limit", (0.0, float("inf"))),
-    "dt_min": ("time_step_min", 1e-3),
-    "dt_max": ("time_step_max", 0.1),
-    "dt_init_floor": ("time_step_floor", 1e-4),
-    "residual_in_fp32": ("residual_in_fp32", True),
-    "bos_token_id": ("bos_token_id", 0),
-    "eos_token_id": ("eos_token_id", 2),
-    "pad_token_id": ("pad_token_id", 1),
+_HF_FIELDS = {
+    "vocab_size": field("vocab_size", 32768, fields.SIZE),
+    "d_model": field("hidden_size", 4096, fields.SIZE),
+    "n_layers": field("num_hidden_layers", 64, fields.SIZE),
+    "d_state": field("state_size", 128, fields.SIZE),
+    "d_conv": field("conv_kernel", 4, fields.SIZE),
+    "expand": field("expand", 2, fields.POSITIVE),
+    "headdim": field("head_dim", 64, fields.SIZE),
+    "n_groups": field("n_groups", 8, fields.SIZE),
+    "chunk_size": field("chunk_size", 256, fields.SIZE),
+    "use_bias": field("use_bias", False, fields.FLAG),
+    "use_conv_bias": field("use_conv_bias", True, fields.FLAG),
+    "tie_embeddings": field("tie_word_embeddings", False, fields.FLAG),
+    "norm_eps": field("layer_norm_epsilon", 1e-5, fields.NOT_NEGATIVE),
+    "dt_limit": field("time_step_limit", _ANY_STEP, fields.LIMITS),
+    "dt_min": field("time_step_min", 1e-3, fields.POSITIVE),
+    "dt_max": field("time_step_max", 0.1, fields.POSITIVE),
+    "dt_init_floor": field("time_step_floor", 1e-4, fields.POSITIVE),
+    "residual_in_fp32": field("residual_in_fp32", True, fields.FLAG),
+    "bos_token_id": field("bos_token_id", 0, fields.TOKEN),
+    "eos_token_id": field("eos_token_id", 2, fields.TOKENS),
+    "pad_token_id": field("pad_token_id", 1, fields.TOKEN),
+}
+# What must hold of a config, but is no field here.
+_HF_CHECKED = {
+    "hidden_act": field("hidden_act", "silu", fields.SILU),
+    "num_heads": field("num_heads", None, fields.SIZE_OR_NULL),
 }
 
 # The same for `ssm_cfg` of the original code, with that code's default values.
-_ORIGINAL_FIELDS: dict[str, tuple[str, Any]] = {
-    "d_state": ("d_state", 128),
-    "d_conv": ("d_conv", 4),
-    "expand": ("expand", 2),
-    "headdim": ("headdim", 64),
-    "n_groups": ("ngroups", 1),
-    "chunk_size": ("chunk_size", 256),
-    "use_bias": ("bias", False),
-    "use_conv_bias": ("conv_bias", True),
-    "dt_limit": ("dt_limit", (0.0, float("inf"))),
-    "dt_min": ("dt_min", 1e-3),
-    "dt_max": ("dt_max", 0.1),
-    "dt_init_floor": ("dt_init_floor", 1e-4),
-    "norm_before_gate": ("norm_before_gate", False),
+_ORIGINAL_FIELDS = {
+    "d_state": field("d_state", 128, fields.SIZE),
+    "d_conv": field("d_conv", 4, fields.SIZE),
+    "expand": field("expand", 2, fields.POSITIVE),
+    "headdim": field("headdim", 64, fields.SIZE),
+    "n_groups": field("ngroups", 1, fields.SIZE),
+    "chunk_size": field("chunk_size", 256, fields.SIZE),
+    "use_bias": field("bias", False, fields.FLAG),
+    "use_conv_bias": field("conv_bias", True, fields.FLAG),
+    "dt_limit": field("dt_limit", _ANY_STEP, fields.LIMITS),
+    "dt_min": field("dt_min", 1e-3, fields.POSITIVE),
+    "dt_max": field("dt_max", 0.1, fields.POSITIVE),
+    "dt_init_floor": field("dt_init_floor", 1e-4, fields.POSITIVE),
+    "norm_before_gate": field("norm_before_gate", False, fields.FLAG),
+}
+# And for the config around it.
+_ORIGINAL_OUTSIDE = {
+    "vocab_size": field("vocab_size", fields.Required, fields.SIZE),
+    "multiple": field("pad_vocab_size_multiple", 8, fields.SIZE),
+    "d_model": field("d_model", fields.Required, fields.SIZE),
+    "n_layers": field("n_layer", fields.Required, fields.SIZE),
+    "tie_embeddings": field("tie_embeddings", True, fields.FLAG),
+    "residual_in_fp32": field("residual_in_fp32", True, fields.FLAG),
 }
 # What else `ssm_cfg` may hold without an effect on the outputs of a trained model.
 _ORIGINAL_IGNORED = {"layer", "conv_init", "A_init_range", "use_mem_eff_path"}
@@ -97,6 +117,7 @@ class Mamba2Config:
         pad_token_id: the padding token, or None.
 
     Raises:
+        TypeError: a size is not an int.
         ValueError: sizes do not divide, or a size is below 1.
     """
 
@@ -124,12 +145,11 @@ class Mamba2Config:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        sizes = ("vocab_size", "d_model", "n_layers", "d_state", "d_conv", "expand")
+        sizes = ("vocab_size", "d_model", "n_layers", "d_state", "d_conv")
         for name in (*sizes, "headdim", "n_groups", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
+            checks.static_int(name, getattr(self, name), minimum=1)
+        if not 1 <= self.expand < float("inf"):  # nor is NaN
+            raise ValueError(f"expand must be at least 1, got {self.expand}")
         if self.d_inner % self.headdim:
             raise ValueError(
                 f"headdim = {self.headdim} must divide expand * d_model = "
@@ -160,22 +180,17 @@ class Mamba2Config:
         applied first.
 
         Raises:
-            ValueError: another kind of model, an activation other than silu, or sizes
-                that contradict each other.
+            ValueError: another kind of model, a value of a wrong kind, an activation
+                other than silu, or sizes that contradict each other.
         """
         if (kind := config.get("model_type", "mamba2")) != "mamba2":
-            raise ValueError(f"model_type must be 'mamba2', got {kind!r}")
-        if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise ValueError(f"hidden_act must be 'silu' or 'swish', got {act!r}")
-        values = {
-            field: config.get(key, default)
-            for field, (key, default) in _HF_FIELDS.items()
-        }
-        values["dt_limit"] = _limits(values["dt_limit"])
-        if isinstance(eos := values["eos_token_id"], list):
-            values["eos_token_id"] = tuple(eos)
+            hint = families.loader_of(kind)
+            raise ValueError(f"model_type must be 'mamba2', got {kind!r}{hint}")
+        values = fields.read(config, _HF_FIELDS | _HF_CHECKED)
+        del values["hidden_act"]
+        heads = values.pop("num_heads")
         result = cls(**values)
-        if (heads := config.get("num_heads", result.num_heads)) != result.num_heads:
+        if heads not in (None, result.num_heads):
             raise ValueError(
                 f"num_heads = {heads} contradicts expand * hidden_size / head_dim = "
                 f"{result.num_heads}"
@@ -191,9 +206,12 @@ class Mamba2Config:
 
         Raises:
             ValueError: an option that is not known here (attention or MLP layers,
-                LayerNorm, another mixer), naming all of them.
+                LayerNorm, another mixer), naming all of them; or a value that is
+                missing or of a wrong kind.
         """
-        mixer = dict(config.get("ssm_cfg") or {})
+        mixer = config.get("ssm_cfg") or {}
+        if not isinstance(mixer, Mapping):
+            raise ValueError(f"ssm_cfg must be an object, got {mixer!r}")
         wrong = []
         if (layer := mixer.get("layer", "Mamba1")) != "Mamba2":
             wrong.append(f"ssm_cfg.layer = {layer!r}")
@@ -204,25 +222,16 @@ class Mamba2Config:
             for name, value in required.items():
                 if options.get(name, value) != value:
                     wrong.append(f"{prefix}{name} = {options[name]!r}")
-        known = {key for key, _ in _ORIGINAL_FIELDS.values()}
+        known = {name for entry in _ORIGINAL_FIELDS.values() for name in entry.names}
         known |= _ORIGINAL_IGNORED | _ORIGINAL_REQUIRED.keys()
         wrong += [f"ssm_cfg.{name} is unknown" for name in sorted(mixer.keys() - known)]
         if wrong:
             raise ValueError("not a Mamba2 model known here: " + "; ".join(wrong))
-        values = {
-            field: mixer.get(key, default)
-            for field, (key, default) in _ORIGINAL_FIELDS.items()
-        }
-        values["dt_limit"] = _limits(values["dt_limit"])
-        multiple = config.get("pad_vocab_size_multiple", 8)
-        return cls(
-            vocab_size=-(-config["vocab_size"] // multiple) * multiple,
-            d_model=config["d_model"],
-            n_layers=config["n_layer"],
-            tie_embeddings=config.get("tie_embeddings", True),
-            residual_in_fp32=config.get("residual_in_fp32", True),
-            **values,
-        )
+        inside = fields.read(mixer, _ORIGINAL_FIELDS)
+        outside = fields.read(config, _ORIGINAL_OUTSIDE)
+        multiple = outside.pop("multiple")
+        outside["vocab_size"] = -(-outside["vocab_size"] // multiple) * multiple
+        return cls(**outside, **inside)
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of the same model for transformers.
@@ -232,7 +241,9 @@ class Mamba2Config:
         """
         if self.norm_before_gate:
             raise ValueError("transformers' Mamba2 has no norm_before_gate")
-        values = {key: getattr(self, field) for field, (key, _) in _HF_FIELDS.items()}
+        values = {
+            entry.names[-1]: getattr(self, ours) for ours, entry in _HF_FIELDS.items()
+        }
         return {
             "architectures": ["Mamba2ForCausalLM"],
             "model_type": "mamba2",
@@ -240,12 +251,3 @@ class Mamba2Config:
             "num_heads": self.num_heads,
             **json.loads(json.dumps(values)),  # tuples become lists
         }
-
-
-def _limits(limits: Any) -> tuple[float, float]:
-    """Two floats; transformers may write infinity as {"__float__": "Infinity"}."""
-    low, high = (
-        float(limit["__float__"] if isinstance(limit, Mapping) else limit)
-        for limit in limits
-    )
-    return low, high

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from ..metadata import ConvMetadata
 from ..nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from ..operands import PAD_SLOT_ID
 from ..promotion import promoting
+from ..published import families, weights
 from .mesh import (
     SharedColumns,
     TiedConv,
@@ -354,6 +355,99 @@ class Mamba2Mixer(nnx.Module):
         z, _, dt = self._in_proj_sizes
         x, b, c = self._conv_sizes
         return z, x, b, c, dt
+
+    @classmethod
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+        prefix: str,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        chunk_size: int | None = None,
+        num_shards: int = 1,
+        precision: jax.lax.PrecisionLike = None,
+        implementation: Implementation = None,
+    ) -> Mamba2Mixer:
+        """The mixer of one layer of a published model.
+
+        Model types (with the prefix of layer 3): mamba2 and nemotron_h
+        (`backbone.layers.3.mixer`), bamba, granitemoehybrid and falcon_h1
+        (`model.layers.3.mamba`), zamba2 (`model.layers.3.mamba`, and in its hybrid
+        layers `model.layers.3.mamba_decoder.mamba`).
+
+        The mixer computes what transformers' mixer does when it reads a whole text.
+        Its decoding with a cache does not apply `time_step_limit` and `time_step_min`;
+        here they always hold. Falcon-H1's `ssm_in_multiplier` and `ssm_multipliers`
+        become part of in_proj, once, in float32. What a block does around its mixer
+        (Falcon-H1's `ssm_out_multiplier`, Granite's `residual_multiplier`) is not
+        in it.
+
+        Args:
+            config: the model's config.json, as json reads it.
+            tensors: arrays under their names in the checkpoint, those of other layers
+                too; a file opened by `safetensors.safe_open` will do.
+            prefix: of the names of this mixer's tensors.
+            dtype: of the computation. None is that of in_proj's weight.
+            param_dtype: of the parameters, but for `A_log`, `D` and `dt_bias`, which
+                are float32. None is `dtype`.
+            chunk_size: None is the config's.
+            num_shards: as for the constructor; the columns are put in its order.
+            precision: as for the constructor.
+            implementation: as for the constructor.
+
+        Returns:
+            The mixer, on jax's default device.
+
+        Raises:
+            ValueError: another kind of model; a value of the config is of a wrong kind,
+                or sizes contradict each other; or tensors are missing, left over,
+                misshapen or no floats, all of which are named.
+        """
+        published = families.mamba2(config)
+        arguments = published.arguments | {
+            "num_shards": num_shards,
+            "precision": precision,
+            "implementation": implementation,
+        }
+        if chunk_size is not None:
+            arguments["chunk_size"] = chunk_size
+        found = weights.below(tensors, prefix)
+        dtype, param_dtype = weights.dtypes(found, "in_proj.weight", dtype, param_dtype)
+
+        def make() -> Mamba2Mixer:
+            return cls(
+                dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0), **arguments
+            )
+
+        mixer = nnx.eval_shape(make)
+        columns, channels = mixer.in_proj_order, mixer.conv_order
+        factors = published.columns
+        scaled = bool((factors != 1).any() or published.in_factor != 1)
+
+        def in_proj(weight: np.ndarray) -> np.ndarray:
+            if scaled:
+                weight = _at_least_float32(weight) * factors[:, None]
+                weight = weight * np.float32(published.in_factor)
+            return weight[columns]
+
+        def in_proj_bias(bias: np.ndarray) -> np.ndarray:
+            bias = _at_least_float32(bias) * factors if scaled else bias
+            return bias[columns]
+
+        return weights.build(
+            make,
+            found,
+            param_dtype,
+            name_of=lambda where: weights.name(where).replace("conv.", "conv1d."),
+            change={
+                "in_proj.weight": in_proj,
+                "in_proj.bias": in_proj_bias,
+                "conv1d.weight": lambda weight: weight[channels],
+                "conv1d.bias": lambda bias: bias[channels],
+            },
+        )
 
     @property
     def in_proj_order(self) -> np.ndarray:
@@ -810,6 +904,10 @@ def _computed_once(array: jax.Array) -> jax.Array:
 def _wide(array: jax.Array) -> jax.Array:
     """In float32, or in float64 if that is its dtype."""
     return array.astype(batch.accumulator(array))
+
+
+def _at_least_float32(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.float64 else array.astype(np.float32)
 
 
 def _divides(name: str, value: int, whole_name: str, whole: int) -> None:

@@ -339,3 +339,75 @@ def test_dilation_and_residual_reach_every_method(kind):
     np.testing.assert_array_equal(out.reshape(x.shape), want)
     out, _ = conv.decode(x, state)
     np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize(
+    "mixer", [jax_causal_conv.nnx.Mamba2Mixer, jax_causal_conv.nnx.ShortConvMixer]
+)
+def test_bridge_makes_linen_modules_of_mixers(mixer):
+    """The recipe in the docstring of `jax_causal_conv.linen`."""
+    sizes = {"use_bias": True}
+    if mixer is jax_causal_conv.nnx.Mamba2Mixer:
+        sizes |= {"headdim": 4, "d_state": 3, "chunk_size": 4}
+    twin = nnx.bridge.ToLinen(mixer, args=(DIM,), kwargs=sizes)
+    own = mixer(DIM, rngs=nnx.Rngs(1), **sizes)
+    rng = np.random.default_rng(2)
+    u = rng.standard_normal((BATCH, TOKENS, DIM), np.float32)
+    ids = np.sort(rng.integers(0, 2, (BATCH, TOKENS)), axis=-1)
+    params = nnx.to_pure_dict(nnx.state(own, nnx.Param))
+    fresh = jax.eval_shape(twin.init, jax.random.key(0), u)
+    assert fresh.keys() == {"params"}
+    shapes = jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, linen.unbox(dict(fresh["params"]))) == shapes
+
+    def loss(params):
+        return jnp.square(twin.apply({"params": params}, u, segment_ids=ids)).sum()
+
+    def own_loss(own):
+        return jnp.square(own(u, segment_ids=ids)).sum()
+
+    got, grads = quick.jit(jax.value_and_grad(loss))(params)
+    graph, state = nnx.split(own)
+    expected, own_grads = quick.jit(
+        jax.value_and_grad(lambda state: own_loss(nnx.merge(graph, state)))
+    )(state)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        grads,
+        nnx.to_pure_dict(own_grads),
+    )
+
+    shell = nnx.eval_shape(lambda: mixer(DIM, rngs=nnx.Rngs(0), **sizes))
+    cache = getattr(shell, "init_cache", getattr(shell, "init_state", None))(3)
+    batch = (u[0], cache, np.array([0, 4, TOKENS]))
+    slots = np.array([2, 0])
+    out, after = quick.jit(
+        lambda params, *batch: twin.apply(
+            {"params": params}, *batch, cache_indices=slots, nnx_method="packed"
+        )
+    )(params, *batch)
+    expected, own_after = quick.jit(
+        lambda *batch: own.packed(*batch, cache_indices=slots)
+    )(*batch)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        after,
+        own_after,
+    )
+
+
+def test_bridge_makes_a_submodule_of_a_mixer():
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, u):
+            mixer = nnx.bridge.to_linen(
+                jax_causal_conv.nnx.ShortConvMixer, DIM, name="mixer"
+            )
+            return u + mixer(linen.RMSNorm()(u))
+
+    u = jnp.ones((BATCH, TOKENS, DIM))
+    variables = Block().init(jax.random.key(0), u)
+    assert variables["params"]["mixer"]["conv"]["kernel"].shape == (DIM, 3)
+    assert Block().apply(variables, u).shape == u.shape

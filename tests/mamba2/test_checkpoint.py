@@ -179,7 +179,26 @@ def test_tied_head_may_be_stored_but_not_differ(tmp_path):
         ({"num_heads": 7}, "num_heads = 7 contradicts .* 6"),
         ({"n_groups": 4}, "n_groups = 4 must divide the number of heads, 6"),
         ({"head_dim": 7}, "headdim = 7 must divide .* 48"),
-        ({"state_size": 0}, "d_state must be at least 1, got 0"),
+        ({"state_size": 0}, "state_size must be a positive integer, got 0"),
+        ({"hidden_size": None}, "hidden_size must be a positive integer, got None"),
+        ({"head_dim": float("nan")}, "head_dim must be a positive integer, got nan"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be .* integer, got '2'"),
+        ({"vocab_size": -4}, "vocab_size must be a positive integer, got -4"),
+        ({"conv_kernel": True}, "conv_kernel must be a positive integer, got True"),
+        ({"n_groups": 3.5}, "n_groups must be a positive integer, got 3.5"),
+        ({"expand": float("inf")}, "expand must be a positive finite number, got inf"),
+        ({"use_bias": "no"}, "use_bias must be true or false, got 'no'"),
+        (
+            {"layer_norm_epsilon": -1.0},
+            "layer_norm_epsilon must be .*0 or more, got -1",
+        ),
+        ({"time_step_limit": None}, "time_step_limit must be two numbers.*, got None"),
+        ({"time_step_limit": [1, 0]}, r"time_step_limit must be .* got \[1, 0\]"),
+        ({"time_step_limit": [0, float("nan")]}, r"time_step_limit must be .*nan\]"),
+        ({"eos_token_id": ["2"]}, r"eos_token_id must be an integer, .*got \['2'\]"),
+        ({"model_type": "bamba"}, "Mamba2Mixer.from_hf loads the mixers of 'bamba'"),
+        ({"model_type": "lfm3"}, "ShortConvMixer.from_hf loads the mixers of 'lfm3'"),
+        ({"model_type": ["mamba2"]}, "model_type must be 'mamba2', got"),
     ],
     ids=str,
 )
@@ -249,6 +268,142 @@ def test_directory_without_weights_is_not_found(tmp_path):
         load(tmp_path)
 
 
+def changed(**values):
+    """Changes fields of a JSON object, or of the map in it."""
+
+    def change(content):
+        found = json.loads(content)
+        where = found.get("weight_map", found)
+        where |= {{"norm": NORM}.get(name, name): v for name, v in values.items()}
+        return json.dumps(found).encode()
+
+    return change
+
+
+def replaced(content):
+    return lambda _: content
+
+
+SHARD, MAP, CONFIG = "b.safetensors", "model.safetensors.index.json", "config.json"
+OUTSIDE = r"weight_map\['.*norm.weight'\] must be the name of a file in the same folder"
+CUT_OFF = "is not a whole safetensors file"
+FAULTS = {
+    "above the folder": (MAP, changed(norm="../b.safetensors"), OUTSIDE),
+    "absolute": (MAP, changed(norm="/b.safetensors"), OUTSIDE),
+    "the folder above": (MAP, changed(norm=".."), OUTSIDE),
+    "windows' way above": (MAP, changed(norm="..\\b.safetensors"), OUTSIDE),
+    "zero byte": (MAP, changed(norm="b.safetensors\0"), OUTSIDE),
+    "no text": (MAP, changed(norm=7), OUTSIDE),
+    "nothing": (MAP, changed(norm=""), OUTSIDE),
+    "no map": (MAP, replaced(b'{"metadata": {}}'), "weight_map must be an object, got"),
+    "index cut off": (MAP, lambda content: content[:-9], "is not JSON"),
+    "no object": (CONFIG, replaced(b"[1]"), "must hold a JSON object, got list"),
+    "no UTF-8": (CONFIG, replaced(b"\xff"), "is not JSON"),
+    "wrong values": (
+        CONFIG,
+        changed(state_size=None, num_hidden_layers="2"),
+        "num_hidden_layers must be .* got '2'; state_size must be .* got None",
+    ),
+    "pointer": (
+        SHARD,
+        replaced(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
+        "is a git-lfs pointer, expected the weights",
+    ),
+    "header cut off": (SHARD, lambda content: content[:20], CUT_OFF),
+    "data cut off": (SHARD, lambda content: content[:-1], CUT_OFF),
+    "empty": (SHARD, replaced(b""), CUT_OFF),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_files_are_named_and_nothing_is_placed(fault, tmp_path, monkeypatch):
+    _, tensors = checkpoint_of(tmp_path, UNTIED)
+    (tmp_path / "model.safetensors").unlink()
+    shards = {"a.safetensors": {}, SHARD: {}}
+    for number, (name, value) in enumerate(tensors.items()):
+        shards[sorted(shards)[number % 2]][name] = value
+    for shard, values in shards.items():
+        save_file(values, tmp_path / shard)
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    (tmp_path / MAP).write_text(json.dumps({"weight_map": weight_map}))
+    placed = []
+    asarray = jnp.asarray
+    monkeypatch.setattr(jnp, "asarray", lambda *a: placed.append(a) or asarray(*a))
+    load(tmp_path)
+    assert len(placed) >= len(tensors)
+    placed.clear()
+    name, change, message = FAULTS[fault]
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path)
+    assert str(tmp_path / name) in str(error.value)
+    assert not placed
+
+
+def test_shard_that_is_not_there_is_named(tmp_path):
+    checkpoint_of(tmp_path, TIED)
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {NORM: "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00001\.safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("original", [False, True], ids=["transformers", "original"])
+def test_model_saved_without_its_head_loads(original, tmp_path):
+    config, tensors = checkpoint_of(tmp_path, TIED)
+    expected = load(tmp_path)
+    if original:
+        config, tensors = goldens.original(config, tensors)
+        del tensors["lm_head.weight"]
+    tensors = {name.removeprefix("backbone."): v for name, v in tensors.items()}
+    goldens.write_checkpoint(tmp_path, config, tensors)
+    assert_same_model(load(tmp_path), expected)
+
+
+def test_model_without_its_head_that_is_not_tied_is_refused(tmp_path):
+    config, tensors = checkpoint_of(tmp_path, UNTIED)
+    del tensors["lm_head.weight"]
+    tensors = {name.removeprefix("backbone."): v for name, v in tensors.items()}
+    goldens.write_checkpoint(tmp_path, config, tensors)
+    with pytest.raises(ValueError, match=r"missing: lm_head.weight$"):
+        load(tmp_path)
+
+
+def test_tied_table_may_be_stored_as_the_head_alone(tmp_path):
+    config, tensors = checkpoint_of(tmp_path, TIED)
+    expected = load(tmp_path)
+    tensors["lm_head.weight"] = tensors.pop("backbone.embeddings.weight")
+    goldens.write_checkpoint(tmp_path, config, tensors)
+    assert_same_model(load(tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    "outside, inside, message",
+    [
+        ({"d_model": None}, {}, "d_model must be a positive integer, got None"),
+        ({"vocab_size": "9"}, {}, "vocab_size must be a positive integer, got '9'"),
+        ({}, {"d_state": float("nan")}, "d_state must be a positive integer, got nan"),
+        ({}, {"ngroups": -1}, "ngroups must be a positive integer, got -1"),
+        ({"ssm_cfg": 3}, {}, "ssm_cfg must be an object, got 3"),
+    ],
+)
+def test_original_config_of_wrong_values_is_refused(outside, inside, message):
+    config, _ = goldens.original(
+        goldens.MODELS[TIED], goldens.weights(goldens.MODELS[TIED], 7)
+    )
+    config["ssm_cfg"] |= inside
+    with pytest.raises(ValueError, match=message):
+        Mamba2Config.from_original(config | outside)
+
+
+def test_original_config_without_a_size_is_refused():
+    with pytest.raises(ValueError, match="n_layer is missing, expected a positive int"):
+        Mamba2Config.from_original(
+            {"ssm_cfg": {"layer": "Mamba2"}, "vocab_size": 9, "d_model": 8}
+        )
+
+
 def test_pickle_without_torch_is_refused_with_the_cure(tmp_path, monkeypatch):
     checkpoint_of(tmp_path, TIED)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
@@ -298,3 +453,39 @@ def test_transformers_loads_what_is_saved_and_saves_what_loads(name, tmp_path):
     assert_same_model(load(tmp_path / "theirs"), model)
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
     assert load(tmp_path / "bfloat16").dtype == jnp.bfloat16
+
+
+def test_shards_of_pickles_load_as_one_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    _, tensors = checkpoint_of(tmp_path, UNTIED)
+    expected = load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    shards = {"pytorch_model-1.bin": {}, "pytorch_model-2.bin": {}}
+    for number, (name, value) in enumerate(tensors.items()):
+        shards[sorted(shards)[number % 2]][name] = torch.tensor(value)
+    for number, (shard, values) in enumerate(shards.items()):
+        # The older of torch's formats loads as well.
+        torch.save(values, tmp_path / shard, _use_new_zipfile_serialization=number == 0)
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert_same_model(load(tmp_path), expected)
+    whole = (tmp_path / "pytorch_model-1.bin").read_bytes()
+    for content, message in [
+        (whole[:-30], "is not a whole torch checkpoint"),
+        (b"", "is not a whole torch checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+    ]:
+        (tmp_path / "pytorch_model-1.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"pytorch_model-1\.bin {message}"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [["a list"], {"model": {"a": 1}}, {"code": print}])
+def test_pickle_of_anything_but_tensors_is_refused(content, tmp_path):
+    torch = pytest.importorskip("torch")
+    checkpoint_of(tmp_path, TIED)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin (must hold|is not)"):
+        load(tmp_path)

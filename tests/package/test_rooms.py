@@ -27,8 +27,8 @@ FLOORS = (
         "packing",
         "mamba2.ssd",
     ),
-    ("nnx_conv", "linen"),
-    ("mamba2",),
+    ("nnx_conv", "linen", "published"),
+    ("mamba2", "short_conv"),
     ("nnx",),
     ("__init__", "doctor", "__main__"),
 )

@@ -1,13 +1,14 @@
-"""Writes goldens/families.npz: what transformers' mixers of many families compute.
+"""Writes goldens/families.npz: what the mixers of transformers' families compute.
 
     pip install torch transformers
     python -m tests.support.make_family_goldens
 
-Weights and inputs are drawn as in `make_mamba2_goldens`; the file holds what each layer
-returns for whole texts alone.
+As in make_mamba2_goldens.py, weights and inputs are drawn by name, so that the file
+holds outputs alone, and every parameter is random.
 """
 
 import importlib
+import json
 
 import numpy as np
 
@@ -15,183 +16,199 @@ from tests.support import REPOSITORY
 from tests.support.make_mamba2_goldens import uniform
 
 GOLDENS = REPOSITORY / "tests" / "mamba2" / "goldens" / "families.npz"
-BATCH, LENGTH = 2, 19
-PREFIX = "model.layers.3.mixer."
-OUT_MULTIPLIER = 0.7  # of Falcon-H1, whose decoder layer applies it
+ROWS, LENGTH = 2, 23
 
-# Of each family: its layer in transformers, its config.json, and sizes of its weights:
-# d_model, d_inner, heads, groups, d_state, width; and which biases there are, and if
-# there is a norm.
-_JAMBA_LIKE = {
-    "hidden_size": 24,
-    "mamba_n_heads": 6,
-    "mamba_d_head": 8,
-    "mamba_n_groups": 2,
-    "mamba_d_state": 5,
-    "mamba_d_conv": 3,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 7,
+_SMALL_BAMBA = {
+    "hidden_size": 20,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 6,
+    "mamba_chunk_size": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
-_SIZES = (24, 48, 6, 2, 5, 3)
-FAMILIES = {
+# What each config.json holds about the mixer, and the class of the mixer.
+MIXERS = {
     "mamba2": (
-        "Mamba2Mixer",
         {
-            "hidden_size": 24,
+            "model_type": "mamba2",
+            "hidden_size": 18,
             "num_heads": 6,
-            "head_dim": 8,
-            "state_size": 12,
-            "n_groups": 3,
-            "chunk_size": 7,
-            "use_bias": True,
-            "time_step_limit": [0.05, 0.3],
+            "head_dim": 6,
+            "state_size": 5,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "time_step_limit": [0.1, 0.7],
         },
-        (24, 48, 6, 3, 12, 4),
-        "in out conv norm",
+        "Mamba2Mixer",
     ),
     "bamba": (
+        {"model_type": "bamba", "mamba_n_groups": 2} | _SMALL_BAMBA,
         "BambaMixer",
-        _JAMBA_LIKE | {"time_step_limit": [0.1, 0.5], "mamba_d_head": "auto"},
-        _SIZES,
-        "conv norm",
+    ),
+    "bamba, biases and limits": (
+        {
+            "model_type": "bamba",
+            "mamba_d_head": 10,
+            "mamba_d_conv": 3,
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+            "time_step_limit": [0.2, 0.9],
+            "rms_norm_eps": 1e-2,
+        }
+        | _SMALL_BAMBA,
+        "BambaMixer",
     ),
     "granitemoehybrid": (
+        {"model_type": "granitemoehybrid", "time_step_limit": [0.0, 0.5]}
+        | _SMALL_BAMBA,
         "GraniteMoeHybridMambaLayer",
-        _JAMBA_LIKE | {"mamba_proj_bias": True, "mamba_conv_bias": False},
-        _SIZES,
-        "in out norm",
     ),
     "zamba2": (
-        "Zamba2MambaMixer",
         {
+            "model_type": "zamba2",
             "hidden_size": 20,
-            "n_mamba_heads": 6,
-            "mamba_ngroups": 2,
-            "mamba_d_state": 5,
-            "mamba_d_conv": 4,
-            "mamba_expand": 3,
-            "chunk_size": 7,
-            "time_step_min": 0.2,
+            "n_mamba_heads": 5,
+            "mamba_d_state": 6,
+            "mamba_ngroups": 5,
+            "chunk_size": 8,
             "add_bias_linear": True,
+            "use_conv_bias": False,  # which it does not heed
+            "time_step_min": 0.3,
+            "layers_block_type": ["linear_attention"],
+            "num_attention_heads": 4,
         },
-        (20, 60, 6, 2, 5, 4),
-        "in out conv norm",
+        "Zamba2MambaMixer",
     ),
     "nemotron_h": (
-        "NemotronHMamba2Mixer",
         {
+            "model_type": "nemotron_h",
             "hidden_size": 20,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 9,
-            "n_groups": 2,
-            "ssm_state_size": 5,
+            "expand": 2,  # which it does not heed
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 4,
+            "ssm_state_size": 7,
+            "n_groups": 3,
             "conv_kernel": 4,
-            "chunk_size": 7,
-            "time_step_min": 0.15,
-            "layer_norm_epsilon": 0.01,
+            "chunk_size": 8,
+            "time_step_min": 0.25,
+            "layers_block_type": ["linear_attention"],
         },
-        (20, 36, 4, 2, 5, 4),
-        "conv norm",
+        "NemotronHMamba2Mixer",
     ),
     "falcon_h1": (
-        "FalconH1Mixer",
-        _JAMBA_LIKE
-        | {
-            "mamba_d_ssm": 36,
-            "mamba_d_head": 6,
-            "projectors_bias": True,
-            "ssm_in_multiplier": 1.3,
-            "ssm_multipliers": [0.4, 1.2, 0.9, 1.1, 0.6],
-            "ssm_out_multiplier": OUT_MULTIPLIER,
-        },
-        (24, 36, 6, 2, 5, 3),
-        "out conv",
-    ),
-    "falcon_h1, norm first": (
-        "FalconH1Mixer",
-        _JAMBA_LIKE
-        | {
-            "mamba_d_ssm": 36,
-            "mamba_d_head": 6,
+        {
+            "model_type": "falcon_h1",
+            "mamba_d_ssm": 24,
             "mamba_proj_bias": True,
+            "ssm_in_multiplier": 1.7,
+            "ssm_multipliers": [0.6, 1.3, 0.8, 1.6, 0.4],
+            "time_step_limit": [0.2, 1.0],
+        }
+        | _SMALL_BAMBA,
+        "FalconH1Mixer",
+    ),
+    "falcon_h1 with a norm": (
+        {
+            "model_type": "falcon_h1",
+            "mamba_d_ssm": None,
             "mamba_rms_norm": True,
-            "ssm_multipliers": [0.4, 1.2, 0.9, 1.1, 0.6],
-            "ssm_out_multiplier": OUT_MULTIPLIER,
-        },
-        (24, 36, 6, 2, 5, 3),
-        "in conv norm",
+            "mamba_n_groups": 2,
+            "projectors_bias": True,
+            "ssm_multipliers": [0.7, 1.4, 0.9, 1.5, 0.5],
+        }
+        | _SMALL_BAMBA,
+        "FalconH1Mixer",
     ),
     "lfm2": (
+        {
+            "model_type": "lfm2",
+            "hidden_size": 20,
+            "conv_bias": True,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "layer_types": ["conv"],
+        },
         "Lfm2ShortConv",
-        {"hidden_size": 20, "conv_L_cache": 3, "conv_bias": True},
-        (20, 20, 0, 0, 0, 3),
-        "in out conv",
     ),
-    "lfm3": ("Lfm3ShortConv", {"hidden_size": 20}, (20, 20, 0, 0, 0, 7), ""),
+    "lfm3": (
+        {
+            "model_type": "lfm3",
+            "hidden_size": 20,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "layer_types": ["conv"],
+        },
+        "Lfm3ShortConv",
+    ),
 }
 
 
-def kind_of(name):
-    return name.partition(",")[0]
+def drawn(case, name, shape):
+    """A random parameter: around what it is in trained models."""
+    scale, mean = {
+        "in_proj.weight": (1.5, 0),
+        "norm.weight": (0.5, 1),
+        "A_log": (1.2, 0.2),
+        "dt_bias": (1.5, -1),
+        "D": (1.5, 0),
+    }.get(name, (0.6, 0))
+    array = uniform(shape, case, name) * np.float32(scale) + np.float32(mean)
+    return array.astype(np.float32)
 
 
-def config_of(name):
-    """Its config.json."""
-    return {"model_type": kind_of(name)} | FAMILIES[name][1]
+def inputs(case):
+    width = MIXERS[case][0]["hidden_size"]
+    return uniform((ROWS, LENGTH, width), case, "inputs")
 
 
-def tensors_of(name):
-    """Its tensors, named as in a layer."""
-    _, _, (model, inner, heads, groups, state, width), parts = FAMILIES[name]
-    parts = parts.split()
-    tensors = {}
-
-    def draw(leaf, shape, scale, mean=0.0):
-        random = uniform(shape, name, leaf)
-        tensors[leaf] = (random * np.float32(scale) + np.float32(mean)).astype("f4")
-
-    channels, conv, columns = inner, "conv", 3 * inner
-    if heads:
-        channels, conv = inner + 2 * groups * state, "conv1d"
-        columns = inner + channels + heads
-        draw("A_log", (heads,), 1.2, 0.2)
-        draw("D", (heads,), 1.5)
-        draw("dt_bias", (heads,), 2, -2)
-    draw("in_proj.weight", (columns, model), 1.5 / model**0.5)
-    draw(f"{conv}.weight", (channels, 1, width), 0.9)
-    draw("out_proj.weight", (model, inner), 3 / inner**0.5)
-    sizes = {"in": ("in_proj", columns), "conv": (conv, channels)}
-    sizes["out"] = ("out_proj", model)
-    for part, (layer, size) in sizes.items():
-        if part in parts:
-            draw(f"{layer}.bias", (size,), 0.4)
-    if "norm" in parts:
-        draw("norm.weight", (inner,), 0.5, 1)
-    return tensors
-
-
-def inputs_of(name):
-    return uniform((BATCH, LENGTH, FAMILIES[name][2][0]), name, "inputs") * 2
-
-
-def golden(name):
-    """What transformers computes."""
+def mixer_of(case):
+    """The mixer in torch, with drawn parameters, and their names and shapes."""
     import torch
-    from transformers import AutoConfig
+    import transformers
 
-    kind, (layer, options, _, _) = kind_of(name), FAMILIES[name]
-    config = AutoConfig.for_model(kind, **options)
-    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    layer = getattr(module, layer)(config, layer_idx=0).eval()
-    if kind == "falcon_h1":
-        layer.register_buffer(
-            "mup_vector", module.compute_mup_vector(config), persistent=False
+    config, name = MIXERS[case]
+    own = transformers.AutoConfig.for_model(**config, num_hidden_layers=1)
+    module = importlib.import_module(
+        f"transformers.models.{own.model_type}.modeling_{own.model_type}"
+    )
+    mixer = getattr(module, name)(own, layer_idx=0)
+    if own.model_type == "falcon_h1":
+        mixer.register_buffer(
+            "mup_vector", module.compute_mup_vector(own), persistent=False
         )
-    state = {key: torch.tensor(value) for key, value in tensors_of(name).items()}
-    layer.load_state_dict(state, strict=True)
+    state = {
+        key: torch.tensor(drawn(case, key, tuple(value.shape)))
+        for key, value in mixer.state_dict().items()
+    }
+    mixer.load_state_dict(state, strict=True)
+    return own, mixer.eval()
+
+
+def golden(case):
+    """The outputs for whole texts; the shapes of the tensors."""
+    import torch
+
+    _, mixer = mixer_of(case)
     with torch.no_grad():
-        out = layer(torch.tensor(inputs_of(name))).numpy()
-    return out * np.float32(OUT_MULTIPLIER) if kind == "falcon_h1" else out
+        outputs = mixer(torch.tensor(inputs(case))).numpy()
+    shapes = {key: list(value.shape) for key, value in mixer.state_dict().items()}
+    return outputs, shapes
+
+
+def decoding_error(case):
+    """How far decoding with a cache there is from reading whole texts."""
+    import torch
+    import transformers
+
+    config, mixer = mixer_of(case)
+    u = torch.tensor(inputs(case))
+    cache = transformers.DynamicCache(config=config)
+    with torch.no_grad():
+        whole = mixer(u)
+        first = mixer(u[:, :5], cache=cache)
+        rest = [mixer(u[:, t : t + 1], cache=cache) for t in range(5, LENGTH)]
+    error = (torch.cat([first, *rest], 1) - whole).abs().max() / whole.abs().max()
+    return float(error)
 
 
 def main():
@@ -199,9 +216,13 @@ def main():
     import transformers
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    arrays = {name: golden(name) for name in FAMILIES}
-    np.savez_compressed(GOLDENS, **arrays | {"made with": versions})
-    print(f"{GOLDENS}: {GOLDENS.stat().st_size:,} bytes; {versions}")
+    arrays = {"made with": versions}
+    for case in MIXERS:
+        arrays[f"{case}/outputs"], shapes = golden(case)
+        arrays[f"{case}/shapes"] = json.dumps(shapes)
+        print(f"{case}: cached decoding differs by {decoding_error(case):.1e}")
+    np.savez_compressed(GOLDENS, **arrays)
+    print(f"{GOLDENS}: {GOLDENS.stat().st_size:,} bytes; {arrays['made with']}")
 
 
 if __name__ == "__main__":
