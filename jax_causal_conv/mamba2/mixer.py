@@ -729,7 +729,7 @@ class Mamba2Mixer(nnx.Module):
         )
         rows = self.conv.kernel_size - 1 + drafts
         conv = self.conv.init_state(num_slots, state_len=rows, dtype=dtype)
-        place = functools.partial(place_like, self.conv.kernel[...])
+        place = functools.partial(place_like, self.conv.kernel.get_value())
         states = (num_slots, *heads, self.d_state)
         ssm: Any = place(jnp.zeros(states, ssm_dtype), 1)
         if drafts:
