@@ -335,8 +335,9 @@ def test_checkpoint_policies_keep_what_they_say():
     kept = layers * 2 * tokens * sum(mixer.column_sizes[1:4]) * 4
     assert kept / 2 < conv - nothing < 2 * kept, (conv - nothing, kept)
     assert everything > conv + kept, (nothing, conv, everything)
-    assert_close(one, want, 1e-4)
-    assert_close(other, want, 1e-4)
+    # What is computed again may be rounded otherwise, and 24 layers make more of it.
+    assert_close(one, want, 1e-3)
+    assert_close(other, want, 1e-3)
 
 
 def test_the_conv_is_computed_once_on_cpus_in_float32():
