@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_causal_conv
-from benchmarks import peers, programs, ssd_peers, timing
+from benchmarks import peers, programs, ssd_peers, ssd_steps, timing
 from benchmarks.cases import OURS, Candidate, Case, Options, Work
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.timing import Prepared
@@ -320,6 +320,25 @@ def _ssd_case(name: str, work: SsdWorkload, options: Options) -> Case:
     )
 
 
+def ssd_training(options: Options) -> Iterator[Case]:
+    """The SSD's forward and backward of dense rows."""
+    heads = 80 if options.on_gpu else 4
+    for rows, length in ((8, TOKENS), (1, TOKENS), (1, 8192), (4, 512)):
+        if options.on_gpu or rows * length <= TOKENS:
+            for dtype in options.all_dtypes:
+                work = SsdWorkload("ssd", (length,) * rows, dtype, heads=heads)
+                yield ssd_steps.training_case(f"{rows} x {length:,}", work, options)
+
+
+def moves(options: Options) -> Iterator[Case]:
+    """Forks, snapshots and rollback of SSM states, beside a plain step."""
+    heads = 80 if options.on_gpu else 4
+    for name in ("16 x 1", "128 x 1", "100 x 1 + 2 x 800"):
+        for dtype in options.all_dtypes:
+            work = SsdWorkload("ssd_packed", _SSD_BATCHES[name], dtype, heads=heads)
+            yield ssd_steps.moves_case(name, work, drafts=3)
+
+
 def engine(options: Options) -> Iterator[Case]:
     """A Mamba2 model with random weights, served by the example's engine."""
     from benchmarks import serving  # noqa: PLC0415 (needs flax)
@@ -337,6 +356,8 @@ _ALL = (
     metadata,
     layers,
     ssd,
+    ssd_training,
+    moves,
     engine,
 )
 SUITES: dict[str, Callable[[Options], Iterator[Case]]] = {s.__name__: s for s in _ALL}

@@ -127,7 +127,8 @@ def assert_right(case, results, implementation=None):
     compare(case, checks.to_host(results), Expected(case), implementation)
 
 
-@CHECKS.over(("packed", "decode", "rows", "moving"), KINDS, (1, 8))
+@CHECKS.over(("packed", "decode", "rows"), KINDS, (1, 8))
+@CHECKS.over(("moving",), ("Auto",), (8,))
 def sharded_heads_stay_where_they_are(op, kind, groups):
     mesh, case = make_mesh(kind, model=8), DRAWS[op](groups)
     specs = specs_of(case, heads="model")

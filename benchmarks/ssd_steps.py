@@ -1,0 +1,127 @@
+"""Whole steps around the SSD: its gradients, and states that move."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import imports, programs
+from benchmarks.cases import OURS, Case, Options
+from benchmarks.ssd_workload import SsdWorkload
+from benchmarks.timing import Prepared
+from jax_causal_conv import ssd, ssd_packed
+from jax_causal_conv.mamba2 import DraftStates
+
+_PEER = "jax-linear-attention"
+
+
+def training_case(name: str, work: SsdWorkload, options: Options) -> Case:
+    """Forward and backward of equal rows, in all arrays, beside the peer's.
+
+    The gradients' values are compared with float64 by the tests, not here.
+    """
+    rows, length = len(work.lengths), work.lengths[0]
+
+    def in_rows(array):
+        return array.reshape(rows, length, *array.shape[1:])
+
+    arrays = {"A": work.A, "D": work.D}
+    arrays |= {"x": in_rows(work.x), "B": in_rows(work.B), "C": in_rows(work.C)}
+    cotangent = arrays["C"].sum(2)[..., None, : work.dim]
+
+    def ours(arrays, **options):
+        return ssd(**arrays, dt_softplus=True, **options)
+
+    def peer(arrays):
+        path: Path | None = options.paths.get(_PEER)
+        module = imports.load("jla.layers.ssm", path)
+        impl = "mosaic_gpu" if jax.default_backend() == "gpu" else "auto"
+        names = ("x", "dt", "A", "B", "C")
+        given = (arrays[name] for name in names)
+        return module.mamba2_ssd(*given, d=arrays["D"], impl=impl)[0]
+
+    def prepared(function: Callable, dt: dict[str, jax.Array]) -> Prepared:
+        def loss(arrays):
+            y = function(arrays)
+            return (y * cotangent.astype(y.dtype)).sum(dtype=jnp.float32)
+
+        step = jax.jit(jax.grad(loss))
+        given = arrays | dt
+        by = programs.implementation(step.lower(given))
+        return Prepared(functools.partial(step, given), implementation=by)
+
+    raw = {"dt": in_rows(work.dt), "dt_bias": work.dt_bias}
+    prepare = {
+        OURS: functools.partial(prepared, ours, raw),
+        f"{OURS}, rounding": functools.partial(
+            prepared, functools.partial(ours, precision="default"), raw
+        ),
+    }
+    if options.with_peers:
+        steps = {"dt": in_rows(work.steps)}
+        prepare[_PEER] = functools.partial(prepared, peer, steps)
+    return Case("ssd_training", name, work.tokens, work.dtype, prepare)
+
+
+def moves_case(name: str, work: SsdWorkload, drafts: int) -> Case:
+    """What a fork, a snapshot and a rollback cost beside a plain step of the SSD."""
+    count = len(work.lengths)
+    others = np.setdiff1d(np.arange(2 * count + 8), work.cache_indices)[:count]
+    ends = np.array(work.lengths) // 2
+
+    def prepared(
+        slots: int, queries: int = 1, max_drafts: int = 0, **moves
+    ) -> Prepared:
+        lengths = np.array(work.lengths) * queries
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        tokens = np.arange(offsets[-1]) % work.tokens
+        arrays = {name: getattr(work, name)[tokens] for name in ("x", "dt", "B", "C")}
+        arrays |= {"A": work.A, "D": work.D, "dt_bias": work.dt_bias} | moves
+        arrays |= {"query_start_loc": offsets, "cache_indices": work.cache_indices}
+        arrays["has_initial_state"] = np.ones(count, bool)
+        shape = slots, work.heads, work.dim, work.state_size
+        states = jnp.ones(shape, work.state_dtype)
+        if max_drafts:
+            recent = slots, max_drafts
+            states = DraftStates(
+                states,
+                jnp.ones((*recent, work.heads, work.dim), work.dtype),
+                jnp.ones((*recent, work.heads)),
+                jnp.ones((*recent, work.groups, work.state_size), work.dtype),
+            )
+        prompts = int((lengths > 1 + max_drafts).sum())
+
+        def packed(states, arrays):
+            options = {"dt_softplus": True, "max_prefills": prompts}
+            return ssd_packed(ssm_states=states, **arrays, **options)
+
+        step = jax.jit(packed, donate_argnums=0)
+        holder = [states]
+        by = programs.implementation(step.lower(holder[0], arrays))
+
+        def call():
+            y, holder[0] = step(holder[0], arrays)
+            return y
+
+        return Prepared(call, implementation=by)
+
+    slots = 2 * count + 8
+    prepare = {
+        "plain": functools.partial(prepared, slots),
+        "forks": functools.partial(prepared, slots, write_indices=others),
+        "snapshots": functools.partial(
+            prepared, slots, snapshot_ends=ends, snapshot_indices=others
+        ),
+    }
+    if work.prompts == 0:
+        rejected = np.arange(count) % (drafts + 1)
+        prepare[f"{1 + drafts} tokens, by chunks"] = functools.partial(
+            prepared, slots, 1 + drafts
+        )
+        prepare[f"{drafts} drafts, some rejected"] = functools.partial(
+            prepared, slots, 1 + drafts, drafts, num_rejected_tokens=rejected
+        )
+    return Case("moves", name, work.tokens, work.dtype, prepare, yardstick="plain")
