@@ -1,4 +1,20 @@
-"""A Flax Linen layer over the ops; needs the extra `flax`."""
+"""A Flax Linen layer over the ops; needs the extra `flax`.
+
+The mixers are NNX layers. Flax's bridge makes Linen modules of them, whose variables
+`{"params": ...}` have the names of the NNX layer's parameters:
+
+    mixer = nnx.bridge.ToLinen(Mamba2Mixer, args=(256,), kwargs={"headdim": 32})
+    variables = mixer.init(jax.random.key(0), u)
+    y = mixer.apply(variables, u, segment_ids=ids)
+    out, cache = mixer.apply(variables, tokens, cache, query_start_loc,
+                             cache_indices=slots, nnx_method="packed")
+
+The parameters of an NNX mixer, as `Mamba2Mixer.from_hf` returns it, become variables by
+`{"params": nnx.to_pure_dict(nnx.state(mixer, nnx.Param))}`; its `init_cache` needs no
+parameters: `nnx.eval_shape` of the mixer has it. Within another Linen module's
+`@nn.compact` method, `nnx.bridge.to_linen(Mamba2Mixer, 256, headdim=32)` is called like
+any submodule.
+"""
 
 from typing import Any
 

@@ -155,7 +155,8 @@ class ShortConvMixer(nnx.Module):
             ValueError: a shape is wrong.
         """
         gated, c = self._gated(u)
-        return self.out_proj(c * self.conv(gated, segment_ids=segment_ids))
+        y: Any = self.conv(gated, segment_ids=segment_ids)
+        return self.out_proj(c * y)
 
     def packed(
         self,

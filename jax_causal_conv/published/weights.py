@@ -4,6 +4,7 @@ Nothing is loaded in part: names, shapes and dtypes are all checked before the f
 tensor is read.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,7 +47,7 @@ def below(tensors: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
             found[name.removeprefix(prefix)] = Tensor(
                 shape,
                 dtype if dtype in DTYPES else None,
-                lambda array=array: np.asarray(array),
+                functools.partial(np.asarray, array),
             )
     return found
 

@@ -323,3 +323,65 @@ def test_missing_flax_is_named_with_its_cure(monkeypatch, name):
 def test_core_package_does_not_import_flax():
     code = "import sys, jax_causal_conv; sys.exit('flax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "mixer", [jax_causal_conv.nnx.Mamba2Mixer, jax_causal_conv.nnx.ShortConvMixer]
+)
+def test_bridge_makes_linen_modules_of_mixers(mixer):
+    """The recipe in the docstring of `jax_causal_conv.linen`."""
+    sizes = {"use_bias": True}
+    if mixer is jax_causal_conv.nnx.Mamba2Mixer:
+        sizes |= {"headdim": 4, "d_state": 3, "chunk_size": 4}
+    twin = nnx.bridge.ToLinen(mixer, args=(DIM,), kwargs=sizes)
+    own = mixer(DIM, rngs=nnx.Rngs(1), **sizes)
+    rng = np.random.default_rng(2)
+    u = rng.standard_normal((BATCH, TOKENS, DIM), np.float32)
+    ids = np.sort(rng.integers(0, 2, (BATCH, TOKENS)), axis=-1)
+    params = nnx.to_pure_dict(nnx.state(own, nnx.Param))
+    fresh = jax.eval_shape(twin.init, jax.random.key(0), u)
+    assert fresh.keys() == {"params"}
+    shapes = jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, linen.unbox(dict(fresh["params"]))) == shapes
+
+    got = quick.jit(lambda p: twin.apply({"params": p}, u, segment_ids=ids))(params)
+    expected = quick.jit(lambda: own(u, segment_ids=ids))()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+    shell = nnx.eval_shape(lambda: mixer(DIM, rngs=nnx.Rngs(0), **sizes))
+    cache = getattr(shell, "init_cache", getattr(shell, "init_state", None))(3)
+    batch = (u[0], cache, np.array([0, 4, TOKENS]))
+    slots = np.array([2, 0])
+    out, after = quick.jit(
+        lambda params, *batch: twin.apply(
+            {"params": params}, *batch, cache_indices=slots, nnx_method="packed"
+        )
+    )(params, *batch)
+    expected, own_after = quick.jit(
+        lambda *batch: own.packed(*batch, cache_indices=slots)
+    )(*batch)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        after,
+        own_after,
+    )
+
+
+def test_bridge_makes_a_submodule_of_a_mixer():
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, u):
+            mixer = nnx.bridge.to_linen(
+                jax_causal_conv.nnx.ShortConvMixer, DIM, name="mixer"
+            )
+            return u + mixer(linen.RMSNorm()(u))
+
+    u = jnp.ones((BATCH, TOKENS, DIM))
+    variables = Block().init(jax.random.key(0), u)
+    assert variables["params"]["mixer"]["conv"]["kernel"].shape == (DIM, 3)
+    grads = quick.jit(jax.grad(lambda v: jnp.square(Block().apply(v, u)).sum()))(
+        variables
+    )
+    for place, grad in jax.tree.leaves_with_path(grads):
+        assert np.isfinite(grad).all() and np.any(grad), place
