@@ -10,18 +10,31 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.cases import OURS
 from benchmarks.machine import title
-from benchmarks.suites import CANDIDATES
+from benchmarks.suites import CANDIDATES, DIM, TOKENS, WIDTH
 
-# Suites with a line over a size: what the size is, and what is drawn over it.
+# Suites with a line over a size: what the size is, what is drawn over it, and what a
+# batch is otherwise.
+_OF_LAYER = f"{DIM:,} channels, width {WIDTH}"
 _LINES = {
-    "decode": ("rows of one token", "us"),
-    "mixed": ("share of prefill tokens, %", "us"),
-    "prefill": ("tokens of the prompt", "GB/s"),
-    "widths": ("channels", "GB/s"),
-    "metadata": ("sequences", "us"),
+    "decode": ("rows of one token", "us", f"a decode step of {_OF_LAYER}"),
+    "mixed": (
+        "share of prefill tokens, %",
+        "us",
+        f"batches of {TOKENS:,} tokens, decodes and prompts, {_OF_LAYER}",
+    ),
+    "prefill": ("tokens of the prompt", "GB/s", f"one prompt, {_OF_LAYER}"),
+    "widths": ("channels", "GB/s", f"one prompt, width {WIDTH}"),
+    "metadata": ("sequences", "us", "build_metadata, 8 tokens per sequence"),
+}
+_YARDSTICKS = {
+    "copy": ("0.25", ""),
+    "silu(x)": ("0.25", ""),
+    "memcpy": ("0.6", ""),
+    "empty kernel": ("0.6", ""),
 }
 # Colours that stay apart for most eyes; this package is always the first.
 _COLOURS = (
@@ -62,7 +75,8 @@ def _figure(suite: str, rows: list[dict], where: str):
         own = [row for row in rows if row["dtype"] == dtype]
         (_lines if suite in _LINES else _bars)(axis, suite, own, style)
         axis.set_title(dtype, fontsize=10)
-    figure.suptitle(f"{suite}: {where}", fontsize=11)
+    what = _LINES[suite][2] if suite in _LINES else suite
+    figure.suptitle(f"{what}\n{where}", fontsize=11)
     figure.tight_layout()
     return figure
 
@@ -77,16 +91,8 @@ def _styles(rows: list[dict]) -> dict[str, tuple[str, str]]:
     return {name: style for name, style in styles.items() if name in present}
 
 
-_YARDSTICKS = {
-    "copy": ("0.25", ""),
-    "silu(x)": ("0.25", ""),
-    "memcpy": ("0.6", ""),
-    "empty kernel": ("0.6", ""),
-}
-
-
 def _lines(axis, suite: str, rows: list[dict], style) -> None:
-    label, unit = _LINES[suite]
+    label, unit, _ = _LINES[suite]
     for name, (colour, marker) in style.items():
         # Of several cases of one size the first counts: the sweep itself.
         points = {r["axis"]: r for r in rows[::-1] if r["candidate"] == name}
@@ -109,21 +115,47 @@ def _lines(axis, suite: str, rows: list[dict], style) -> None:
             zorder=3 if is_ours else 2,
             label=name,
         )
+        # How far the runs lie apart: below every line, a yardstick's barely visible.
         axis.fill_between(
-            sizes, values["low"], values["high"], color=colour, alpha=0.15, linewidth=0
+            sizes,
+            values["low"],
+            values["high"],
+            color=colour,
+            alpha=0.06 if name in _YARDSTICKS else 0.15,
+            linewidth=0,
+            zorder=0 if name in _YARDSTICKS else 1,
         )
     if suite != "mixed":
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({row["axis"] for row in rows}))
+        axis.set_xticks(_apart(sorted({row["axis"] for row in rows})))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params(
             axis="x", labelrotation=45 if len(axis.get_xticks()) > 7 else 0
         )
     axis.set_yscale("log")
+    _plain_ticks(axis.yaxis)
     axis.set_xlabel(label)
     axis.set_ylabel("time of a call, us" if unit == "us" else "GB/s that must move")
-    axis.grid(True, which="major", alpha=0.3)
+    axis.grid(True, alpha=0.3)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def _apart(sizes: list[float]) -> list[float]:
+    """Those that are a quarter larger than the one before: labels need some room."""
+    kept = sizes[:1]
+    for size in sizes[1:]:
+        if size >= 1.25 * kept[-1]:
+            kept.append(size)
+    return kept
+
+
+def _plain_ticks(axis) -> None:
+    """Ticks of a logarithmic axis as plain numbers: 20, 30, 60, 100."""
+    low, high = sorted(axis.get_view_interval())
+    steps = (1, 2, 3, 6) if high < 30 * low else (1, 3)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:,.9g}")
 
 
 def _value(row: dict, key: str, unit: str) -> float:
@@ -149,5 +181,6 @@ def _bars(axis, suite: str, rows: list[dict], style) -> None:
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlim(min(times) / 3, max(row["high"] for row in rows) * 3)
+    _plain_ticks(axis.xaxis)
     axis.set_xlabel("time of a call, us")
     axis.grid(True, axis="x", alpha=0.3)

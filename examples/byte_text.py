@@ -2,7 +2,11 @@
 
 from pydoc_data.topics import topics
 
-VOCAB = 256  # a token is a byte
+from jax_causal_conv.mamba2.generate import BYTES, printable, stop_tokens
+
+__all__ = ["END", "VOCAB", "documents", "printable", "stop_tokens"]
+
+VOCAB = BYTES  # a token is a byte
 END = 0  # stands before and after every document; no text has it
 HELD_OUT_EVERY = 8  # of the topics in alphabetical order
 
@@ -29,15 +33,3 @@ def documents() -> tuple[list[bytes], list[bytes]]:
     evaluation = [new_paragraphs(name) for name in held_out]
     training = [new_paragraphs(name) for name in names if name not in held_out]
     return [text for text in training if text], [text for text in evaluation if text]
-
-
-def stop_tokens(eos: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """A config's end-of-text token, or tokens, as `Request` wants them."""
-    if eos is None:
-        return ()
-    return eos if isinstance(eos, tuple) else (eos,)
-
-
-def printable(text: str) -> str:
-    """The text without control characters: no escape sequence reaches a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

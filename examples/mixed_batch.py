@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from jax_causal_conv import PAD_SLOT_ID, ConvMetadata, build_metadata, causal_conv1d_fn
+from jax_causal_conv import PAD_SLOT_ID, PackedBatch, causal_conv1d_fn, pack_batch
 
 WIDTH = 4  # taps of the filters, as in Mamba
 
@@ -38,16 +38,6 @@ WIDTH = 4  # taps of the filters, as in Mamba
 class Params(NamedTuple):
     embedding: jax.Array  # (256, D)
     filters: list[tuple[jax.Array, jax.Array]]  # weight (D, W) and bias (D,) per layer
-
-
-class Batch(NamedTuple):
-    """What a step needs to know, padded to T tokens and N rows."""
-
-    tokens: np.ndarray  # (T,) of all rows, back to back
-    query_start_loc: np.ndarray  # (N+1,) where each row starts in `tokens`
-    cache_indices: np.ndarray  # (N,) slot of each row, PAD_SLOT_ID for padding
-    has_initial_state: np.ndarray  # (N,) False for the first tokens of a request
-    metadata: ConvMetadata  # built once per step, on the host, for all layers
 
 
 def random_params(dim: int, layers: int) -> Params:
@@ -83,10 +73,7 @@ def make_step(implementation: str | None):
                 weight,
                 bias,
                 cache,
-                batch.query_start_loc,
-                cache_indices=batch.cache_indices,
-                has_initial_state=batch.has_initial_state,
-                metadata=batch.metadata,
+                **batch.arguments(),
                 implementation=implementation,
             )
             x = x + y
@@ -159,7 +146,7 @@ def make_requests(count: int) -> list[Request]:
     for _ in range(count):
         name, decode = rng.choice(names), rng.randint(8, 120)
         text = topics[name].encode()[: decode + rng.randint(8, 1500)]
-        tokens = np.frombuffer(text, np.uint8)
+        tokens = np.frombuffer(text, np.uint8).astype(np.int32)
         requests.append(Request(name, tokens, len(tokens) - decode, arrival))
         arrival += rng.randint(0, 12)
     return requests
@@ -201,17 +188,15 @@ class Scheduler:
                 self.free.append(r.slot)
 
 
-def pack(rows: list[Row], num_tokens: int, num_rows: int) -> Batch:
+def pack(rows: list[Row], num_tokens: int, num_rows: int) -> PackedBatch:
     """Puts rows back to back, then padding: empty rows, and tokens of nobody."""
-    tokens = np.zeros(num_tokens, np.int32)
-    offsets = np.zeros(num_rows + 1, np.int32)
-    slots = np.full(num_rows, PAD_SLOT_ID, np.int32)
-    seen = np.zeros(num_rows, bool)
-    for i, (r, start, stop) in enumerate(rows):
-        offsets[i + 1 :] = offsets[i] + stop - start
-        tokens[offsets[i] : offsets[i + 1]] = r.tokens[start:stop]
-        slots[i], seen[i] = r.slot, start > 0
-    return Batch(tokens, offsets, slots, seen, build_metadata(offsets, num_tokens))
+    return pack_batch(
+        [row.request.tokens[row.start : row.stop] for row in rows],
+        [row.request.slot for row in rows],
+        [row.start > 0 for row in rows],  # has it history?
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+    )
 
 
 # ---- Serving, checking, reporting --------------------------------------------------
@@ -269,7 +254,9 @@ def timeline(log: list[Step], utf8: bool) -> Table:
 
 def report(console: Console, log: list[Step], facts: dict[str, str]) -> None:
     mixed = max(log, key=lambda s: (min(s.decodes, 2 * s.prefills), s.tokens))
-    console.print(f"\n{mixed}:", " ".join(map(str, mixed.rows)), markup=False)
+    console.print(f"\nthe most mixed batch, {mixed}")
+    console.print("its rows, as topic[token] or topic[start:end]:", markup=False)
+    console.print(" ".join(map(str, mixed.rows)), markup=False)
     console.print(f"\nall {len(log)} steps, from left to right:")
     console.print(timeline(log, console.encoding.startswith("utf")))
     table = Table(show_header=False)

@@ -1,9 +1,11 @@
 """Serves a burst of requests with a byte-level Mamba2, and shows what the engine did.
 
-The requests come in over time, with prompts of all lengths, half of them decoded
-greedily and half sampled. The first one is streamed to the terminal while the engine
-works on all of them. For comparison the same requests are also served one at a time:
-they have to get the same answers, later.
+The requests come in over time, with prompts of all lengths that begin with one of a few
+texts, as those of a chat begin with its instructions. Half of them are decoded greedily
+and half sampled. The first one is streamed to the terminal while the engine works on
+all of them. The same requests are also served one at a time, with a prefix cache (what
+prompts share is read once), and with drafts as well (what followed the last few bytes
+before is guessed to follow again): they have to get the same answers, at other times.
 """
 
 import argparse
@@ -12,9 +14,10 @@ import dataclasses
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.figure
 import numpy as np
@@ -28,37 +31,50 @@ from jax_causal_conv.mamba2 import (
     Event,
     Generation,
     Mamba2LM,
+    NgramDraft,
     Request,
     SamplingParams,
+    Stats,
     StepStats,
     load,
 )
 
 BATCH_PLOT = "batch.png"
+SYSTEMS = 2  # texts that prompts begin with
+MAX_DRAFTS = 4
 
 
 # ---- Requests ----------------------------------------------------------------------
 
 
 def some_requests(
-    count: int, max_new_tokens: int, stop: Sequence[int], seed: int
+    count: int, max_new_tokens: int, stop: Sequence[int], system: int, seeds: list[int]
 ) -> list[Request]:
     """Prompts cut out of the held-out topics; sampled ones and greedy ones in turn.
 
     Every sampled request has a seed of its own, so that it draws the same again.
+
+    Args:
+        count: how many.
+        max_new_tokens: at most, of each.
+        stop: tokens that end an answer.
+        system: how many bytes of the beginning prompts share with each other.
+        seeds: of lengths and limits; of the places in the texts.
     """
-    rng = np.random.default_rng(seed)
+    rng, places = map(np.random.default_rng, seeds)
     _, texts = documents()
+    texts.sort(key=len, reverse=True)
     requests = []
     for i in range(count):
         text = texts[i % len(texts)]
-        start = 0 if i < len(texts) else int(rng.integers(len(text)))
-        length = int(rng.integers(8, 256))
+        start = int(places.integers(len(text)))
+        length = int(rng.integers(8, 128))
         limit = int(rng.integers(-(-max_new_tokens // 2), max_new_tokens + 1))
         sampled = SamplingParams(temperature=0.7, top_p=0.95, seed=i)
+        beginning = texts[i % SYSTEMS][:system]
         requests.append(
             Request(
-                prompt=[END, *text[start : start + length]],
+                prompt=[END, *beginning, *text[start : start + length]],
                 max_new_tokens=limit,
                 sampling=GREEDY if i % 2 else sampled,
                 stop_token_ids=stop,
@@ -128,17 +144,24 @@ class Server(NamedTuple):
 
     @classmethod
     def start(
-        cls, model: Mamba2LM, num_slots: int, budget: int, max_waiting: int
+        cls,
+        model: Mamba2LM,
+        num_slots: int,
+        budget: int,
+        max_waiting: int,
+        **features: Any,
     ) -> "Server":
         """Compiles few shapes: that is quick, and wastes a little more padding."""
-        budget = max(budget, num_slots)
+        drafts = features.get("max_drafts", 0)
+        budget = max(budget, num_slots * (1 + 2 * drafts))
         engine = Engine(
             model,
             num_slots=num_slots,
             max_tokens_per_step=budget,
             max_waiting=max_waiting,
-            decode_buckets={-(-num_slots // 4), num_slots},
-            token_buckets={-(-budget // 4), budget},
+            decode_buckets=[num_slots],
+            token_buckets=[budget],
+            **features,
         )
         engine.warmup()
         return cls(engine, num_slots)
@@ -190,10 +213,12 @@ def report(title: str, runs: dict[str, Run]) -> Table:
             return f"{sum(getattr(step, name) for step in steps) / tokens:.0%}"
 
         prompts = sum(len(generation.prompt) for generation in run.generations)
+        stats = Stats(deque(steps), deque(run.generations))
         generated = sum(map(len, run.tokens))
         return {
             "requests": f"{len(run.generations)}",
             "prompt tokens": f"{prompts:,}",
+            "of these not read again": f"{stats.prefix_tokens / prompts:.0%}",
             "generated tokens": f"{generated:,}",
             "seconds": f"{run.seconds:.2f}",
             "prompt tokens/s": f"{prompts / run.seconds:,.0f}",
@@ -205,8 +230,12 @@ def report(title: str, runs: dict[str, Run]) -> Table:
             "compilations, before / meanwhile": (
                 f"{run.compiled_before} / {run.compiled_meanwhile}"
             ),
+            "tokens per step and request": f"{stats.tokens_per_step:.2f}",
+            "drafts accepted": f"{stats.acceptance:.0%}".replace("nan%", "-"),
             "slots in use": f"{used:.0%} of {run.num_slots}",
             "tokens of batches: decoding": share("decode_tokens"),
+            "tokens of batches: drafts": share("draft_tokens"),
+            "tokens of batches: accepted before": share("reread_tokens"),
             "tokens of batches: prompts": share("prefill_tokens"),
             "tokens of batches: padding": share("padding"),
         }
@@ -220,14 +249,21 @@ def report(title: str, runs: dict[str, Run]) -> Table:
     return table
 
 
-def plot(path: Path, run: Run) -> None:
-    """Draws what the steps were made of, over time."""
-    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
+def plot(path: Path, runs: dict[str, Run]) -> None:
+    """Draws what the steps of the last run were made of, and when answers began."""
+    figure = matplotlib.figure.Figure(figsize=(12, 4.5), layout="constrained")
+    axes, waits = figure.subplots(1, 2)
+    for name, run in runs.items():
+        times = np.sort(run.first_tokens) * 1e3
+        waits.step(times, np.arange(1, len(times) + 1), where="post", label=name)
+    waits.set(xlabel="ms", ylabel="requests", title="Time to first token, at most")
+    waits.legend()
+    name, run = list(runs.items())[-1]
     ends = run.steps[-1].start + run.steps[-1].seconds
     times = np.array([step.start for step in run.steps] + [ends]) - run.start
     parts = {
         "decoding": [step.decode_tokens for step in run.steps],
+        "drafts": [step.draft_tokens + step.reread_tokens for step in run.steps],
         "prompts": [step.prefill_tokens for step in run.steps],
         "padding": [step.padding for step in run.steps],
     }
@@ -235,10 +271,10 @@ def plot(path: Path, run: Run) -> None:
         times * 1e3,
         [[*values, values[-1]] for values in parts.values()],
         labels=list(parts),
-        colors=["tab:blue", "tab:orange", "lightgray"],
+        colors=["tab:blue", "tab:cyan", "tab:orange", "lightgray"],
         step="post",
     )
-    axes.set(xlabel="ms", ylabel="tokens in a step", title="Make-up of the batches")
+    axes.set(xlabel="ms", ylabel="tokens in a step", title=f"Batches: {name}")
     axes.margins(0)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -283,6 +319,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="text of the first request, which is streamed")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=256, help="per request")
+    parser.add_argument(
+        "--system", type=int, default=512, help="bytes that prompts share"
+    )
     parser.add_argument("--slots", type=int, default=16, help="requests run at a time")
     parser.add_argument("--budget", type=int, default=64, help="tokens per step")
     parser.add_argument(
@@ -291,14 +330,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="the best one counts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--plot", type=Path, help=f"image of the batches (CHECKPOINT/{BATCH_PLOT})"
+        "--plot", type=Path, help=f"image of the run (CHECKPOINT/{BATCH_PLOT})"
     )
     options = parser.parse_args(argv)
     for name in ("requests", "max_new_tokens", "slots", "budget", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if options.gap < 0:
-        parser.error("--gap must not be negative")
+    for name in ("gap", "system"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name} must not be negative")
     if options.prompt == "":
         parser.error("--prompt must not be empty")
     return options
@@ -314,54 +354,78 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
 
     stop = stop_tokens(model.config.eos_token_id)
-    requests = some_requests(
-        options.requests, options.max_new_tokens, stop, options.seed
-    )
-    if options.prompt is not None:
-        prompt = [END, *options.prompt.encode()]
-        requests[0] = dataclasses.replace(requests[0], prompt=prompt)
     rng = np.random.default_rng(options.seed)
     gaps = rng.exponential(options.gap / 1e3, options.requests - 1)
     arrivals = np.concatenate([[0.0], np.cumsum(gaps)])
 
+    together = f"up to {options.slots} at a time"
+    cache = {"prefix_slots": options.slots + SYSTEMS}
+    drafts = {**cache, "draft": NgramDraft(), "max_drafts": MAX_DRAFTS}
+    kinds: dict[str, tuple[int, dict]] = {
+        together: (options.slots, {}),
+        "one at a time": (1, {}),
+        "with a prefix cache": (options.slots, cache),
+        "and with drafts": (options.slots, drafts),
+    }
     with console.status("compiling"):
-        many, one = (
-            Server.start(model, slots, options.budget, options.requests)
-            for slots in (options.slots, 1)
+        servers = {
+            name: Server.start(
+                model, slots, options.budget, options.requests, **features
+            )
+            for name, (slots, features) in kinds.items()
+        }
+    runs: dict[str, list[Run]] = {name: [] for name in servers}
+    for i in range(options.rounds):
+        # Others may use the machine as well: what counts is the best of a few rounds.
+        # Each has other prompts, but for their beginnings: no answer is known already.
+        seeds = [options.seed, options.seed + i]
+        requests = some_requests(
+            options.requests, options.max_new_tokens, stop, options.system, seeds
         )
-    on_event = streamer(lambda text: print(text, end="", flush=True))
-    streamed = dataclasses.replace(requests[0], on_event=on_event)
-    console.rule("the first request, as it comes")
-    print(bytes(requests[0].prompt[1:]).decode(errors="replace"), end="", flush=True)
-    together = [many.serve([streamed, *requests[1:]], arrivals)]
-    print()
-    console.rule()
-    # Others may use the machine as well: what counts is the best of a few rounds.
-    with console.status("comparing"):
-        alone = [one.serve(requests, arrivals)]
-        for _ in range(options.rounds - 1):
-            together.append(many.serve(requests, arrivals))
-            alone.append(one.serve(requests, arrivals))
-    best, best_alone = (
-        min(runs, key=lambda run: run.seconds) for runs in (together, alone)
-    )
+        if options.prompt is not None:
+            prompt = [END, *options.prompt.encode()]
+            requests[0] = dataclasses.replace(requests[0], prompt=prompt)
+        if i == 0:
+            on_event = streamer(lambda text: print(text, end="", flush=True))
+            streamed = dataclasses.replace(requests[0], on_event=on_event)
+            console.rule("the first request, as it comes")
+            prompt = bytes(requests[0].prompt[1:]).decode(errors="replace")
+            print(prompt, end="", flush=True)
+            runs[together].append(
+                servers[together].serve([streamed, *requests[1:]], arrivals)
+            )
+            print()
+            console.rule()
+        with console.status("comparing"):
+            for name, server in servers.items():
+                if len(runs[name]) == i:
+                    runs[name].append(server.serve(requests, arrivals))
+    best = {
+        name: min(of_kind, key=lambda run: run.seconds)
+        for name, of_kind in runs.items()
+    }
 
-    title = f"The fastest of {options.rounds} rounds"
-    columns = {f"up to {options.slots} at a time": best, "one at a time": best_alone}
-    console.print(report(title, columns))
-    speedup = best.tokens_per_second / best_alone.tokens_per_second
+    console.print(report(f"The fastest of {options.rounds} rounds", best))
+    many, one, cached, drafted = best.values()
+    speedup = many.tokens_per_second / one.tokens_per_second
     console.print(f"{speedup:.1f} times the tokens per second of one at a time")
+    waits = [np.median(run.first_tokens) * 1e3 for run in (many, cached, drafted)]
+    console.print(
+        "time to first token, p50: {:.1f} ms; with the prefix cache {:.1f} ms; and "
+        "with drafts {:.1f} ms".format(*waits)
+    )
     image = options.plot or options.checkpoint / BATCH_PLOT
     image.parent.mkdir(parents=True, exist_ok=True)
-    plot(image, best)
-    console.print(f"make-up of the batches over time: {image}", soft_wrap=True)
+    plot(image, {name: best[name] for name in best if name != "one at a time"})
+    console.print(f"the first tokens and the batches: {image}", soft_wrap=True)
 
     different = sorted(
         {
             i
-            for run in together + alone
+            for of_kind in runs.values()
+            for run, alone in zip(of_kind, runs["one at a time"], strict=True)
             for i, tokens in enumerate(run.tokens)
-            if tokens != alone[0].tokens[i]
+            if tokens != alone.tokens[i]
         }
     )
     if different:

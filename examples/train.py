@@ -4,7 +4,8 @@ The text is what every Python carries for `help()`: the topics of `pydoc_data`, 
 400,000 bytes without repetitions. Each topic is a document. Documents are packed back
 to back into rows, and segment ids keep them apart. Some are held out; the model has to
 predict them much better than the frequencies of byte pairs do. What is saved is a
-checkpoint in transformers' layout, for `examples.serve` and `examples.generate`.
+checkpoint in transformers' layout, for `examples.serve` and
+`python -m jax_causal_conv.mamba2.generate`.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from examples.byte_text import END, VOCAB, documents
+from jax_causal_conv import pack_documents
 from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM, save
 
 WEIGHT_DECAY = 0.1
@@ -47,20 +49,12 @@ class Rows(NamedTuple):
 
 def pack(texts: Sequence[bytes], length: int) -> Rows:
     """Documents back to back in rows of `length` tokens; the last row is padded."""
-    ends = np.array([END], np.int32)
-    inputs, targets, segment_ids = [], [], []
-    for i, text in enumerate(texts):
-        tokens = np.frombuffer(text, np.uint8).astype(np.int32)
-        inputs += [ends, tokens]
-        targets += [tokens, ends]
-        segment_ids.append(np.full(len(tokens) + 1, i, np.int32))
-
-    def rows(parts: Iterable[np.ndarray], fill: int) -> np.ndarray:
-        stream = np.concatenate(list(parts))
-        stream = np.pad(stream, (0, -len(stream) % length), constant_values=fill)
-        return stream.reshape(-1, length)
-
-    return Rows(rows(inputs, END), rows(targets, END), rows(segment_ids, -1))
+    tokens = [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
+    inputs = [np.append(END, document) for document in tokens]
+    targets = [np.append(document, END) for document in tokens]
+    packed = pack_documents(inputs, length, pad=END)
+    after = pack_documents(targets, length, pad=END).tokens
+    return Rows(packed.tokens, after, packed.segment_ids)
 
 
 def batches(
@@ -193,6 +187,10 @@ class Trainer:
 # ---- The program -------------------------------------------------------------------
 
 
+class Diverged(Exception):
+    """The loss is not a number any more."""
+
+
 class Curve(NamedTuple):
     """What a run went through, in nats per byte."""
 
@@ -207,7 +205,20 @@ def train(
     options: argparse.Namespace,
     console: Console,
 ) -> Curve:
-    """Takes `options.steps` steps, and looks at the held-out rows now and then."""
+    """Takes `options.steps` steps, and looks at the held-out rows now and then.
+
+    Raises:
+        Diverged: a loss is not finite; the last one is that of the final parameters.
+    """
+
+    def finite(loss: float, step: int) -> float:
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss is {loss} after {step} steps: try a smaller --learning-rate "
+                f"than {options.learning_rate}"
+            )
+        return loss
+
     losses: list[float] = []
     held_out: list[tuple[int, float]] = []
     evaluate_at = set(np.linspace(0, options.steps, 6, dtype=int)[1:].tolist())
@@ -223,12 +234,13 @@ def train(
         newest = trainer.step(next(training))
         for done in range(1, options.steps + 1):
             if done in evaluate_at:
-                held_out.append((done, trainer.evaluate(evaluation, options.batch)))
+                nats = trainer.evaluate(evaluation, options.batch)
+                held_out.append((done, finite(nats, done)))
             loss = newest
             # Dispatched before the last loss is fetched: the device never waits.
             if done < options.steps:
                 newest = trainer.step(next(training))
-            losses.append(float(loss))
+            losses.append(finite(float(loss), done - 1))
             bits = losses[-1] / np.log(2)
             progress.update(task, advance=1, loss=f"{bits:.2f} bits per byte")
     return Curve(losses, held_out)
@@ -246,6 +258,7 @@ def plot(path: Path, curve: Curve, bigram: float, tokens_per_step: int) -> None:
     )
     axes.axhline(bigram / np.log(2), color="k", ls="--", label="bigrams, held-out")
     axes.set(xlabel="bytes read", ylabel="bits per byte", ylim=(0, None))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -271,6 +284,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch", "length", "d_model", "layers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not (math.isfinite(options.learning_rate) and options.learning_rate > 0):
+        parser.error(
+            f"--learning-rate must be finite and above 0, got {options.learning_rate}"
+        )
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed must be in [0, 2**32), got {options.seed}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a directory, and {options.out} is none")
     return options
 
 
@@ -278,6 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     console = Console(highlight=False)
     texts, held_out = documents()
+    if not (texts and held_out):
+        print("error: this Python has no help topics to train on", file=sys.stderr)
+        return 2
     evaluation = pack(held_out, options.length)
     bigram = bigram_cross_entropy(pack(texts, options.length), evaluation)
 
@@ -300,7 +324,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = Trainer(model, steps=options.steps, learning_rate=options.learning_rate)
     rows = batches(texts, options.batch, options.length, options.seed)
     started, cpu_started = time.perf_counter(), time.process_time()
-    curve = train(trainer, rows, evaluation, options, console)
+    try:
+        curve = train(trainer, rows, evaluation, options, console)
+    except Diverged as error:
+        print(f"error: {error}; nothing is saved", file=sys.stderr)
+        return 1
     seconds = time.perf_counter() - started
     cpu_seconds = time.process_time() - cpu_started
 

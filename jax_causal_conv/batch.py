@@ -30,6 +30,20 @@ class Sequences(NamedTuple):
     live: jax.Array
 
 
+class Stores(NamedTuple):
+    """States that sequences leave in a cache, one each; all `(N,)`.
+
+    Attributes:
+        slot: where the state goes, clamped into `[0, S)`.
+        end: it is the state after so many of the sequence's tokens.
+        live: False where nothing is stored.
+    """
+
+    slot: jax.Array
+    end: jax.Array
+    live: jax.Array
+
+
 class Tokens(NamedTuple):
     """Where each token stands; all `(T,)`.
 
@@ -57,24 +71,55 @@ def sequences(
     start, length = offsets[:-1], offsets[1:] - offsets[:-1]
     if slots is None:
         slots = jnp.arange(start.shape[0], dtype=jnp.int32)
-    slots = jnp.asarray(slots)
-    named = (slots >= 0) & (slots < num_slots) & (slots != pad_slot_id)
+    slot, named = _named_slots(slots, num_slots, pad_slot_id)
     live = named & (length > 0)
     history = jnp.full_like(start, state_len)
     if num_rejected is not None:
         history = history - jnp.clip(num_rejected, 0, state_len)
     has_initial_state = False if has_initial_state is None else has_initial_state
     history = jnp.where(has_initial_state, history, 0)
-    slot = jnp.clip(slots, 0, max(num_slots - 1, 0))
     return Sequences(start, length, slot, history, live)
 
 
-def surplus_prefills(seqs: Sequences, limit: int):
+def _named_slots(slots, num_slots: int, pad_slot_id: int):
+    """Slot numbers clamped into `[0, S)`, and whether they named a slot."""
+    slots = jnp.asarray(slots)
+    named = (slots >= 0) & (slots < num_slots) & (slots != pad_slot_id)
+    return jnp.clip(slots, 0, max(num_slots - 1, 0)), named
+
+
+def stores_of(seqs: Sequences, operands, pad_slot_id: int) -> tuple[Stores, ...]:
+    """What the sequences store: their snapshots, if any, and their last states.
+
+    The last states come last: a snapshot that is to go to the same slot is not stored.
+
+    Args:
+        seqs: the sequences.
+        operands: a record with `states`, `write_slots`, and perhaps `write_ends`,
+            `snapshot_slots` and `snapshot_ends`.
+        pad_slot_id: the slot number that means "none".
+    """
+    num_slots = operands.states.shape[0]
+    last = Stores(seqs.slot, seqs.length, seqs.live)
+    if operands.write_slots is not None:
+        slot, named = _named_slots(operands.write_slots, num_slots, pad_slot_id)
+        last = Stores(slot, seqs.length, seqs.live & named)
+    if getattr(operands, "write_ends", None) is not None:
+        last = last._replace(end=jnp.clip(operands.write_ends, 0, seqs.length))
+    snapshot_slots = getattr(operands, "snapshot_slots", None)
+    if snapshot_slots is None:
+        return (last,)
+    slot, named = _named_slots(snapshot_slots, num_slots, pad_slot_id)
+    live = seqs.live & named & ~(last.live & (slot == last.slot))
+    return Stores(slot, jnp.clip(operands.snapshot_ends, 0, seqs.length), live), last
+
+
+def surplus_prefills(seqs: Sequences, limit: int, most: int = 1):
     """Which sequences an SSD op skips, `(N,)`: it serves `limit` prefills, in order.
 
-    A prefill is a live sequence of more than one token.
+    A prefill is a live sequence of more than `most` tokens.
     """
-    prefill = seqs.live & (seqs.length > 1)
+    prefill = seqs.live & (seqs.length > most)
     return prefill & (jnp.cumsum(prefill) > limit)
 
 
@@ -111,7 +156,8 @@ def tokens_of(seqs: Sequences, num_tokens: int) -> Tokens:
 
 def accumulator(x) -> jnp.dtype:
     """The dtype of products and sums: float64 iff x is."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    # Said by hand: jax promotes no dtypes where its users want strict promotion.
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def take_rows(table, *index):
@@ -119,14 +165,16 @@ def take_rows(table, *index):
     return table.at[index].get(mode="clip")
 
 
-def slots_one_by_one(slots, batch: int, num_slots: int, pad_slot_id: int):
-    """The slot numbers of rows that `row_by_row` takes apart, or None.
+def slots_one_by_one(operands, pad_slot_id: int):
+    """The slot numbers of an update's rows if `row_by_row` takes them apart, or None.
 
     Where the caller names no slots and there are as many as rows, slot i belongs to
     row i. Of a batch of row i and slot i alone the slot's number is 0, or -1 if the row
     is to be skipped. Otherwise the rows cannot be taken apart.
     """
-    if slots is not None or batch != num_slots:
+    batch, num_slots = operands.x.shape[0], operands.states.shape[0]
+    named = operands.slots is not None or operands.write_slots is not None
+    if named or batch != num_slots:
         return None
     return jnp.where(jnp.arange(batch, dtype=jnp.int32) == pad_slot_id, -1, 0)
 

@@ -5,7 +5,7 @@ narrowed, so that a 64-bit number out of range can never wrap into somebody's sl
 """
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from .columns import Columns
-from .operands import PAD_SLOT_ID
+from .operands import PAD_SLOT_ID, ConvSpec, Implementation
 
 IMPLEMENTATIONS = (None, "xla", "triton", "interpret")
 
@@ -23,6 +23,10 @@ _INT32_MAX = 2**31 - 1
 
 def _is_jax(value: Any) -> bool:
     return isinstance(value, jax.Array)  # tracers included
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, jax.Array)) and value.ndim > 0
 
 
 def _shape(name: str, got: tuple, expected: tuple, letters: str) -> None:
@@ -42,6 +46,11 @@ def float_array(
     """A jax array of a supported float dtype and the expected shape (None is any)."""
     if value is None:
         raise TypeError(f"{name} must be an array of shape {letters}, got None")
+    if isinstance(value, (tuple, list)) and any(map(_is_array, value)):
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name} must be one array of shape {letters}, got a {kind} of {len(value)}"
+        )
     array = jnp.asarray(value)
     array = lax.convert_element_type(array, array.dtype)  # drops a weak type
     if array.dtype.name not in _FLOATS:
@@ -189,7 +198,17 @@ def host_integers(name: str, value: Any) -> np.ndarray:
 
 
 # What callers may say, and the canonical name by which implementations know it.
-_ACTIVATIONS = {None: None, False: None, "silu": "silu", "swish": "silu", True: "silu"}
+_ACTIVATIONS = {
+    None: None,
+    False: None,
+    "silu": "silu",
+    "swish": "silu",
+    True: "silu",
+    "gelu": "gelu",
+    "relu": "relu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
 
 
 def activation_name(activation: Any) -> str | None:
@@ -197,8 +216,28 @@ def activation_name(activation: Any) -> str | None:
     known = activation is None or isinstance(activation, (bool, np.bool_, str))
     if known and activation in _ACTIVATIONS:
         return _ACTIVATIONS[activation]
+    names = ", ".join(f'"{name}"' for name in _ACTIVATIONS if isinstance(name, str))
     raise ValueError(
-        f'activation must be None, "silu", "swish", True or False, got {activation!r}'
+        f"activation must be None, {names}, True or False, got {activation!r}"
+    )
+
+
+def conv_spec(
+    activation: Any, columns: Columns, dilation: Any, residual: Any, weight: jax.Array
+) -> ConvSpec:
+    """What callers say about a conv with these filters, checked."""
+    width = weight.shape[1]
+    dilation = static_int("dilation", dilation, minimum=1)
+    if (width - 1) * dilation > _INT32_MAX // 2:
+        raise ValueError(
+            f"dilation must be at most {_INT32_MAX // 2 // (width - 1)} for W = "
+            f"{width}, got {dilation}"
+        )
+    return ConvSpec(
+        activation_name(activation),
+        columns,
+        dilation=dilation if width > 1 else 1,
+        residual=static_bool("residual", residual),
     )
 
 
@@ -262,7 +301,8 @@ def filters(weight: Any, bias: Any, x: jax.Array, dim: int) -> tuple[Any, Any]:
     Only float64 data is worth float64 parameters; with a narrower x they become
     float32.
     """
-    weight = float_array("weight", weight, (dim, None), "(D, W)")
+    weight = float_array("weight", weight, (None, None), "(D, W)")
+    _same_channels(x, weight, dim)
     if weight.shape[1] == 0:
         raise ValueError(
             f"weight must have shape (D, W) with W >= 1, got {weight.shape}"
@@ -292,16 +332,44 @@ def slots_array(
     return index_array(name, value, (count,), f"({letter},)", -1, num_slots)
 
 
-def state_array(name: str, value: Any, dim: int, width: int) -> jax.Array:
-    """Checked conv state `(S, L, D)` with L >= W-1."""
+def write_slots(name: str, value: Any, count: int, letter: str, state: Any) -> Any:
+    """Checked slot numbers `(count,)` to write to, or None."""
+    if value is None:
+        return None
+    return index_array(name, value, (count,), f"({letter},)", -1, state.shape[0])
+
+
+def snapshots(ends: Any, slots: Any, count: int, num_tokens: int, state: Any) -> tuple:
+    """Checked `snapshot_ends` and `snapshot_indices`, `(N,)` both, or two Nones."""
+    if ends is None and slots is None:
+        return None, None
+    for name, value in (("snapshot_ends", ends), ("snapshot_indices", slots)):
+        if value is None:
+            raise ValueError(
+                "snapshot_ends and snapshot_indices must be given together, got None "
+                f"for {name}"
+            )
+    ends = index_array("snapshot_ends", ends, (count,), "(N,)", 0, num_tokens)
+    return ends, write_slots("snapshot_indices", slots, count, "N", state)
+
+
+def state_array(name: str, value: Any, dim: int, least: int) -> jax.Array:
+    """Checked conv state `(S, L, D)` with L >= `least`."""
     state = float_array(name, value, (None, None, dim), "(S, L, D)")
-    if state.shape[1] < width - 1:
+    _slot_length(name, state, least, "(S, L, D)", "(W-1) * dilation")
+    return state
+
+
+def _slot_length(
+    name: str, state: jax.Array, least: int, letters: str, meaning: str
+) -> None:
+    """Raises where slots have fewer rows than `least`, or too many elements."""
+    if state.shape[1] < least:
         raise ValueError(
-            f"{name} must have shape (S, L, D) with L >= W-1 = {width - 1}, "
+            f"{name} must have shape {letters} with L >= {meaning} = {least}, "
             f"got {state.shape}"
         )
     _slot_size(name, state)
-    return state
 
 
 def _slot_size(name: str, state: jax.Array) -> None:
@@ -311,16 +379,13 @@ def _slot_size(name: str, state: jax.Array) -> None:
         )
 
 
-def row_states(name: str, value: Any, out: Any, least: int) -> jax.Array:
-    """Checked states `(B, L, D)` of the rows of `out`, with L >= W-1 = `least`."""
+def row_states(
+    name: str, value: Any, out: Any, least: int, meaning: str = "(W-1) * dilation"
+) -> jax.Array:
+    """Checked states `(B, L, D)` of the rows of `out`, with L >= `least`."""
     batch, _, dim = out.shape
     state = float_array(name, value, (batch, None, dim), "(B, L, D)")
-    if state.shape[1] < least:
-        raise ValueError(
-            f"{name} must have shape (B, L, D) with L >= W-1 = {least}, "
-            f"got {state.shape}"
-        )
-    _slot_size(name, state)
+    _slot_length(name, state, least, "(B, L, D)", meaning)
     return state
 
 
@@ -337,7 +402,7 @@ def pad_slot(pad_slot_id: Any, num_slots: int) -> int:
     return pad if 0 <= pad < num_slots else PAD_SLOT_ID
 
 
-def implementation_for(implementation: Any, x: jax.Array) -> str | None:
+def implementation_for(implementation: Any, x: jax.Array) -> Implementation:
     """A valid `implementation`, with what x's dtype says about None."""
     known = implementation is None or isinstance(implementation, str)
     if not known or implementation not in IMPLEMENTATIONS:
@@ -345,10 +410,29 @@ def implementation_for(implementation: Any, x: jax.Array) -> str | None:
             f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}"
         )
     if x.dtype != jnp.float64:
-        return implementation
+        return cast(Implementation, implementation)
     if implementation in ("triton", "interpret"):
         raise TypeError(
             f'x must not be float64 with implementation="{implementation}", whose '
             'kernels accumulate in float32; got float64. Use "xla" or None'
         )
     return "xla"
+
+
+def _same_channels(x: jax.Array, weight: jax.Array, dim: int) -> None:
+    """Raises where x and the filter have different channels, saying which to mend."""
+    if weight.shape[0] == dim:
+        return
+    if weight.shape[1] == dim:
+        raise ValueError(
+            f"weight must have shape (D, W) with D = {dim}, the channels of x, got "
+            f"{weight.shape}: it looks transposed"
+        )
+    hint = ""
+    if weight.shape[0] in x.shape[:-1]:
+        axis = x.shape.index(weight.shape[0])
+        hint = f": its axis {axis} has as many, and channels come last here"
+    raise ValueError(
+        f"x must have D = {weight.shape[0]} channels in its last axis, as "
+        f"weight (D, W) = {weight.shape} has, got x of shape {x.shape}{hint}"
+    )

@@ -10,7 +10,7 @@ import re
 import jax
 from jaxlib import gpu_triton
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """That of this package."""
 
 _JAX = jax.__version_info__

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import causal_conv1d_fn, causal_conv1d_update, target_compute_capability
+from .arguments import Implementation
 from .compat import __version__, jax_triton_wants_newer, jaxlib_takes_plugin
 from .kernels.lowered import LoweredKernel, lowered_kernels
 from .op.primitive import DEFAULT_COMPUTE_CAPABILITY, visible_compute_capability
@@ -227,7 +228,7 @@ def _inputs() -> list[np.ndarray]:
     return [*arrays, offsets, np.arange(_SEQS, dtype=np.int32)[::-1].copy()]
 
 
-def _lower(probe: Callable, implementation: str | None, platform_name: str) -> Any:
+def _lower(probe: Callable, implementation: Implementation, platform_name: str) -> Any:
     function = functools.partial(probe, implementation=implementation)
     traced = jax.jit(function).trace(*_inputs())
     return traced.lower(lowering_platforms=(platform_name,))

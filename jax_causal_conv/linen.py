@@ -16,7 +16,7 @@ parameters: `nnx.eval_shape` of the mixer has it. Within another Linen module's
 any submodule.
 """
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,13 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from . import checks
+from .arguments import Activation, Implementation, PackedOptions, UpdateOptions
 from .columns import Output
 from .dense import causal_conv1d
 from .packed import causal_conv1d_fn
 from .update import causal_conv1d_update
+
+__all__ = ["CausalConv1d", "default_bias_init", "default_kernel_init"]
 
 try:
     from flax import linen as nn
@@ -46,25 +49,18 @@ default_bias_init = nn.initializers.zeros_init()
 class CausalConv1d(nn.Module):
     """Causal depthwise conv1d for training, packed serving and decoding.
 
-    The Linen twin of `jax_causal_conv.nnx.CausalConv1d`: what is said there about
-    dtypes, initialisers and states holds here. States are arguments and results, not
-    variables of a collection, so that a server may donate them.
+    The Linen twin of `jax_causal_conv.nnx.CausalConv1d`: what is said there holds
+    here. States are arguments and results, not variables of a collection, so that a
+    server may donate them.
 
     Params: `kernel` `(features, kernel_size)`, whose last column meets the current
     token, and `bias` `(features,)`. The params of a depthwise
     `nn.Conv(features, (W,), feature_group_count=features, padding="CAUSAL")` become
     `{"kernel": kernel[:, 0, :].T, "bias": bias}`.
 
-    Attributes:
-        features: D, the number of channels.
-        kernel_size: W, the width of the filter, an int >= 1.
-        use_bias: whether there is a bias.
-        activation: as for `causal_conv1d_fn`.
-        dtype: of the computation and of outputs; None infers it from x and params.
-        param_dtype: of the params.
-        kernel_init: called with shape `(D, W)`: fan-in is the last axis.
-        bias_init: called with shape `(D,)`.
-        implementation: as for `causal_conv1d_fn`.
+    The attributes are those of the twin: `features`, `kernel_size`, `use_bias`,
+    `activation`, `dtype`, `param_dtype`, `kernel_init`, `bias_init`, `implementation`,
+    `dilation` and `residual`. So are the methods.
 
     Example:
         >>> conv = CausalConv1d(64, 4, activation="silu")
@@ -77,12 +73,14 @@ class CausalConv1d(nn.Module):
     features: int
     kernel_size: int
     use_bias: bool = True
-    activation: str | bool | None = None
+    activation: Activation = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = default_kernel_init
     bias_init: Initializer = default_bias_init
-    implementation: str | None = None
+    implementation: Implementation = None
+    dilation: int = 1
+    residual: bool = False
 
     def setup(self):
         """Creates the params."""
@@ -107,10 +105,7 @@ class CausalConv1d(nn.Module):
         channel_offset: int | None = None,
         split: tuple[int, ...] | None = None,
     ) -> Output | tuple[Output, jax.Array]:
-        """Applies `causal_conv1d` to rows `(B, T, D)`, for training.
-
-        Arguments, results and errors are those of `causal_conv1d`.
-        """
+        """Applies `causal_conv1d`: see the twin."""
         return causal_conv1d(
             self._cast(x),
             self.kernel,
@@ -118,6 +113,8 @@ class CausalConv1d(nn.Module):
             initial_state=initial_state,
             segment_ids=segment_ids,
             activation=self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             return_final_state=return_final_state,
             channel_offset=channel_offset,
             split=split,
@@ -129,13 +126,9 @@ class CausalConv1d(nn.Module):
         x: ArrayLike,
         conv_states: ArrayLike,
         query_start_loc: ArrayLike,
-        **batch: Any,
+        **batch: Unpack[PackedOptions],
     ) -> tuple[Output, jax.Array]:
-        """Applies `causal_conv1d_fn` to packed tokens `(T, D)`, for serving.
-
-        `batch` holds its keyword arguments: `cache_indices`, `has_initial_state`,
-        `metadata` and so on. Returns the outputs and the new states.
-        """
+        """Applies `causal_conv1d_fn`: see the twin."""
         return causal_conv1d_fn(
             self._cast(x),
             self.kernel,
@@ -143,24 +136,24 @@ class CausalConv1d(nn.Module):
             conv_states,
             query_start_loc,
             activation=self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             implementation=self.implementation,
             **batch,
         )
 
     def decode(
-        self, x: ArrayLike, conv_state: ArrayLike, **batch: Any
+        self, x: ArrayLike, conv_state: ArrayLike, **batch: Unpack[UpdateOptions]
     ) -> tuple[Output, jax.Array]:
-        """Applies `causal_conv1d_update` to `(B, D)` or `(B, Q, D)`, for decoding.
-
-        `batch` holds its keyword arguments: `conv_state_indices`, `cache_seqlens` and
-        so on. Returns the outputs and the new state.
-        """
+        """Applies `causal_conv1d_update`: see the twin."""
         return causal_conv1d_update(
             self._cast(x),
             conv_state,
             self.kernel,
             self.bias,
             self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             implementation=self.implementation,
             **batch,
         )
@@ -173,17 +166,9 @@ class CausalConv1d(nn.Module):
         state_len: int | None = None,
         dtype: DTypeLike | None = None,
     ) -> jax.Array:
-        """Conv states of requests without history; needs no params.
-
-        Args:
-            num_slots: S.
-            state_len: L >= W-1, more for speculative decoding. None is W-1.
-            dtype: None is the layer's `dtype`, else its `param_dtype`.
-
-        Returns:
-            `(S, L, D)` zeros.
-        """
-        rows = self.kernel_size - 1 if state_len is None else state_len
+        """Conv states of requests without history, from no params: see the twin."""
+        reach = (self.kernel_size - 1) * self.dilation
+        rows = reach if state_len is None else state_len
         dtype = dtype or self.dtype or self.param_dtype
         return jnp.zeros((num_slots, rows, self.features), dtype)
 

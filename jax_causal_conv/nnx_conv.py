@@ -1,8 +1,10 @@
 """The conv as a Flax NNX layer. Its public home is `jax_causal_conv.nnx`."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from . import checks
+from .arguments import Activation, Implementation, PackedOptions, UpdateOptions
 from .columns import Output
 from .dense import causal_conv1d
 from .packed import causal_conv1d_fn
@@ -44,7 +47,9 @@ class CausalConv1d(nnx.Module):
         features: D, the number of channels.
         kernel_size: W, the width of the filter, an int >= 1.
         use_bias: whether there is a bias.
-        activation: as for `causal_conv1d_fn`.
+        activation: as for `causal_conv1d_fn`, but none by default.
+        dilation: as for `causal_conv1d_fn`.
+        residual: as for `causal_conv1d_fn`.
         dtype: of the computation and of outputs; None infers it from x and parameters.
         param_dtype: of the parameters.
         kernel_init: called with shape `(D, W)`, so that fan-in is the *last* axis. The
@@ -75,14 +80,16 @@ class CausalConv1d(nnx.Module):
         kernel_size: int,
         *,
         use_bias: bool = True,
-        activation: str | bool | None = None,
+        activation: Activation = None,
+        dilation: int = 1,
+        residual: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
         kernel_metadata: Mapping[str, Any] = _NO_METADATA,
         bias_metadata: Mapping[str, Any] = _NO_METADATA,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
         self.features = checks.static_int("features", features, minimum=0)
@@ -90,6 +97,8 @@ class CausalConv1d(nnx.Module):
         checks.activation_name(activation)
         self.use_bias = use_bias
         self.activation = activation
+        self.dilation = checks.static_int("dilation", dilation, minimum=1)
+        self.residual = checks.static_bool("residual", residual)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.implementation = implementation
@@ -128,6 +137,8 @@ class CausalConv1d(nnx.Module):
             initial_state=initial_state,
             segment_ids=segment_ids,
             activation=self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             return_final_state=return_final_state,
             channel_offset=channel_offset,
             split=split,
@@ -139,7 +150,7 @@ class CausalConv1d(nnx.Module):
         x: ArrayLike,
         conv_states: ArrayLike,
         query_start_loc: ArrayLike,
-        **batch: Any,
+        **batch: Unpack[PackedOptions],
     ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_fn` to packed tokens `(T, D)`, for serving.
 
@@ -154,12 +165,14 @@ class CausalConv1d(nnx.Module):
             conv_states,
             query_start_loc,
             activation=self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             implementation=self.implementation,
             **batch,
         )
 
     def decode(
-        self, x: ArrayLike, conv_state: ArrayLike, **batch: Any
+        self, x: ArrayLike, conv_state: ArrayLike, **batch: Unpack[UpdateOptions]
     ) -> tuple[Output, jax.Array]:
         """Applies `causal_conv1d_update` to `(B, D)` or `(B, Q, D)`, for decoding.
 
@@ -173,6 +186,8 @@ class CausalConv1d(nnx.Module):
             kernel,
             bias,
             self.activation,
+            dilation=self.dilation,
+            residual=self.residual,
             implementation=self.implementation,
             **batch,
         )
@@ -188,13 +203,15 @@ class CausalConv1d(nnx.Module):
 
         Args:
             num_slots: S.
-            state_len: L >= W-1, more for speculative decoding. None is W-1.
+            state_len: L >= (W-1) * dilation, the default; more for speculative
+                decoding.
             dtype: None is the layer's `dtype`, else its `param_dtype`.
 
         Returns:
             `(S, L, D)` zeros.
         """
-        rows = self.kernel_size - 1 if state_len is None else state_len
+        reach = (self.kernel_size - 1) * self.dilation
+        rows = reach if state_len is None else state_len
         dtype = dtype or self.dtype or self.param_dtype
         return jnp.zeros((num_slots, rows, self.features), dtype)
 

@@ -8,9 +8,17 @@ shapes, cotangents, the names of dimensions.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from .columns import ALL, Columns
+
+Activation: TypeAlias = (
+    Literal["silu", "swish", "gelu", "relu", "sigmoid", "tanh"] | bool | None
+)
+"""What callers may say about the activation; True is silu, False is None."""
+
+Implementation: TypeAlias = Literal["xla", "triton", "interpret"] | None
+"""Who computes; None chooses at lowering."""
 
 PAD_SLOT_ID = -1
 """The slot number that means "skip this sequence" unless the caller names another."""
@@ -25,12 +33,20 @@ class ConvSpec:
         columns: which columns of x are read, and the parts of the output.
         pad_slot_id: the slot number that means "skip this sequence".
         final_state_len: L of the dense op's final state; None if none is wanted.
+        dilation: tokens from one tap to the next; 1 if there is a single tap.
+        residual: whether the op's columns of x are added to the output.
     """
 
     activation: str | None = None
     columns: Columns = ALL
     pad_slot_id: int = PAD_SLOT_ID
     final_state_len: int | None = None
+    dilation: int = 1
+    residual: bool = False
+
+    def reach(self, width: int) -> int:
+        """R, how many tokens before its own a filter of `width` taps spans."""
+        return (width - 1) * self.dilation
 
 
 class PackedOperands(NamedTuple):
@@ -46,6 +62,9 @@ class PackedOperands(NamedTuple):
         has_initial_state: `(N,)` bool; None is all False.
         num_rejected: `(N,)` int32; None is 0.
         metadata: a `ConvMetadata`; None leaves it to the kernels' launch.
+        write_slots: `(N,)` int32, where the new states go; None is `slots`.
+        snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
+        snapshot_ends: `(N,)` int32, after how many tokens they are.
     """
 
     x: Any
@@ -57,6 +76,9 @@ class PackedOperands(NamedTuple):
     has_initial_state: Any = None
     num_rejected: Any = None
     metadata: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None
 
 
 class UpdateOperands(NamedTuple):
@@ -70,6 +92,7 @@ class UpdateOperands(NamedTuple):
         slots: `(B,)` int32; None is `arange(B)`.
         cache_seqlens: `(B,)` int32, positions in circular buffers; None: none are.
         num_rejected: `(B,)` int32; None is 0.
+        write_slots: `(B,)` int32, where the new states go; None is `slots`.
     """
 
     x: Any
@@ -79,6 +102,7 @@ class UpdateOperands(NamedTuple):
     slots: Any = None
     cache_seqlens: Any = None
     num_rejected: Any = None
+    write_slots: Any = None
 
 
 class DenseOperands(NamedTuple):
@@ -106,12 +130,15 @@ class PackedBackwardOperands(NamedTuple):
         x: `(T, D)`, or wider.
         weight: `(D, W)`.
         bias: `(D,)`.
-        history: `(N, W-1, D)`, the rows before each sequence's first token.
+        history: `(N, R, D)`, the rows before each sequence's first token.
         dy: a tuple with the cotangent of each part of the output.
         dslots: `(N, L, D)`, the cotangent of what each sequence left in its slot.
         query_start_loc: `(N+1,)` int32.
         live: `(N,)` bool, the sequences that were not skipped.
         metadata: that of the forward.
+        dsnapshots: `(N, L, D)`, the cotangent of each sequence's snapshot; None if
+            there were none. The kernels do not know them.
+        snapshot_ends: `(N,)` int32, in `[0, length]`: the tokens before each.
     """
 
     x: Any
@@ -123,6 +150,8 @@ class PackedBackwardOperands(NamedTuple):
     query_start_loc: Any
     live: Any
     metadata: Any = None
+    dsnapshots: Any = None
+    snapshot_ends: Any = None
 
 
 class RowsBackwardOperands(NamedTuple):
@@ -132,7 +161,7 @@ class RowsBackwardOperands(NamedTuple):
         x: `(B, T, D)`, or wider.
         weight: `(D, W)`.
         bias: `(D,)`.
-        history: `(B, W-1, D)`, the rows before each row's first token.
+        history: `(B, R, D)`, the rows before each row's first token.
         dy: a tuple with the cotangent of each part of the output.
         dslots: `(B, L, D)`, the cotangent of the state after each row, which holds
             the last tokens of the row's last run that is not padding; None is zeros.
@@ -159,8 +188,9 @@ class SSDSpec:
         dt_softplus: whether step sizes are softplus of what is given.
         dt_limit: the least and the largest step size.
         exact: whether products have float32 operands, or those of x's dtype may do.
-        max_prefills: how many live sequences of more than one token the packed op
-            serves.
+        max_prefills: how many live sequences of more than `most_steps` tokens the
+            packed op serves.
+        most_steps: the most tokens of a sequence that kernels serve one by one.
         pad_slot_id: the slot number that means "skip", in the packed op.
         final_state: whether the dense op returns one.
     """
@@ -170,6 +200,7 @@ class SSDSpec:
     dt_limit: tuple[float, float] = (0.0, math.inf)
     exact: bool = True
     max_prefills: int = 0
+    most_steps: int = 1
     pad_slot_id: int = PAD_SLOT_ID
     final_state: bool = False
 
@@ -208,6 +239,28 @@ class SSDOperands(NamedTuple):
     segment_ids: Any = None
 
 
+class SSDBackwardOperands(NamedTuple):
+    """Arrays of the gradient of `ssd`.
+
+    Attributes:
+        x, dt, A, B, C, D, dt_bias, states, segment_ids: see `SSDOperands`.
+        dy: `(B, T, H, P)`, the cotangent of y.
+        dfinal: `(B, H, P, K)`, that of the final state; None is zeros.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any = None
+    dt_bias: Any = None
+    states: Any = None
+    segment_ids: Any = None
+    dy: Any = None
+    dfinal: Any = None
+
+
 class SSDPackedOperands(NamedTuple):
     """Arrays of `ssd_packed`.
 
@@ -223,6 +276,10 @@ class SSDPackedOperands(NamedTuple):
         query_start_loc: `(N+1,)` int32, any values.
         slots: `(N,)` int32, the slot of each sequence; None is `arange(N)`.
         has_initial_state: `(N,)` bool; None is all False.
+        write_slots: `(N,)` int32, where the new states go; None is `slots`.
+        snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
+        snapshot_ends: `(N,)` int32, after how many tokens they are.
+        write_ends: `(N,)` int32, after how many tokens the new states are; None is all.
     """
 
     x: Any
@@ -236,3 +293,40 @@ class SSDPackedOperands(NamedTuple):
     query_start_loc: Any
     slots: Any = None
     has_initial_state: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None
+    write_ends: Any = None
+
+
+class SSDReplayOperands(NamedTuple):
+    """Arrays of `ssd_packed` with a cache from which drafts can be taken back.
+
+    Those of `SSDPackedOperands`, where `states` are those before the last q tokens, and
+
+    Attributes:
+        recent_x: `(S, q, H, P)`, x of these tokens, oldest first; zeros before the
+            first token of a request.
+        recent_dt: `(S, q, H)`, likewise their dt, as it takes part in the recurrence.
+        recent_B: `(S, q, G, K)`, likewise.
+        num_rejected: `(N,)` int32, how many of them are taken back; None is 0.
+    """
+
+    x: Any
+    dt: Any
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    dt_bias: Any
+    states: Any
+    query_start_loc: Any
+    recent_x: Any
+    recent_dt: Any
+    recent_B: Any
+    slots: Any = None
+    has_initial_state: Any = None
+    num_rejected: Any = None
+    write_slots: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None

@@ -1,5 +1,7 @@
 """The short-conv mixer of LFM2 and LFM3 as a Flax NNX layer."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from . import checks
+from .arguments import Implementation
 from .nnx_conv import CausalConv1d, default_bias_init, default_kernel_init
 from .published import families, weights
 
@@ -67,7 +70,7 @@ class ShortConvMixer(nnx.Module):
         out_kernel_init: Initializer = _default_linear_init,
         conv_kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
         d_model = checks.static_int("d_model", d_model, minimum=1)
@@ -101,8 +104,8 @@ class ShortConvMixer(nnx.Module):
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
-        implementation: str | None = None,
-    ) -> "ShortConvMixer":
+        implementation: Implementation = None,
+    ) -> ShortConvMixer:
         """The mixer of one layer of a published model: lfm2, lfm2_moe or lfm3.
 
         Args:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .batch import Runs, Sequences, last_runs, row_by_row, runs_of, take_rows
+from .batch import Runs, Sequences, Stores, last_runs, row_by_row, runs_of, take_rows
 
 
 @jax.custom_jvp
@@ -103,9 +103,9 @@ def slots_after(rows, slots, seqs: Sequences, state_len: int, dtype, length=None
     return jnp.where((token >= 0)[..., None], new, old)
 
 
-def store_rows(states, seqs: Sequences, row, rows):
-    """Writes `rows` `(N, K, D)` to rows `row` of the slots of live sequences."""
-    slot = jnp.where(seqs.live, seqs.slot, states.shape[0])  # out of bounds: dropped
+def store_rows(states, store: Stores, row, rows):
+    """Writes `rows` `(N, K, D)` to rows `row` of the slots that are stored to."""
+    slot = jnp.where(store.live, store.slot, states.shape[0])  # out of bounds: dropped
     return states.at[slot[:, None], row].set(rows, mode="drop", unique_indices=True)
 
 

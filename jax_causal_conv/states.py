@@ -1,5 +1,7 @@
 """Helpers around the conv-state cache."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -7,9 +9,13 @@ from jax.typing import ArrayLike
 from . import checks
 from .batch import accumulator, sanitize_offsets, sequences
 from .operands import PAD_SLOT_ID
+from .promotion import promoting
 from .slots import slots_after, wide_slots
 
+__all__ = ["layer_slots", "varlen_conv_states"]
 
+
+@promoting
 def varlen_conv_states(
     x: ArrayLike,
     query_start_loc: ArrayLike,
@@ -60,7 +66,7 @@ def varlen_conv_states(
                 "cache_indices", cache_indices, (num_seqs,), "(N,)", -1, 2**31 - 2
             ).clip(max=2**31 - 2)
     else:
-        states = checks.state_array("conv_states", conv_states, dim, 1)
+        states = checks.state_array("conv_states", conv_states, dim, 0)
         dtype, (num_slots, history_len) = states.dtype, states.shape[:2]
         cache_indices = checks.slots_array(
             "cache_indices", cache_indices, states, "conv_states", num_seqs, "N"
@@ -94,6 +100,7 @@ def varlen_conv_states(
     return jnp.where(seqs.live[:, None, None], rows, 0)
 
 
+@promoting
 def layer_slots(
     slots: ArrayLike,
     layer: ArrayLike | int,

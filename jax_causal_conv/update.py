@@ -1,30 +1,76 @@
 """`causal_conv1d_update`: the decode op, Q tokens for each of B requests."""
 
+from __future__ import annotations
+
+import dataclasses
+from typing import Unpack, overload
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from . import checks
+from .arguments import Activation, Implementation, UpdateArguments
 from .columns import Output
 from .op import gradients
 from .op.ops import UPDATE
-from .operands import PAD_SLOT_ID, ConvSpec, UpdateOperands
+from .operands import PAD_SLOT_ID, UpdateOperands
+from .promotion import promoting
+
+__all__ = ["causal_conv1d_update"]
 
 
+@overload
 def causal_conv1d_update(
     x: ArrayLike,
     conv_state: ArrayLike,
     weight: ArrayLike,
     bias: ArrayLike | None = None,
-    activation: str | bool | None = None,
+    activation: Activation = None,
+    *,
+    split: None = None,
+    **arguments: Unpack[UpdateArguments],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def causal_conv1d_update(
+    x: ArrayLike,
+    conv_state: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    activation: Activation = None,
+    *,
+    split: tuple[int, ...],
+    **arguments: Unpack[UpdateArguments],
+) -> tuple[tuple[jax.Array, ...], jax.Array]: ...
+@overload
+def causal_conv1d_update(
+    x: ArrayLike,
+    conv_state: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    activation: Activation = None,
+    *,
+    split: tuple[int, ...] | None = None,
+    **arguments: Unpack[UpdateArguments],
+) -> tuple[Output, jax.Array]: ...
+@promoting
+def causal_conv1d_update(
+    x: ArrayLike,
+    conv_state: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    activation: Activation = None,
     *,
     cache_seqlens: ArrayLike | None = None,
     conv_state_indices: ArrayLike | None = None,
+    conv_state_write_indices: ArrayLike | None = None,
     num_rejected_tokens: ArrayLike | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
     channel_offset: int | None = None,
     split: tuple[int, ...] | None = None,
-    implementation: str | None = None,
+    dilation: int = 1,
+    residual: bool = False,
+    implementation: Implementation = None,
 ) -> tuple[Output, jax.Array]:
     """Advances B requests by Q tokens each, and their conv states with them.
 
@@ -33,28 +79,34 @@ def causal_conv1d_update(
     zeros, no slot changes. The states are functional, and updated in place where the
     caller donates them.
 
-    Sharded channels stay local under jit; so do sharded rows if `conv_state_indices`
-    is None and S == B. With slot numbers, or S > B, sharded rows or slots are right but
+    Sharded channels stay local under jit; so do sharded rows if there are no slot
+    numbers and S == B. With slot numbers, or S > B, sharded rows or slots are right but
     may be gathered: `jax.shard_map` is the form for data parallelism, as for
     `causal_conv1d_fn`.
 
     Args:
         x: `(B, D)`, or `(B, Q, D)` for Q tokens a row.
-        conv_state: `(S, L, D)` cache, L >= W-1, oldest input first.
+        conv_state: `(S, L, D)` cache, L >= (W-1) * dilation, oldest input first.
         weight: `(D, W)`; `weight[:, W-1]` meets the current token.
         bias: `(D,)` or None.
         activation: as for `causal_conv1d_fn`.
         cache_seqlens: `(B,)` integers c: the slot is a *circular buffer*. History is
-            the W-1 rows before position c mod L; input q goes to row `(c + q) mod L`;
+            the rows before position c mod L; input q goes to row `(c + q) mod L`;
             only those rows are written, and of Q > L inputs the last L survive. The
-            caller advances c by Q, or by less to roll back.
+            caller advances c by Q, or by less to roll back. In a slot that was not read
+            the other rows of the buffer are written too.
         conv_state_indices: `(B,)` integers, the slot of each row. None is `arange(B)`.
+        conv_state_write_indices: `(B,)` integers, the slot that each row's new state
+            goes to, as `write_indices` of `causal_conv1d_fn`. None is
+            `conv_state_indices`.
         num_rejected_tokens: `(B,)` integers r, clamped into `[0, L]`: the last r rows
             of the slot were rejected drafts and are forgotten. Not together with
             `cache_seqlens`.
         pad_slot_id: static int, the slot number that means "skip".
         channel_offset: the first column of an x wider than D, and
         split: sizes of the parts of `out`, both as for `causal_conv1d_fn`.
+        dilation: static int >= 1, tokens from one tap to the next.
+        residual: add the op's columns of x to the output, before it is rounded.
         implementation: as for `causal_conv1d_fn`.
 
     Returns:
@@ -78,7 +130,9 @@ def causal_conv1d_update(
     dim, columns = checks.columns(channel_offset, split, inputs, weight)
     implementation = checks.implementation_for(implementation, inputs)
     taps, bias = checks.filters(weight, bias, inputs, dim)
-    state = checks.state_array("conv_state", conv_state, dim, taps.shape[1])
+    spec = checks.conv_spec(activation, columns, dilation, residual, taps)
+    reach = spec.reach(taps.shape[1])
+    state = checks.state_array("conv_state", conv_state, dim, reach)
     num_slots, state_len = state.shape[:2]
     slots = checks.slots_array(
         "conv_state_indices", conv_state_indices, state, "conv_state", batch, "B"
@@ -95,11 +149,11 @@ def causal_conv1d_update(
     num_rejected = checks.num_rejected_tokens(
         num_rejected_tokens, batch, "B", state_len
     )
-    spec = ConvSpec(
-        checks.activation_name(activation),
-        columns,
-        checks.pad_slot(pad_slot_id, num_slots),
+    write_slots = checks.write_slots(
+        "conv_state_write_indices", conv_state_write_indices, batch, "B", state
     )
+    pad = checks.pad_slot(pad_slot_id, num_slots)
+    spec = dataclasses.replace(spec, pad_slot_id=pad)
     checks.token_count("B * Q", batch * query, 1)
 
     if 0 in (batch, query, dim, num_slots):
@@ -115,6 +169,7 @@ def causal_conv1d_update(
         slots=slots,
         cache_seqlens=cache_seqlens,
         num_rejected=num_rejected,
+        write_slots=write_slots,
     )
     *out, state = gradients.call(UPDATE, implementation, spec, operands)
     out = [part.reshape(*shape[:-1], part.shape[-1]) for part in out]

@@ -12,6 +12,7 @@ from .device import (
     Rows,
     channel_block,
     count_from,
+    in_walk,
     load_filter,
     load_plain,
     load_row,
@@ -22,6 +23,7 @@ from .device import (
     only_if,
     preactivation,
     segments_before,
+    walk_of,
     widen,
     within_reach,
     zero_rows,
@@ -34,6 +36,7 @@ class RowsBackwardInputs(NamedTuple):
 
     Attributes:
         live: int32.
+        segment_ids: with a dilation, such as differ from run to run.
         state_start, state_end: `(B,)` int32, the tokens of the run whose last ones
             the slot holds; None is all of the row.
         row_len, chunks, block_m: tokens and chunks of a row, tokens of a chunk.
@@ -92,11 +95,19 @@ class BackwardOutputs(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens `[first, first + rows)` of a sequence of `length`."""
+    """Those of `rows` tokens that one walk meets.
+
+    Attributes:
+        first: position in its sequence of the first of all tokens of the chunk.
+        phase: the walk's.
+        rows: how many of the chunk's tokens it meets.
+        left: how many from there to the sequence's end.
+    """
 
     first: Any
+    phase: Any
     rows: Any
-    length: Any
+    left: Any
 
 
 class SlotRows(NamedTuple):
@@ -115,7 +126,7 @@ class SlotRows(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """Where the backward pass stands before token t.
+    """Where the backward pass stands before token t, all tokens being of one walk.
 
     Attributes:
         window: the W-1 rows of x before t, oldest first.
@@ -135,6 +146,7 @@ def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
     Args:
         segments: as of t, or None.
         inside, mine: whether t lies in the sequence, and in the chunk; None if it does.
+            Outside of the sequence dy is 0.
 
     Returns:
         The finished dx of token t-(W-1), and the new `Walk`.
@@ -166,6 +178,10 @@ def backward_row(x, dy, walk, filter, segments, inside, mine, C: tl.constexpr):
             dx = dx + (tl.fma(filter.taps[k], dz, walk.pending[k]),)
         else:
             dx = dx + (filter.taps[k] * dz,)
+    if C.RESIDUAL:
+        if segments is not None:
+            dy = tl.where(real, dy, 0.0)
+        dx = dx[: W - 1] + (dx[W - 1] + dy,)
     sums = Filter(sums, walk.sums.bias + counted)
     return dx[0], Walk((walk.window + (x,))[1:], dx[1:], sums)
 
@@ -180,7 +196,7 @@ def masked_step(
         x_ptr, dy_ptr: scalar pointers to the token.
         step: its number, counted from the chunk's first token.
     """
-    inside = step < chunk.length - chunk.first
+    inside = step < chunk.left
     here = only_if(inside, block)
     x = widen(load_row(x_ptr, here, C), C)
     dy = widen(load_row(dy_ptr, here, C), C)
@@ -198,7 +214,7 @@ def next_token_in(segments, number, step, chunk, C: tl.constexpr):
         number: the token's number in the walk.
         step: its number counted from the chunk's first token.
     """
-    last = chunk.length - chunk.first - 1
+    last = chunk.left - 1
     return next_token(segments, number + tl.minimum(last - step, 0), C)
 
 
@@ -216,7 +232,7 @@ def finish_chunk(
     block,
     C: tl.constexpr,
 ):
-    """The rest of `backward_chunk`, after `done` of the chunk's dx, one row at a time.
+    """The rest of `backward_walk`, after `done` of the chunk's dx, one row at a time.
 
     Args:
         x_ptr: scalar pointer to the next row of x that comes in.
@@ -234,22 +250,22 @@ def finish_chunk(
             x_ptr, dy_ptr, step, walk, filter, segments, chunk, block, C
         )
         if dslot is not None:
-            token = chunk.first + i
+            token = chunk.first + chunk.phase + i * C.DILATION
             row = token - dslot.end + C.L
             copied = (token >= dslot.start) & (token < dslot.end) & (row >= 0)
             from_slot = load_plain(dslot.ptr + row * C.D, only_if(copied, block))
             dx += from_slot.to(tl.float32)
         tl.store(dx_ptrs, dx.to(dx_ptrs.dtype.element_ty), mask=mask)
-        x_ptr += C.X
+        x_ptr += C.X * C.DILATION
         dy_ptr += dy.stride
-        dx_ptrs += C.D
+        dx_ptrs += C.D * C.DILATION
         if segments is not None:
-            segments = count_from(segments, 1)
+            segments = count_from(segments, 1, C)
     return walk.sums
 
 
 @triton.jit
-def backward_chunk(
+def backward_walk(
     x_ptr,
     dy,
     dx_ptr,
@@ -257,32 +273,34 @@ def backward_chunk(
     dslot,
     segments,
     window,
+    sums,
     filter,
     chunk,
     block,
     C: tl.constexpr,
 ):
-    """Gradients of a chunk's tokens.
+    """Gradients of those of a chunk's tokens that one walk meets.
 
-    Walks over them and the W-1 tokens behind, whose gradients reach back into the
+    Goes over them and the W-1 tokens behind, whose gradients reach back into the
     chunk, and computes their pre-activations again. The first W-1 rows that come out
     belong to tokens before the chunk: to the history if it is the first chunk, else
     to another program, which computes them itself.
 
     Args:
-        x_ptr, dx_ptr: scalar pointers to the chunk's first row.
-        dy: `Rows`, the first one that of the chunk's first token.
-        dhistory_ptr: to the first of the history's W-1 float32 rows.
+        x_ptr, dx_ptr: scalar pointers to the walk's first row in the chunk.
+        dy: `Rows` of the walk, the first one that of the same token.
+        dhistory_ptr: to the first of the history's float32 rows that is the walk's.
         dslot: `SlotRows`, or None.
-        segments: `Segments` before the chunk's first token, or None.
+        segments: `Segments` before the first token, or None.
         window: tuple of the W-1 float32 rows before it, oldest first.
+        sums: the `Filter` of sums for dweight and dbias so far.
 
     Returns:
-        The `Filter` of the sums over the chunk's tokens, for dweight and dbias.
+        The sums with those over the walk's tokens added.
     """
     W: tl.constexpr = C.W
-    X: tl.constexpr = C.X
-    D: tl.constexpr = C.D
+    X: tl.constexpr = C.X * C.DILATION
+    D: tl.constexpr = C.D * C.DILATION
     GROUP: tl.constexpr = C.GROUP
     cols = block.cols
     mask = cols < block.limit
@@ -290,7 +308,7 @@ def backward_chunk(
     pending = ()
     for _ in tl.static_range(W - 1):
         pending = pending + (zeros,)
-    walk = Walk(window, pending, Filter(pending + (zeros,), zeros))
+    walk = Walk(window, pending, sums)
     dy_ptr = dy.ptr
     dx_ptrs = dx_ptr + cols
 
@@ -313,7 +331,7 @@ def backward_chunk(
     x_ptr += (W - 1) * X
     dy_ptr += (W - 1) * dy.stride
     if segments is not None:
-        segments = count_from(segments, W - 1)
+        segments = count_from(segments, W - 1, C)
 
     # Whole groups of the chunk's own tokens need no masks, as long as the slot holds no
     # copies of them. While one group is computed, the next one's loads are in flight.
@@ -321,7 +339,8 @@ def backward_chunk(
     if dslot is not None:
         if chunk.first < dslot.end:
             copied = tl.maximum(dslot.start, dslot.end - C.L)
-            plain = tl.minimum(plain, copied - chunk.first)
+            copied = in_walk(copied - chunk.first, chunk.phase, C)
+            plain = tl.minimum(plain, copied)
     groups = tl.maximum(plain - (W - 1), 0) // GROUP
     xs = load_rows(x_ptr, X, groups > 0, block, C)
     dys = load_rows(dy_ptr, dy.stride, groups > 0, block, C)
@@ -344,13 +363,118 @@ def backward_chunk(
         dys = next_dys
         dx_ptrs += GROUP * D
         if segments is not None:
-            segments = count_from(segments, GROUP)
+            segments = count_from(segments, GROUP, C)
 
     dy = Rows(dy_ptr, dy.stride)
     done = groups * GROUP
     return finish_chunk(
         x_ptr, dy, dx_ptrs, dslot, segments, walk, filter, done, chunk, block, C
     )
+
+
+@triton.jit
+def no_sums(C: tl.constexpr):
+    """A `Filter` of zeros."""
+    W: tl.constexpr = C.W
+    zeros = tl.full([C.BLOCK_N], 0, tl.float32)
+    taps = ()
+    for _ in tl.static_range(W):
+        taps = taps + (zeros,)
+    return Filter(taps, zeros)
+
+
+@triton.jit
+def backward_chunk(
+    token,
+    x_ptr,
+    dy,
+    dx_ptr,
+    history,
+    dslot,
+    segment_ptr,
+    filter,
+    chunk,
+    block,
+    C: tl.constexpr,
+):
+    """Gradients of a chunk's tokens, walk after walk.
+
+    Args:
+        token: number of the chunk's first token in the arrays of all.
+        x_ptr: scalar pointer to its row of x.
+        dy: `Rows` of all tokens.
+        dx_ptr: to the first of all rows of dx.
+        history: pointers to all sequences' history and to its gradient, and the number
+            of the element with which the sequence's begins.
+        dslot: `SlotRows`, or None.
+        segment_ptr: to the segment ids of all tokens, or None.
+        chunk: position of its first token, how many there are, and the length of its
+            sequence.
+
+    Returns:
+        The `Filter` of the sums over the chunk's tokens, for dweight and dbias.
+    """
+    W: tl.constexpr = C.W
+    history_ptr, dhistory_ptr, element = history
+    first, rows, length = chunk
+    history_ptr += element
+    if C.DILATION == 1:
+        window = load_window(x_ptr, history_ptr, first, C.REACH, block, C)
+        segments = None
+        if segment_ptr is not None:
+            segments = segments_before(segment_ptr + token, first, 0, C)
+        return backward_walk(
+            x_ptr,
+            Rows(dy.ptr + token * dy.stride, dy.stride),
+            dx_ptr + token * C.D,
+            dhistory_ptr + element,
+            dslot,
+            segments,
+            window,
+            no_sums(C),
+            filter,
+            Chunk(first, 0, rows, length - first),
+            block,
+            C,
+        )
+    else:
+        dhistory_ptr += element
+        dx_ptr += token * C.D
+        dy = Rows(dy.ptr + token * dy.stride, dy.stride)
+        sums = no_sums(C)
+        for phase in range(C.DILATION):
+            own_history = dhistory_ptr + phase * C.D
+            if phase < rows:
+                row_ptr = x_ptr + phase * tl.cast(C.X, tl.int64)
+                window = load_window(
+                    row_ptr, history_ptr, first, C.REACH + phase, block, C
+                )
+                segments = None
+                if segment_ptr is not None:
+                    own_ptr = segment_ptr + token + phase
+                    segments = segments_before(own_ptr, first, phase, C)
+                sums = backward_walk(
+                    row_ptr,
+                    walk_of(dy, phase, C),
+                    dx_ptr + phase * tl.cast(C.D, tl.int64),
+                    own_history,
+                    dslot,
+                    segments,
+                    window,
+                    sums,
+                    filter,
+                    Chunk(
+                        first,
+                        phase,
+                        in_walk(rows, phase, C),
+                        in_walk(length - first, phase, C),
+                    ),
+                    block,
+                    C,
+                )
+            elif first == 0:  # nobody met these rows of the history
+                zero_rows(Rows(own_history, C.D * C.DILATION), W - 1, block)
+        return sums
 
 
 @triton.jit
@@ -386,7 +510,7 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
     first = program % inputs.chunks * inputs.block_m
     rows = tl.minimum(inputs.block_m, row_len - first)
     token = row.to(tl.int64) * row_len + first
-    history_rows = row.to(tl.int64) * ((C.W - 1) * C.D)
+    history_rows = row.to(tl.int64) * (C.REACH * C.D)
     dhistory_ptr = outputs.dhistory + history_rows
 
     live = row >= 0
@@ -403,21 +527,16 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
             dslot = SlotRows(inputs.dslots + row.to(tl.int64) * (C.L * C.D), start, end)
         filter = load_filter(inputs.weight, inputs.bias, block, C)
         x_ptr = inputs.x + C.OFFSET + token * C.X
-        history_ptr = inputs.history + history_rows
-        window = load_window(x_ptr, history_ptr, first, C.W - 1, block, C)
-        segments = None
-        if inputs.segment_ids is not None:
-            segments = segments_before(inputs.segment_ids + token, first, C)
         sums = backward_chunk(
+            token,
             x_ptr,
-            Rows(dy.ptr + token * dy.stride, dy.stride),
-            outputs.dx + token * C.D,
-            dhistory_ptr,
+            dy,
+            outputs.dx,
+            (inputs.history, outputs.dhistory, history_rows),
             dslot,
-            segments,
-            window,
+            inputs.segment_ids,
             filter,
-            Chunk(first, rows, row_len),
+            (first, rows, row_len),
             block,
             C,
         )
@@ -425,7 +544,7 @@ def rows_backward_kernel(inputs, outputs, C: tl.constexpr):
     else:
         zero_rows(Rows(outputs.dx + token * C.D, C.D), rows, block)
         if first == 0:
-            zero_rows(Rows(dhistory_ptr, C.D), C.W - 1, block)
+            zero_rows(Rows(dhistory_ptr, C.D), C.REACH, block)
         zero_rows(partial_rows(outputs, program, C), C.W + 1, block)
 
 
@@ -458,23 +577,21 @@ def packed_backward_kernel(inputs, outputs, C: tl.constexpr):
             if tl.load(inputs.live + seq) != 0:
                 filter = load_filter(inputs.weight, inputs.bias, block, C)
                 x_ptr = inputs.x + C.OFFSET + token * C.X
-                history_rows = seq.to(tl.int64) * ((C.W - 1) * C.D)
-                history_ptr = inputs.history + history_rows
-                window = load_window(x_ptr, history_ptr, first, C.W - 1, block, C)
+                history_rows = seq.to(tl.int64) * (C.REACH * C.D)
                 dslot = None
                 if inputs.dslots is not None:
                     dslot_ptr = inputs.dslots + seq.to(tl.int64) * (C.L * C.D)
                     dslot = SlotRows(dslot_ptr, 0, length)
                 sums = backward_chunk(
+                    token,
                     x_ptr,
-                    Rows(dy.ptr + token * dy.stride, dy.stride),
-                    outputs.dx + token * C.D,
-                    outputs.dhistory + history_rows,
+                    dy,
+                    outputs.dx,
+                    (inputs.history, outputs.dhistory, history_rows),
                     dslot,
                     None,
-                    window,
                     filter,
-                    Chunk(first, rows, length),
+                    (first, rows, length),
                     block,
                     C,
                 )

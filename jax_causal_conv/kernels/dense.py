@@ -6,12 +6,9 @@ import triton
 import triton.language as tl
 
 from .device import (
-    Rows,
     channel_block,
-    convolve_rows,
+    filter_rows,
     load_filter,
-    load_window,
-    segments_before,
 )
 
 
@@ -19,6 +16,7 @@ class DenseInputs(NamedTuple):
     """The arrays of `DenseOperands`.
 
     Attributes:
+        segment_ids: with a dilation, such as differ from run to run.
         row_len, chunks, block_m: tokens and chunks of a row, tokens of a chunk.
     """
 
@@ -40,7 +38,7 @@ class DenseOutputs(NamedTuple):
 
 # One program filters block_m tokens of one row for BLOCK_N channels; the grid is 1-D,
 # rows x chunks x blocks of channels, channels fastest. It writes its rows of out and
-# nothing else, so programs are independent. Which of the W-1 tokens before a token are
+# nothing else, so programs are independent. Which of the tokens before a token are
 # of its segment is known from their ids, which are read while the window rolls.
 @triton.jit
 def dense_kernel(inputs, outputs, C: tl.constexpr):
@@ -55,17 +53,15 @@ def dense_kernel(inputs, outputs, C: tl.constexpr):
     slot_ptr = None
     if inputs.states is not None:
         slot_ptr = inputs.states + row.to(tl.int64) * (C.L * C.D)
-    window = load_window(row_ptr, slot_ptr, first, C.L, block, C)
-    segments = None
-    if inputs.segment_ids is not None:
-        segments = segments_before(inputs.segment_ids + token, first, C)
-    convolve_rows(
+    filter_rows(
         row_ptr,
-        Rows(out.ptr + token * out.stride, out.stride),
-        window,
+        slot_ptr,
+        inputs.segment_ids,
+        out,
+        token,
+        C.L,
         filter,
-        segments,
-        tl.minimum(inputs.block_m, inputs.row_len - first),
+        (first, inputs.block_m, inputs.row_len),
         block,
         C,
     )

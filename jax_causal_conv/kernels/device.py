@@ -5,6 +5,11 @@ many as its `Rows` say, all others C.D. A pointer to a row of the input, or of a
 the output, points to where channel 0 is or would be. Pointers to rows are computed in
 64 bits, so that no product of sizes overflows. C is a static record of constants, whose
 fields have capital letters. No JAX here.
+
+With a dilation, tokens that are C.DILATION apart see each other alone: a run of tokens
+is as many walks, number `phase` over tokens phase, phase + C.DILATION and so on, each a
+conv without dilation. Windows, steps and segments are those of one walk. There is a
+single walk, of phase 0, where there is no dilation.
 """
 
 from dataclasses import dataclass
@@ -40,6 +45,8 @@ class Constants:
         PAD_SLOT_ID: the slot number that means "skip".
         SCAN: offsets that a program looks at together.
         Q: tokens of each row of a decode step.
+        DILATION: tokens from one tap to the next.
+        RESIDUAL: whether x is added to the output.
         FAST: whether to use CUDA spellings, which Triton's interpreter does not know;
             each has a plain twin beside it.
     """
@@ -62,7 +69,14 @@ class Constants:
     PAD_SLOT_ID: int = 0
     SCAN: int = 0
     Q: int = 0
+    DILATION: int = 1
+    RESIDUAL: bool = False
     FAST: bool = True
+
+    @property
+    def REACH(self) -> int:  # a constant like the others
+        """Tokens before its own that the filter spans."""
+        return (self.W - 1) * self.DILATION
 
 
 class Block(NamedTuple):
@@ -103,6 +117,22 @@ class Filter(NamedTuple):
     bias: Any
 
 
+class Store(NamedTuple):
+    """Where a state goes.
+
+    Attributes:
+        slot: its number; `ptr`, to its first row.
+        end: the state is that after so many tokens of a sequence.
+        live: whether it is stored at all; None: it is. (No function returns such a
+            record: Triton 3.6 cannot.)
+    """
+
+    slot: Any
+    ptr: Any
+    end: Any
+    live: Any
+
+
 class Segments(NamedTuple):
     """Where a walk over the tokens of a row stands among its documents.
 
@@ -111,6 +141,9 @@ class Segments(NamedTuple):
             behind it, and sets ptr on now and then: see `count_from`.
         last: the segment id of the last token.
         visible: how many tokens before the last one are of its run, at most W-1.
+
+    With a dilation, last and visible are about the tokens of one walk, and ids must
+    differ from run to run, since those of the tokens between are not looked at.
     """
 
     ptr: Any
@@ -249,16 +282,16 @@ def load_filter(weight_ptr, bias_ptr, block, C: tl.constexpr):
 
 
 @triton.jit
-def segments_before(ptr, first, C: tl.constexpr):
-    """The `Segments` before token `first` of a row.
+def segments_before(ptr, first, phase, C: tl.constexpr):
+    """The `Segments` before token `first + phase` of a row.
 
     Args:
-        ptr: to the id of token `first`.
-        first: 0, where the run of token 0 sees all the history; or at least W-1.
+        ptr: to the id of that token.
+        first: 0, where the run of token 0 sees all the history; or at least C.REACH.
     """
     W: tl.constexpr = C.W
-    back = tl.where(first > 0, 1, 0)
-    last = tl.load(ptr - back)
+    back = tl.where(first > 0, C.DILATION, 0)
+    last = tl.load(ptr - tl.where(first > 0, C.DILATION, phase))
     same = first > 0
     visible = tl.where(same, 0, W - 1)
     for j in tl.static_range(2, W):
@@ -270,16 +303,17 @@ def segments_before(ptr, first, C: tl.constexpr):
 @triton.jit
 def next_token(segments, number, C: tl.constexpr):
     """The `Segments` one token later; that token has this number."""
-    segment = tl.load(segments.ptr + number)
+    segment = tl.load(segments.ptr + number * C.DILATION)
     same = segment == segments.last
     visible = tl.where(same, tl.minimum(segments.visible + 1, C.W - 1), 0)
     return Segments(segments.ptr, segment, visible)
 
 
 @triton.jit
-def count_from(segments, number):
+def count_from(segments, number, C: tl.constexpr):
     """The same `Segments`, in which the token of this number has number 0."""
-    return Segments(segments.ptr + number, segments.last, segments.visible)
+    ptr = segments.ptr + number * C.DILATION
+    return Segments(ptr, segments.last, segments.visible)
 
 
 @triton.jit
@@ -313,6 +347,8 @@ def filter_row(window, x, filter, segments, C: tl.constexpr):
     if segments is not None:
         window = within_reach(window, segments.visible, C)
     y = activate(preactivation(window + (x,), filter, C), C)
+    if C.RESIDUAL:
+        y += x
     if segments is not None:
         y = tl.where(segments.last >= 0, y, 0.0)
     return y
@@ -320,7 +356,7 @@ def filter_row(window, x, filter, segments, C: tl.constexpr):
 
 @triton.jit
 def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.constexpr):
-    """Filters `rows` consecutive rows, the window rolling in registers.
+    """Filters `rows` rows of a walk, the window rolling in registers.
 
     Each element of x is loaded and converted once. Whole groups of GROUP rows first,
     the next group's loads in flight while one is filtered; with GROUP a multiple of W
@@ -328,14 +364,14 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
 
     Args:
         row_ptr: scalar pointer to the first row of x.
-        out: `Rows` of the output, the first one first.
+        out: `Rows` of the walk's output, the first one first.
         window: tuple of the W-1 float32 rows before it, oldest first.
         segments: `Segments` before the first row, or None.
 
     Returns:
         The window behind the last row.
     """
-    X: tl.constexpr = C.X
+    X: tl.constexpr = C.X * C.DILATION
     GROUP: tl.constexpr = C.GROUP
     cols = block.cols
     mask = cols < block.limit
@@ -357,7 +393,7 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
             fresh = ahead
             out_ptrs += GROUP * out.stride
             if segments is not None:
-                segments = count_from(segments, GROUP)
+                segments = count_from(segments, GROUP, C)
     # Here a row is loaded while the one before it is filtered. The first one's load is
     # issued at once, beside those of the window.
     rest = rows % GROUP if GROUP > 1 else rows
@@ -374,7 +410,7 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
         fresh_row = ahead_row
         out_ptrs += out.stride
         if segments is not None:
-            segments = count_from(segments, 1)
+            segments = count_from(segments, 1, C)
     return window
 
 
@@ -391,19 +427,21 @@ def zero_rows(out, rows, block):
 
 @triton.jit
 def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
-    """The W-1 float32 rows before row `first` of a sequence, as a tuple.
+    """The W-1 float32 rows that a token's walk has before it, as a tuple.
 
     Args:
-        x_ptr: scalar pointer to row `first`.
+        x_ptr: scalar pointer to the token's row, which is in the chunk from `first` on.
         slot_ptr: scalar pointer to row 0 of the slot; None if there is no history.
-        first: 0, or at least W-1, so that all rows come from the slot or all from x.
-        history: number of valid rows at the front of the slot; the newest last.
+        first: 0, or at least C.REACH, so that all rows come from the slot or all from
+            x.
+        history: number of valid rows at the front of the slot, the newest last; more
+            by the token's phase.
     """
     W: tl.constexpr = C.W
     window = ()
     from_x = only_if(first > 0, block)
     for k in tl.static_range(W - 1):
-        back = W - 1 - k
+        back = (W - 1 - k) * C.DILATION
         row = history - back
         # Where a row must not be seen, no channel of it is loaded.
         from_slot = only_if((first == 0) & (row >= 0), block)
@@ -423,7 +461,106 @@ def load_window(x_ptr, slot_ptr, first, history, block, C: tl.constexpr):
 
 
 @triton.jit
-def store_window(slot_ptr, window, block, C: tl.constexpr):
+def filter_rows(
+    row_ptr,
+    slot_ptr,
+    segment_ptr,
+    out,
+    token,
+    history,
+    filter,
+    chunk,
+    block,
+    C: tl.constexpr,
+):
+    """Filters the rows of a chunk, walk after walk.
+
+    Args:
+        row_ptr: scalar pointer to the chunk's first row of x.
+        slot_ptr: scalar pointer to row 0 of the slot; None if there is no history.
+        segment_ptr: to segment ids, or None.
+        out: `Rows` of the output.
+        token: the number of the chunk's first row among these and among the ids.
+        history: number of valid rows at the front of the slot; the newest last.
+        chunk: position of its first token, how many tokens there are at most, and the
+            length of its sequence.
+
+    Returns:
+        The window behind the last row, where there is a single walk; else nothing.
+    """
+    first, most, length = chunk
+    if C.DILATION == 1:
+        window = load_window(row_ptr, slot_ptr, first, history, block, C)
+        segments = None
+        if segment_ptr is not None:
+            segments = segments_before(segment_ptr + token, first, 0, C)
+        out = Rows(out.ptr + token * out.stride, out.stride)
+        rows = tl.minimum(most, length - first)
+        return convolve_rows(row_ptr, out, window, filter, segments, rows, block, C)
+    else:
+        out = Rows(out.ptr + token * out.stride, out.stride)
+        rows = tl.minimum(most, length - first)
+        for phase in range(tl.minimum(rows, C.DILATION)):
+            x_ptr = row_ptr + phase * tl.cast(C.X, tl.int64)
+            window = load_window(x_ptr, slot_ptr, first, history + phase, block, C)
+            segments = None
+            if segment_ptr is not None:
+                own_ptr = segment_ptr + token + phase
+                segments = segments_before(own_ptr, first, phase, C)
+            convolve_rows(
+                x_ptr,
+                walk_of(out, phase, C),
+                window,
+                filter,
+                segments,
+                in_walk(rows, phase, C),
+                block,
+                C,
+            )
+        return ()
+
+
+@triton.jit
+def in_walk(count, phase, C: tl.constexpr):
+    """How many of `count` tokens a walk meets."""
+    if C.DILATION == 1:
+        return count
+    else:
+        return (count - phase + (C.DILATION - 1)) // C.DILATION
+
+
+@triton.jit
+def walk_of(rows, phase, C: tl.constexpr):
+    """Those of some `Rows` that a walk meets."""
+    return Rows(rows.ptr + phase * rows.stride, rows.stride * C.DILATION)
+
+
+@triton.jit
+def written_store(inputs, seq, length, C: tl.constexpr):
+    """The `Store` of the state after a sequence whose slots are read and written."""
+    return _named_store(inputs, tl.load(inputs.write_slots + seq), length, C)
+
+
+@triton.jit
+def _named_store(inputs, slot, end, C: tl.constexpr):
+    live = (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID)
+    return Store(slot, inputs.states + slot.to(tl.int64) * (C.L * C.D), end, live)
+
+
+@triton.jit
+def snapshot_store(inputs, seq, last, C: tl.constexpr):
+    """The `Store` of a sequence's snapshot; none where `last`, its state, goes."""
+    end = tl.load(inputs.snapshot_ends + seq)
+    end = tl.minimum(tl.maximum(end, 0), last.end)
+    store = _named_store(inputs, tl.load(inputs.snapshot_slots + seq), end, C)
+    taken = last.slot
+    if last.live is not None:
+        taken = tl.where(last.live, taken, -1)
+    return Store(store.slot, store.ptr, end, store.live & (store.slot != taken))
+
+
+@triton.jit
+def store_window(store, window, block, C: tl.constexpr):
     """Makes the slot the W-1 rows of `window`, all of which had the slot's dtype.
 
     A single warp reads the slot and writes it in order; several need a barrier.
@@ -431,6 +568,9 @@ def store_window(slot_ptr, window, block, C: tl.constexpr):
     bfloat16 is written by its bits, since rounding could change the payload of a NaN.
     """
     W: tl.constexpr = C.W
+    slot_ptr = store.ptr
+    if store.live is not None:
+        block = only_if(store.live, block)
     cols = block.cols
     if C.WARPS > 1:
         tl.debug_barrier()
@@ -443,37 +583,53 @@ def store_window(slot_ptr, window, block, C: tl.constexpr):
 
 
 @triton.jit
-def roll_slot(x_ptr, slot_ptr, length, history, block, C: tl.constexpr):
-    """Makes the slot the last L rows of `concat(history, x[0:length])`, in place.
+def roll_slot(x_ptr, slot_ptr, store, early, history, block, C: tl.constexpr):
+    """Stores the last L rows of `concat(history, x[0:end])`, perhaps in place.
 
-    Rows move left by `length - rejected`, or *right* where more rows were rejected
-    than arrive, so neither an ascending nor a descending loop over rows is safe.
-    Instead all L rows of SLOT_N channels are read, then a barrier, then written;
-    channels are independent of each other. The caller has issued its own reads of
-    the slot before.
+    In place, rows move left by `length - rejected`, or *right* where more rows were
+    rejected than arrive, so neither an ascending nor a descending loop over rows is
+    safe. Instead all L rows of SLOT_N channels are read, of both states if there are
+    two, then a barrier, then written; channels are independent. The caller has
+    issued its own reads of the slot before.
 
     Args:
         x_ptr: scalar pointer to the sequence's first row.
-        slot_ptr: scalar pointer to the slot's first row.
+        slot_ptr: scalar pointer to the first row of the slot with the history.
+        store: a `Store`.
+        early: another, or None.
         history: number of valid rows at the front of the slot.
     """
     row = tl.arange(0, C.L_BLOCK)[:, None]
-    token = (length - C.L) + row  # of the sequence; negative: history
     for n in range(0, C.BLOCK_N, C.SLOT_N):
         cols = (block.first + n + tl.arange(0, C.SLOT_N))[None, :]
         mask = (row < C.L) & (cols < block.limit)
-        new = tl.load(
-            x_ptr + token.to(tl.int64) * C.X + cols, mask=mask & (token >= 0), other=0.0
-        )
-        source = history + token
-        old = tl.load(
-            slot_ptr + source * C.D + cols,
-            mask=mask & (token < 0) & (source >= 0),
-            other=0.0,
-        )
-        rows = tl.where(token >= 0, new.to(slot_ptr.dtype.element_ty), old)
+        rows = _rows_after(x_ptr, slot_ptr, store.end, history, cols, mask, C)
+        if early is not None:
+            before = _rows_after(x_ptr, slot_ptr, early.end, history, cols, mask, C)
         tl.debug_barrier()
-        tl.store(slot_ptr + row * C.D + cols, rows, mask=mask)
+        if early is not None:
+            stored = (row < C.L) & (cols < tl.where(early.live, block.limit, 0))
+            tl.store(early.ptr + row * C.D + cols, before, mask=stored)
+        if store.live is not None:
+            mask = (row < C.L) & (cols < tl.where(store.live, block.limit, 0))
+        tl.store(store.ptr + row * C.D + cols, rows, mask=mask)
+
+
+@triton.jit
+def _rows_after(x_ptr, slot_ptr, end, history, cols, mask, C: tl.constexpr):
+    """The last L rows of `concat(history, x[0:end])`, of some channels."""
+    row = tl.arange(0, C.L_BLOCK)[:, None]
+    token = (end - C.L) + row  # of the sequence; negative: history
+    new = tl.load(
+        x_ptr + token.to(tl.int64) * C.X + cols, mask=mask & (token >= 0), other=0.0
+    )
+    source = history + token
+    old = tl.load(
+        slot_ptr + source * C.D + cols,
+        mask=mask & (token < 0) & (source >= 0),
+        other=0.0,
+    )
+    return tl.where(token >= 0, new.to(slot_ptr.dtype.element_ty), old)
 
 
 @triton.jit

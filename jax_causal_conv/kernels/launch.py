@@ -55,6 +55,7 @@ class _Layout:
         offset: the first of them that is a channel.
         dtype: of x.
         taps: W.
+        dilation: tokens from one tap to the next.
     """
 
     sizes: tuple[int, ...]
@@ -62,14 +63,15 @@ class _Layout:
     offset: int
     dtype: Any
     taps: int
+    dilation: int
 
     @classmethod
-    def of(cls, columns: Columns, x: Any, weight: Any) -> "_Layout":
+    def of(cls, spec: ConvSpec, x: Any, weight: Any) -> "_Layout":
         dim, taps = weight.shape
-        sizes = columns.sizes(dim)
+        sizes, offset = spec.columns.sizes(dim), spec.columns.offset or 0
         if len(sizes) > _MAX_PARTS:
             sizes = (dim,)
-        return cls(sizes, x.shape[-1], columns.offset or 0, x.dtype, taps)
+        return cls(sizes, x.shape[-1], offset, x.dtype, taps, spec.dilation)
 
     @property
     def alignment(self) -> int:
@@ -84,8 +86,13 @@ class _Layout:
     @property
     def filters(self) -> choice.Filters:
         """What tiles are chosen by."""
-        itemsize = self.dtype.itemsize
-        return choice.Filters(max(self.sizes), self.taps, itemsize, self.alignment)
+        return choice.Filters(
+            max(self.sizes),
+            self.taps,
+            self.dtype.itemsize,
+            self.alignment,
+            self.dilation,
+        )
 
     def constants(self, spec: ConvSpec, tiles: Tiles, **more: Any) -> Constants:
         """The constants that all kernels have, and `more`."""
@@ -101,6 +108,8 @@ class _Layout:
             WARPS=tiles.num_warps,
             PAIRS=self.in_pairs,
             ACTIVATION=spec.activation,
+            DILATION=spec.dilation,
+            RESIDUAL=spec.residual,
             **more,
         )
 
@@ -120,7 +129,7 @@ def packed(
     """The packed forward kernel; returns the parts of the output, then the states."""
     x, states = operands.x, operands.states
     num_tokens, num_seqs = x.shape[0], operands.query_start_loc.shape[0] - 1
-    layout = _Layout.of(spec.columns, x, operands.weight)
+    layout = _Layout.of(spec, x, operands.weight)
     state_len, batch = states.shape[1], (num_tokens, num_seqs)
     if operands.metadata is not None:
         block_m = operands.metadata.block_m
@@ -146,6 +155,9 @@ def packed(
             slots=operands.slots,
             has_initial_state=operands.has_initial_state,
             num_rejected=operands.num_rejected,
+            write_slots=operands.write_slots,
+            snapshot_slots=operands.snapshot_slots,
+            snapshot_ends=operands.snapshot_ends,
             chunk_seq=table.chunk_seq,
             chunk_offset=table.chunk_offset,
             num_tokens=num_tokens,
@@ -168,7 +180,7 @@ def update(
     """The decode kernel; returns the parts of the output, then the states."""
     x, states = operands.x, operands.states
     batch, num_tokens, _ = x.shape
-    layout = _Layout.of(spec.columns, x, operands.weight)
+    layout = _Layout.of(spec, x, operands.weight)
     tiles = tiles or choice.update(layout.filters, states.shape[1], num_tokens)
     constants = layout.constants(
         spec, tiles, Q=num_tokens, **_slot_constants(spec, operands, tiles)
@@ -194,7 +206,7 @@ def dense(
     """
     x, weight, states = operands.x, operands.weight, operands.states
     batch, length, _ = x.shape
-    layout = _Layout.of(spec.columns, x, weight)
+    layout = _Layout.of(spec, x, weight)
     tiles = tiles or choice.dense(layout.filters, batch, length)
     chunks = -(-length // tiles.block_m)
     constants = layout.constants(
@@ -202,7 +214,12 @@ def dense(
     )
     out = yield Launch(
         dense_kernel,
-        DenseInputs(*operands, row_len=length, chunks=chunks, block_m=tiles.block_m),
+        DenseInputs(
+            *operands._replace(segment_ids=_segments(spec, operands)),
+            row_len=length,
+            chunks=chunks,
+            block_m=tiles.block_m,
+        ),
         DenseOutputs(layout.parts(x)),
         grid=batch * chunks * constants.COL_BLOCKS,
         num_warps=tiles.num_warps,
@@ -222,7 +239,7 @@ def packed_backward(
     """The packed backward kernel; returns dx, dweight, dbias and dhistory."""
     x, weight, live = operands.x, operands.weight, operands.live
     num_tokens, num_seqs = x.shape[0], live.shape[0]
-    layout = _Layout.of(spec.columns, x, weight)
+    layout = _Layout.of(spec, x, weight)
     if tiles is None:
         if operands.metadata is not None:
             block_m = operands.metadata.block_m
@@ -257,7 +274,7 @@ def packed_backward(
         num_warps=tiles.num_warps,
         constants=constants,
     )
-    dhistory = dhistory[:, : layout.taps - 1]
+    dhistory = dhistory[:, : spec.reach(layout.taps)]
     dhistory = jnp.where(live[:, None, None], dhistory, 0)
     return dx, *_dweight_and_dbias(partial), dhistory
 
@@ -269,7 +286,7 @@ def rows_backward(
     x, weight, dslots = operands.x, operands.weight, operands.dslots
     live, segment_ids = operands.live, operands.segment_ids
     batch, length, _ = x.shape
-    layout = _Layout.of(spec.columns, x, weight)
+    layout = _Layout.of(spec, x, weight)
     tiles = tiles or choice.rows_backward(
         layout.filters,
         weight.shape[0],
@@ -294,7 +311,7 @@ def rows_backward(
             dy=layout.cotangents(operands.dy, spec.columns),
             dslots=dslots,
             live=None if live is None else live.astype(jnp.int32),
-            segment_ids=segment_ids,
+            segment_ids=_segments(spec, operands),
             state_start=state_start,
             state_end=state_end,
             row_len=length,
@@ -306,7 +323,8 @@ def rows_backward(
         num_warps=tiles.num_warps,
         constants=constants,
     )
-    return dx, *_dweight_and_dbias(partial), dhistory[:, : layout.taps - 1]
+    dhistory = dhistory[:, : spec.reach(layout.taps)]
+    return dx, *_dweight_and_dbias(partial), dhistory
 
 
 def _table(
@@ -327,11 +345,17 @@ def _slot_constants(
     # A program holds the rows that it met as float32. float32 and bfloat16 come back
     # from there bit by bit, but a NaN in float16 may not.
     same_bits = x.dtype == states.dtype and x.dtype != jnp.float16
+    one_state = getattr(operands, "snapshot_slots", None) is None
     return {
         "L": states.shape[1],
         "L_BLOCK": tiles.l_block,
         "SLOT_N": tiles.slot_n,
-        "WINDOW_IS_SLOT": same_bits and states.shape[1] == weight.shape[1] - 1,
+        "WINDOW_IS_SLOT": (
+            same_bits
+            and one_state
+            and spec.dilation == 1
+            and states.shape[1] == weight.shape[1] - 1
+        ),
         "PAD_SLOT_ID": spec.pad_slot_id,
     }
 
@@ -339,6 +363,17 @@ def _slot_constants(
 def _apart(out: Any, columns: Columns) -> Arrays:
     """The parts, where the kernel wrote them as one array."""
     return tuple(out) if len(out) == columns.num_parts else columns.parts(out[0])
+
+
+def _segments(
+    spec: ConvSpec, operands: DenseOperands | RowsBackwardOperands
+) -> jax.Array | None:
+    """Segment ids as the kernels want them: with a dilation, other ones in each run."""
+    ids = operands.segment_ids
+    if ids is None or spec.dilation == 1:
+        return ids
+    runs = runs_of(ids, *ids.shape)
+    return jnp.where(runs.real, runs.start, -1)
 
 
 def _rows_of(dslots: Any) -> int:

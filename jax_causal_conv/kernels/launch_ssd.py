@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ..batch import first_after, runs_of, sanitize_offsets, sequences
-from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
+from ..operands import SSDOperands, SSDPackedOperands, SSDReplayOperands, SSDSpec
+from ..replay import replayed
 from . import tiles
 from .record import Launch, Launches
 from .ssd_chunks import chunks_kernel
@@ -99,9 +100,10 @@ def _packed_table(spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles) ->
         shape,
         spec.pad_slot_id,
     )
-    many = jnp.cumsum(seqs.live & (seqs.length > 1), dtype=jnp.int32)
-    served = seqs.live & (seqs.length > 1) & (many <= limit)
-    role = jnp.where(seqs.live & (seqs.length == 1), DECODE, SKIP)
+    long = seqs.live & (seqs.length > spec.most_steps)
+    many = jnp.cumsum(long, dtype=jnp.int32)
+    served = long & (many <= limit)
+    role = jnp.where(seqs.live & ~long, DECODE, SKIP)
     role = jnp.where(served, many - 1, role)
     seq = first_after(many, jnp.arange(limit, dtype=jnp.int32))
     exists = seq < many.shape[0]
@@ -111,7 +113,18 @@ def _packed_table(spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles) ->
         _take(seqs.slot, seq),
         _take(seqs.history, seq),
     )
-    return _Table(offsets, role, *_cut(prefills, num_tokens, tile))
+    prefills_of, chunks, stretches = _cut(prefills, num_tokens, tile)
+    if _num_stores(operands):
+        number = jnp.minimum(seq, many.shape[0] - 1)[:, None]
+        prefills_of = jnp.concatenate([prefills_of, number], 1)
+    return _Table(offsets, role, prefills_of, chunks, stretches)
+
+
+def _num_stores(operands: SSDPackedOperands) -> int:
+    """`SsdConstants.STORES`."""
+    if operands.snapshot_slots is not None:
+        return 2
+    return int(operands.write_slots is not None or operands.write_ends is not None)
 
 
 def _dense_table(rows: int, length: int, tile: SsdTiles) -> _Table:
@@ -156,6 +169,7 @@ def _constants(
         HIGH=high if spec.limits_dt and high != math.inf else None,
         D_BY_CHANNEL=D is not None and D.ndim == 2,
         PAD_SLOT_ID=spec.pad_slot_id,
+        STEPS=spec.most_steps,
         EXACT=spec.exact,
         Y_PARTS=(3 if x.dtype == jnp.float32 else 2) if spec.exact else 1,
         STATE_PARTS=(3 if wide_state else 2) if spec.exact else 1,
@@ -190,6 +204,10 @@ def packed(
         states=states,
         slots=operands.slots,
         known=operands.has_initial_state,
+        write_slots=operands.write_slots,
+        write_ends=operands.write_ends,
+        snapshot_slots=operands.snapshot_slots,
+        snapshot_ends=operands.snapshot_ends,
         num_tokens=num_tokens,
         num_seqs=num_seqs,
         num_slots=states.shape[0],
@@ -200,6 +218,7 @@ def packed(
             x.shape[1:], operands.B.shape[-1], states.dtype.itemsize, num_seqs
         )
         C = _constants(spec, operands, tile)
+        C = dataclasses.replace(C, STORES=_num_stores(operands))
         results = yield Launch(
             decode_kernel,
             inputs._replace(offsets=operands.query_start_loc),
@@ -218,6 +237,7 @@ def packed(
         spec.max_prefills,
     )
     C = _constants(spec, operands, tile)
+    C = dataclasses.replace(C, STORES=_num_stores(operands))
     table = _packed_table(spec, operands, tile)
     inputs = _with_table(inputs, table)
     outputs = _intermediates(table, C)._replace(y=y)
@@ -241,6 +261,15 @@ def packed(
         in_place=("y", "states"),
     )
     return tuple(results)
+
+
+def replay(
+    spec: SSDSpec, operands: SSDReplayOperands, tile: SsdTiles | None = None
+) -> Launches[tuple[jax.Array, ...]]:
+    """Launches of `ssd_packed` with drafts: those of a longer batch."""
+    spec, packed_operands, results_of = replayed(spec, operands)
+    results = yield from packed(spec, packed_operands, tile)
+    return results_of(*results)
 
 
 def dense(

@@ -8,13 +8,15 @@ import triton.language as tl
 from .device import (
     Offsets,
     Rows,
+    Store,
     channel_block,
-    convolve_rows,
+    filter_rows,
     load_filter,
-    load_window,
     offset_bound,
     roll_slot,
+    snapshot_store,
     store_window,
+    written_store,
     zero_rows,
     zero_uncovered,
 )
@@ -35,6 +37,9 @@ class PackedInputs(NamedTuple):
     slots: Any
     has_initial_state: Any
     num_rejected: Any
+    write_slots: Any
+    snapshot_slots: Any
+    snapshot_ends: Any
     chunk_seq: Any
     chunk_offset: Any
     num_tokens: Any
@@ -91,15 +96,20 @@ def sequence(seq, inputs, offsets, C: tl.constexpr):
 # chunk (chunk_seq == -1) zero the tokens that no sequence covers, and chunks of
 # skipped sequences are zeroed as well, so that `out` needs no memset.
 #
-# Reads: its rows of x and the W-1 rows before them; chunk 0 the sequence's slot.
-# Writes: its rows of out; chunk 0 of a live sequence its slot, in place.
+# Reads: its rows of x and the C.REACH rows before them; chunk 0 the sequence's slot.
+# Writes: its rows of out; chunk 0 of a live sequence the slot that its state goes to,
+# its own or another, in place, and that of its snapshot.
 #
-# Race-free in a donated state buffer: live sequences own different slots, and of a
-# sequence only chunk 0 touches the slot (later chunks take their history from x,
-# which is why block_m >= W-1), in programs that own different channels. Within the
-# program every read of the slot is before the first write: with a barrier between in
-# roll_slot, and in store_window of several warps; one warp reads and writes in order.
-# Rows of out belong to one program each, since sanitised offsets never overlap.
+# Race-free in a donated state buffer: live sequences write different slots, and none
+# that another one reads (where two do all the same, their own results and these slots
+# are unspecified, no others); of a sequence only chunk 0 touches slots (later chunks
+# take their history from x, which is why block_m >= C.REACH), in programs that own
+# different channels. Several sequences may read one slot, which nobody then writes. Of
+# the slots that a program writes either may be the one that it reads, but they are two.
+# Within the program every read of a slot is before the first write: with a barrier
+# between in roll_slot, and in store_window of several warps; one warp reads and writes
+# in order. Rows of out belong to one program each, since sanitised offsets never
+# overlap.
 #
 # Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
 # [0, S), a program number out of range is compared before it is multiplied.
@@ -138,13 +148,27 @@ def packed_kernel(inputs, outputs, C: tl.constexpr):
             if (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID):
                 slot_ptr = inputs.states + slot.to(tl.int64) * (C.L * C.D)
                 first_ptr = row_ptr + first.to(tl.int64) * C.X
-                window = load_window(first_ptr, slot_ptr, first, history, block, C)
-                window = convolve_rows(
-                    first_ptr, out, window, filter, None, rows, block, C
+                store = Store(slot, slot_ptr, length, None)
+                if inputs.write_slots is not None:
+                    store = written_store(inputs, seq, length, C)
+                early = None
+                if inputs.snapshot_slots is not None:
+                    early = snapshot_store(inputs, seq, store, C)
+                window = filter_rows(
+                    first_ptr,
+                    slot_ptr,
+                    None,
+                    out,
+                    0,
+                    history,
+                    filter,
+                    (first, block_m, length),
+                    block,
+                    C,
                 )
                 if C.WINDOW_IS_SLOT and (chunk == 0) & (length <= block_m):
-                    store_window(slot_ptr, window, block, C)
+                    store_window(store, window, block, C)
                 elif chunk == 0:
-                    roll_slot(row_ptr, slot_ptr, length, history, block, C)
+                    roll_slot(row_ptr, slot_ptr, store, early, history, block, C)
             else:
                 zero_rows(out, rows, block)

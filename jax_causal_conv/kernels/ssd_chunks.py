@@ -6,23 +6,32 @@ import triton
 import triton.language as tl
 
 from .ssd_device import (
+    Store,
     add_run,
     add_tokens,
+    add_up,
     are_finite,
     dot_left,
     dot_narrow,
     dot_right,
     enters,
+    exponents,
     finite,
     initial_state,
     largest,
+    load_bias,
     load_prefill,
     load_runs,
     load_skip,
     load_tile,
     power,
+    power_of_sum,
+    running_sum,
     state_tile,
+    step_size,
+    store_state,
     store_tile,
+    stores_of,
 )
 
 
@@ -190,6 +199,96 @@ def _state_after(state, decay, chunk, weight, start, C: tl.constexpr):
         return add_run(state, chunk.x, weight, chunk.B, leaves, C)
 
 
+@triton.jit
+def _state_within(inputs, work, state, i, count, C: tl.constexpr):
+    """The state after `count` tokens of chunk i, given that before the chunk.
+
+    `SsdOutputs.sums` are those of the whole chunk: there are others for a part of it.
+    """
+    lanes = tl.arange(0, C.CHUNK)
+    k = tl.arange(0, C.K_BLOCK)
+    p = work.first_channel + tl.arange(0, C.P_BLOCK)
+    real = lanes < count
+    token = (work.begin + i * C.CHUNK).to(tl.int64) + lanes
+    dt = tl.load(inputs.dt + token * C.H + work.head, mask=real, other=0.0)
+    dt = step_size(dt, load_bias(inputs, work.head, C), C)
+    A = tl.load(inputs.A + work.head).to(tl.float64)
+    dt, steps = exponents(tl.where(real, dt, 0.0), A)
+    total = add_up(steps, 0)
+    weight = dt * power_of_sum(total - running_sum(steps))
+    x_at = token * (C.H * C.P) + work.head * C.P
+    k_at = token * (C.G * C.K) + work.group * C.K
+    x_mask = real[:, None] & (p < C.P)[None, :]
+    k_mask = real[:, None] & (k < C.K)[None, :]
+    x = tl.load(inputs.x + x_at[:, None] + p[None, :], mask=x_mask, other=0.0)
+    B = tl.load(inputs.B + k_at[:, None] + k[None, :], mask=k_mask, other=0.0)
+    return add_tokens(state * power_of_sum(total), x, weight, B, C)
+
+
+@triton.jit
+def _store_within(inputs, work, state, i, store, when, channels, C: tl.constexpr):
+    """Stores a state that is after some tokens of chunk i, if it is live and `when`.
+
+    Args:
+        state: before the chunk.
+    """
+    if store.live & when:
+        count = store.end - i * C.CHUNK
+        then = _state_within(inputs, work, state, i, count, C)
+        states_ptr = inputs.states
+        store_state(states_ptr, store, when, then, work.head, channels, C)
+
+
+@triton.jit
+def _on_the_way(store, length, low, high, C: tl.constexpr):
+    """The `Store`, if it ends in chunks `low` up to `high`, before the last token."""
+    chunk = store.end // C.CHUNK
+    here = (store.end < length) & (chunk >= low) & (chunk < high)
+    return Store(store.slot, store.end, store.live & here)
+
+
+@triton.jit
+def _store_last(inputs, state, stores, length, work, channels, C: tl.constexpr):
+    """Stores the state after a sequence wherever it is wanted."""
+    last, early = stores
+    whole = last.end == length
+    store_state(inputs.states, last, whole, state, work.head, channels, C)
+    if C.STORES > 1:
+        whole = early.end == length
+        store_state(inputs.states, early, whole, state, work.head, channels, C)
+
+
+@triton.jit
+def _through_stores(inputs, y_ptr, work, state, low, stops, channels, C: tl.constexpr):
+    """Goes through whole chunks; stores what is wanted of the states on the way.
+
+    Args:
+        state: before chunk `low`.
+        stops: the first chunk behind the whole ones, and both `Store`s, which are not
+            live if they are to be stored elsewhere, or later.
+
+    Returns:
+        The state after these chunks.
+    """
+    whole, last, early = stops
+    at_last = tl.where(last.live, last.end // C.CHUNK, whole)
+    at_early = tl.where(early.live, early.end // C.CHUNK, whole)
+    first = tl.minimum(at_last, at_early)
+    second = tl.maximum(at_last, at_early)
+    for part in range(3):
+        begin = tl.where(part == 0, low, tl.where(part == 1, first, second))
+        upto = tl.where(part == 0, first, tl.where(part == 1, second, whole))
+        for i in tl.range(begin, upto, num_stages=C.STAGES):
+            state = _chunk(inputs, y_ptr, work, state, i, C, True)
+        new = (part == 0) | ((part == 1) & (second > first))
+        when = new & (at_last == upto)
+        _store_within(inputs, work, state, upto, last, when, channels, C)
+        if C.STORES > 1:
+            when = new & (at_early == upto)
+            _store_within(inputs, work, state, upto, early, when, channels, C)
+    return state
+
+
 # The second launch: one program goes through one prefill, or through one stretch of it,
 # for P_BLOCK channels of a head, chunk by chunk. Its state stays in registers from the
 # first token to the last. The grid is 1-D, prefills or stretches x heads x blocks of
@@ -197,15 +296,17 @@ def _state_after(state, decay, chunk, weight, start, C: tl.constexpr):
 #
 # Reads: tokens of its sequence, what `prepare_kernel` left of their chunks, and the
 # state that it starts from: the slot of the sequence, or what `prepare_kernel` left of
-# the stretches before. Writes: y of its tokens; the program with the sequence's last
-# token writes the slot.
+# the stretches before. Writes: y of its tokens; the program with the token after which
+# a state is wanted, the sequence's last one or an earlier one, writes its slot.
 #
-# Race-free in a donated cache: the slot of a sequence is written by programs of its
-# last stretch, each its own elements. Where that is the only stretch, they have read
-# them before; where there are several, nobody reads the slot here, since
-# `prepare_kernel` has left a copy. Tokens belong to one program each.
+# Race-free in a donated cache: sequences write different slots, none of which another
+# one reads, and each slot is written by programs of one stretch, each its own elements.
+# If that slot is the one that the sequence reads: where there is one stretch, the
+# programs have read their elements before, and what they write is computed from them;
+# where there are several, nobody reads the slot here, since `prepare_kernel` has left a
+# copy. Tokens belong to one program each.
 @triton.jit
-def chunks_kernel(inputs, outputs, C: tl.constexpr):
+def chunks_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
     program = tl.program_id(0)
     P_BLOCK: tl.constexpr = C.P_BLOCK
     y_ptr = inputs.y if C.IN_PLACE else outputs.y
@@ -240,12 +341,26 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):
         work = Work(begin, length, chunk, head, group, first_channel, skip)
         # All but a last chunk of fewer tokens need no masks.
         whole = tl.minimum(high, length // C.CHUNK)
-        for i in tl.range(low, whole, num_stages=C.STAGES):
-            state = _chunk(inputs, y_ptr, work, state, i, C, True)
+        if C.STORES == 0:
+            for i in tl.range(low, whole, num_stages=C.STAGES):
+                state = _chunk(inputs, y_ptr, work, state, i, C, True)
+        else:
+            seq = tl.load(inputs.prefills + prefill * 6 + 5)
+            seq = tl.minimum(tl.maximum(seq, 0), inputs.num_seqs - 1)
+            stores = stores_of(inputs, seq, slot, length, C)
+            stops = (
+                whole,
+                _on_the_way(stores[0], length, low, high, C),
+                _on_the_way(stores[1], length, low, high, C),
+            )
+            state = _through_stores(inputs, y_ptr, work, state, low, stops, channels, C)
         if whole < high:
             state = _chunk(inputs, y_ptr, work, state, whole, C, False)
         if states_ptr is not None:
             if high == count:
-                at, mask = state_tile(slot, head, channels, C)
-                final = state.to(states_ptr.dtype.element_ty)
-                tl.store(states_ptr + at, final, mask=mask)
+                if C.STORES == 0:
+                    at, mask = state_tile(slot, head, channels, C)
+                    final = state.to(states_ptr.dtype.element_ty)
+                    tl.store(states_ptr + at, final, mask=mask)
+                else:
+                    _store_last(inputs, state, stores, length, work, channels, C)

@@ -15,6 +15,8 @@ from .ssd_device import (
     power,
     state_tile,
     step_size,
+    store_state,
+    stores_of,
     zero_tokens,
 )
 
@@ -89,27 +91,74 @@ def advance(inputs, state, token, head, C: tl.constexpr):
 
 
 @triton.jit
-def store_step(inputs, outputs, state, y, slot, token, head, channels, C: tl.constexpr):
-    """Writes what `advance` returns: to a slot, in place, and a place in the batch."""
-    at, mask = state_tile(slot, head, channels, C)
-    tl.store(inputs.states + at, state.to(inputs.states.dtype.element_ty), mask=mask)
+def store_step(
+    inputs, outputs, old, state, y, its, token, head, channels, C: tl.constexpr
+):
+    """Writes what `advance` returns: to a slot, in place, and a place in the batch.
+
+    Args:
+        old: the state before it.
+        its: number, slot and length of the sequence.
+    """
+    seq, slot, length = its
+    if C.STORES == 0:
+        at, mask = state_tile(slot, head, channels, C)
+        new = state.to(inputs.states.dtype.element_ty)
+        tl.store(inputs.states + at, new, mask=mask)
+    else:
+        last, early = stores_of(inputs, seq, slot, length, C)
+        if C.STORES > 1:
+            then = tl.where(early.end > 0, state, old)
+            store_state(inputs.states, early, length > 0, then, head, channels, C)
+        then = tl.where(last.end > 0, state, old)
+        store_state(inputs.states, last, length > 0, then, head, channels, C)
     row = token.to(tl.int64) * (C.H * C.P) + head * C.P
     y = y.to(outputs.y.dtype.element_ty)
     tl.store(outputs.y + row + channels, y, mask=channels < C.P)
 
 
-# One program advances one sequence of one token by it, for P_BLOCK channels of one
-# head; the grid is 1-D, sequences x heads x blocks of channels, blocks fastest.
+@triton.jit
+def serve_steps(inputs, outputs, state, its, begin, head, channels, C: tl.constexpr):
+    """Advances a sequence by a few tokens, one after another, and writes all of it.
+
+    Args:
+        state: that it starts from.
+        its: number, slot and length of the sequence.
+        begin: its first token.
+    """
+    seq, slot, length = its
+    last, early = stores_of(inputs, seq, slot, length, C)
+    common = load_head(inputs, head, channels, C)
+    states_ptr = inputs.states
+    for i in range(length + 1):
+        if last.end == i:
+            store_state(states_ptr, last, length > 0, state, head, channels, C)
+        if C.STORES > 1:
+            if early.end == i:
+                store_state(states_ptr, early, length > 0, state, head, channels, C)
+        if i < length:
+            token = load_token(inputs, begin + i, head, channels, C)
+            state, y = advance(inputs, state, token, common, C)
+            row = (begin + i).to(tl.int64) * (C.H * C.P) + head * C.P
+            y = y.to(outputs.y.dtype.element_ty)
+            tl.store(outputs.y + row + channels, y, mask=channels < C.P)
+
+
+# One program advances one sequence of one token by it, or one of up to C.STEPS tokens
+# by these, for P_BLOCK channels of one head; the grid is 1-D, sequences x heads x
+# blocks of channels, blocks fastest.
 #
-# Reads: the sequence's offsets (and those before it: cummax), slot, token, and its part
-# of the slot. Writes: its part of the slot, in place, and of the token's output. A
-# sequence of several tokens is surplus here: its tokens are zeroed and its slot is left
-# alone, as with one that is skipped. The first sequence zeroes the tokens before it,
-# the last one those behind it, so that y needs no memset.
+# Reads: the sequence's offsets (and those before it: cummax), slot, tokens, and its
+# part of the slot. Writes: its part of the slot, in place, or of others, and of the
+# tokens' outputs. A sequence of more tokens is surplus here: they are zeroed and its
+# slot is left alone, as with one that is skipped. The first sequence zeroes the tokens
+# before it, the last one those behind it, so that y needs no memset.
 #
-# Race-free in a donated cache: live sequences own different slots, and of a slot each
-# program owns other elements, which it has read before it writes them. Tokens belong
-# to one sequence each, since sanitised offsets never overlap.
+# Race-free in a donated cache: live sequences write different slots, none of which
+# another one reads, and of a slot each program owns other elements. What it writes is
+# computed from what it has read at the same place of the slot that it reads, which
+# therefore may be any of those that it writes. Tokens belong to one sequence each,
+# since sanitised offsets never overlap.
 #
 # Values are never trusted: offsets are cummax(clip(q, 0, T)), slots are compared with
 # [0, S). The state and the token that it is in most batches, where every sequence has
@@ -131,11 +180,18 @@ def decode_kernel(inputs, outputs, C: tl.constexpr):
     end = tl.load(inputs.offsets + seq + 1)
     begin = offset_bound(Offsets(inputs.offsets, num_tokens, num_seqs), seq, C)
     end = tl.maximum(tl.minimum(end, num_tokens), begin)
-    if valid & (end - begin == 1):
-        if begin != likely:
-            token = load_token(inputs, begin, head, channels, C)
-        state, y = advance(inputs, state, token, its, C)
-        store_step(inputs, outputs, state, y, slot, begin, head, channels, C)
+    own = seq, slot, end - begin
+    served = end - begin == 1
+    if C.STEPS > 1:
+        served = (end - begin > 0) & (end - begin <= C.STEPS)
+    if valid & served:
+        if C.STEPS > 1:
+            serve_steps(inputs, outputs, state, own, begin, head, channels, C)
+        else:
+            if begin != likely:
+                token = load_token(inputs, begin, head, channels, C)
+            new, y = advance(inputs, state, token, its, C)
+            store_step(inputs, outputs, state, new, y, own, begin, head, channels, C)
     else:
         zero_tokens(outputs.y, begin, end - begin, head, channels, C)
     if seq == 0:

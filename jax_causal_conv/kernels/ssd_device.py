@@ -5,6 +5,8 @@ Letters as in `ssd_record`. Decays are powers of two: sums of dt·A are kept in 
 log 2, since `exp2` is one instruction of a GPU; `power` is its exact twin.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -193,6 +195,51 @@ def initial_state(inputs, slot, known, head, channels, C: tl.constexpr):
         return tl.full([channels.shape[0], C.K_BLOCK], 0, tl.float32)
 
 
+class Store(NamedTuple):
+    """A state that a sequence leaves: where, after how many tokens, and whether."""
+
+    slot: Any
+    end: Any
+    live: Any
+
+
+@triton.jit
+def stores_of(inputs, seq, slot, length, C: tl.constexpr):
+    """The `Store` of a live sequence's state, and that of its snapshot.
+
+    Where there are no snapshots it is one that is not live. Nor is a snapshot that is
+    to go where the state goes.
+    """
+    end = length
+    live = length > 0
+    if inputs.write_slots is not None:
+        slot = tl.load(inputs.write_slots + seq)
+        live = (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID)
+    if inputs.write_ends is not None:
+        end = tl.load(inputs.write_ends + seq)
+        end = tl.minimum(tl.maximum(end, 0), length)
+    last = Store(slot, end, live)
+    if inputs.snapshot_slots is not None:
+        early = tl.load(inputs.snapshot_slots + seq)
+        end = tl.load(inputs.snapshot_ends + seq)
+        end = tl.minimum(tl.maximum(end, 0), length)
+        free = (early >= 0) & (early < inputs.num_slots) & (early != C.PAD_SLOT_ID)
+        free = free & (early != tl.where(live, slot, -1))
+        return last, Store(early, end, free)
+    else:
+        return last, Store(slot, end, length < 0)
+
+
+@triton.jit
+def store_state(states_ptr, store, when, state, head, channels, C: tl.constexpr):
+    """Writes a block of a state where it goes, if it does and `when`."""
+    size = tl.arange(0, C.K_BLOCK)
+    at, _ = state_tile(store.slot, head, channels, C)
+    limit = tl.where(store.live & when, C.P, 0)
+    mask = (channels < limit)[:, None] & (size < C.K)[None, :]
+    tl.store(states_ptr + at, state.to(states_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def zero_tokens(y_ptr, first, count, head, channels, C: tl.constexpr):
     """Zeros in y for `count` tokens from `first`, in a head's channels."""
@@ -210,7 +257,7 @@ def zero_tokens(y_ptr, first, count, head, channels, C: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, FAST: tl.constexpr):
+def dot_exact(a, b, acc, FAST: tl.constexpr):
     """A product of 16-bit operands: exact, but for its float32 sums."""
     if FAST:
         return tl.dot(a, b, acc)
@@ -227,7 +274,7 @@ def to_tf32(a):
 
 
 @triton.jit
-def _cut(values):
+def cut(values):
     """The upper 8 bits of float32 values, as bfloat16, and what is left.
 
     Cut off, not rounded: that takes a mask and a subtraction, where a GPU rounds a
@@ -252,9 +299,9 @@ def dot_left(wide, narrow, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     if narrow.dtype == tl.bfloat16:
         rest = wide
         for _ in tl.static_range(PARTS - 1):
-            term, rest = _cut(rest)
-            acc = _dot(term, narrow, acc, FAST)
-        acc = _dot(rest.to(tl.bfloat16), narrow, acc, FAST)
+            term, rest = cut(rest)
+            acc = dot_exact(term, narrow, acc, FAST)
+        acc = dot_exact(rest.to(tl.bfloat16), narrow, acc, FAST)
     elif narrow.dtype == tl.float16:
         # float16 has too short a range for the terms, but TF32 holds its values.
         exact = narrow.to(tl.float32)
@@ -276,9 +323,9 @@ def dot_right(narrow, wide, acc, PARTS: tl.constexpr, FAST: tl.constexpr):
     if narrow.dtype == tl.bfloat16:
         rest = wide
         for _ in tl.static_range(PARTS - 1):
-            term, rest = _cut(rest)
-            acc = _dot(narrow, term, acc, FAST)
-        acc = _dot(narrow, rest.to(tl.bfloat16), acc, FAST)
+            term, rest = cut(rest)
+            acc = dot_exact(narrow, term, acc, FAST)
+        acc = dot_exact(narrow, rest.to(tl.bfloat16), acc, FAST)
     elif narrow.dtype == tl.float16:
         exact = narrow.to(tl.float32)
         term = to_tf32(wide)
@@ -298,7 +345,7 @@ def dot_narrow(a, b, C: tl.constexpr):
     """`a @ b` of operands as they were given."""
     acc = tl.full([a.shape[0], b.shape[1]], 0, tl.float32)
     if (a.dtype == b.dtype) & (a.dtype != tl.float32):
-        return _dot(a, b, acc, C.FAST)
+        return dot_exact(a, b, acc, C.FAST)
     elif C.EXACT:
         wide = a.to(tl.float32)
         return tl.dot(wide, b.to(tl.float32), acc, input_precision="tf32x3")
@@ -322,7 +369,8 @@ def add_tokens(state, x, weight, B, C: tl.constexpr):
 @triton.jit
 def load_prefill(inputs, number, C: tl.constexpr):
     """A row of `SsdInputs.prefills`, of length 0 if a value is out of range."""
-    row = inputs.prefills + number * 5
+    WIDTH: tl.constexpr = 5 if C.STORES == 0 else 6
+    row = inputs.prefills + number * WIDTH
     begin = tl.load(row)
     length = tl.load(row + 1)
     slot = tl.load(row + 2)

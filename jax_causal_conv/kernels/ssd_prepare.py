@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from .ssd_decode import advance, load_head, load_token, slot_of, store_step
+from .ssd_decode import (
+    advance,
+    load_head,
+    load_token,
+    serve_steps,
+    slot_of,
+    store_step,
+)
 from .ssd_device import (
     add_run,
     add_tokens,
@@ -181,10 +188,16 @@ def _serve(inputs, outputs, seq, head, channels, C: tl.constexpr):
         slot, valid, known = slot_of(inputs, seq, C)
         if valid & (begin < end):
             state = load_state(inputs.states, slot, known, head, channels, C)
-            token = load_token(inputs, begin, head, channels, C)
-            its = load_head(inputs, head, channels, C)
-            state, y = advance(inputs, state, token, its, C)
-            store_step(inputs, outputs, state, y, slot, begin, head, channels, C)
+            own = seq, slot, end - begin
+            if C.STEPS > 1:
+                serve_steps(inputs, outputs, state, own, begin, head, channels, C)
+            else:
+                token = load_token(inputs, begin, head, channels, C)
+                its = load_head(inputs, head, channels, C)
+                new, y = advance(inputs, state, token, its, C)
+                store_step(
+                    inputs, outputs, state, new, y, own, begin, head, channels, C
+                )
     elif role < 0:
         zero_tokens(outputs.y, begin, end - begin, head, channels, C)
     if seq == 0:
@@ -204,8 +217,9 @@ def _serve(inputs, outputs, seq, head, channels, C: tl.constexpr):
 #   those of nobody.
 #
 # Race-free: nothing is read that another program writes. Of the cache, programs of
-# decodes read and write their own part of their own slot; those of stretches read slots
-# of prefills, which no program here writes. All else is written once.
+# decodes read and write their own part of slots, as in `decode_kernel`; those of
+# stretches read slots of prefills, which nobody but the prefills, later, may write. All
+# else is written once.
 @triton.jit
 def prepare_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)

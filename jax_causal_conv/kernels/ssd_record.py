@@ -22,15 +22,19 @@ class SsdInputs(NamedTuple):
             packed batch are updated in place.
         slots: `(N,)` int32, the slot of each sequence; None is its number.
         known: `(N,)` bool, does the slot hold a state? None is all False.
+        write_slots: `(N,)` int32, where states go; None is `slots`.
+        write_ends: `(N,)` int32, after how many tokens they are; None is all.
+        snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
+        snapshot_ends: `(N,)` int32, after how many tokens they are.
         offsets: `(N+1,)` int32. To `decode_kernel` `query_start_loc` as the caller gave
             it; to `prepare_kernel` the same sanitised: sequence i owns the tokens
             `[offsets[i], offsets[i + 1])`.
         role: `(N,)` int32, what becomes of a sequence: `DECODE`, `SKIP`, or it is the
             prefill of this number. None where all sequences are prefills (dense rows);
             `slots`, `known` and `offsets` are then not needed either.
-        prefills: `(J, 5)` int32, of each prefill its first token, length, slot, whether
-            the slot holds a state, and the number of its first chunk; length 0 behind
-            the last.
+        prefills: `(J, 6)` int32, of each prefill its first token, length, slot, whether
+            the slot holds a state, the number of its first chunk, and, if `STORES`, of
+            its sequence, else `(J, 5)`; length 0 behind the last.
         chunks: `(M, 2)` int32, of each chunk its first token, and how many it has; 0
             behind the last. A prefill's chunks follow each other.
         stretches: `(Q, 2)` int32, of each stretch its prefill and which one it is of
@@ -54,6 +58,10 @@ class SsdInputs(NamedTuple):
     states: Any = None
     slots: Any = None
     known: Any = None
+    write_slots: Any = None
+    write_ends: Any = None
+    snapshot_slots: Any = None
+    snapshot_ends: Any = None
     offsets: Any = None
     role: Any = None
     prefills: Any = None
@@ -116,6 +124,10 @@ class SsdConstants:
         D_BY_CHANNEL: is D `(H, P)`?
         IN_PLACE: does `chunks_kernel` update y and the states that it is given?
         PAD_SLOT_ID: the slot number that means "skip".
+        STORES: 0 where a sequence stores its last state in its slot, and nothing else;
+            1, where that may be an earlier state or another slot; 2, where there are
+            snapshots too.
+        STEPS: the most tokens of a sequence that are served one by one.
         P_BLOCK: channels of a head a program, a power of two; from 16 on for products.
         P_BLOCKS: programs a head.
         K_BLOCK: K rounded up to a power of two; from 16 on for products.
@@ -142,6 +154,8 @@ class SsdConstants:
     D_BY_CHANNEL: bool = False
     IN_PLACE: bool = False
     PAD_SLOT_ID: int = -1
+    STORES: int = 0
+    STEPS: int = 1
     P_BLOCK: int = 0
     P_BLOCKS: int = 0
     K_BLOCK: int = 0

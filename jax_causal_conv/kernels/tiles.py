@@ -44,12 +44,19 @@ class Filters:
         itemsize: bytes of an element of x.
         alignment: a number of elements that divides the position of every row and
             part.
+        dilation: tokens from one tap to the next.
     """
 
     dim: int
     width: int
     itemsize: int
     alignment: int
+    dilation: int = 1
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before its own a filter spans."""
+        return (self.width - 1) * self.dilation
 
 
 def packed(filters: Filters, state_len: int, num_tokens: int, num_seqs: int) -> Tiles:
@@ -75,7 +82,7 @@ def update(filters: Filters, state_len: int, num_tokens: int) -> Tiles:
 def dense(filters: Filters, batch: int, length: int) -> Tiles:
     """Tiles of the dense forward kernel for B rows of T tokens."""
     block_m = packed_block_m(filters, batch * length, batch)
-    return _forward(filters, filters.width - 1, block_m, rows=block_m)
+    return _forward(filters, filters.reach, block_m, rows=block_m)
 
 
 def packed_backward(filters: Filters, block_m: int) -> Tiles:
@@ -96,9 +103,11 @@ def rows_backward(
             flight.
     """
     tile = _backward(filters, 0, rows=length)
-    if plain and filters.width == 4 and length >= 128:  # see benchmarks/NOTES.md
+    if (
+        plain and filters.width == 4 and length >= 128 * filters.dilation
+    ):  # see benchmarks/NOTES.md
         tile = dataclasses.replace(tile, group=2 * filters.width)
-    block_m = max(_rows_block_m(batch * length, dim, tile.block_n), filters.width - 1)
+    block_m = max(_rows_block_m(batch * length, dim, tile.block_n), filters.reach)
     return dataclasses.replace(tile, block_m=block_m)
 
 
@@ -107,7 +116,7 @@ def packed_block_m(filters: Filters, num_tokens: int, num_seqs: int) -> int:
 
     So a chunk finds all of its history in the slot, or all of it in x.
     """
-    return max(default_block_m(num_tokens, num_seqs), filters.width - 1)
+    return max(default_block_m(num_tokens, num_seqs), filters.reach)
 
 
 def _forward(
@@ -148,7 +157,7 @@ def _tiles(
     # A multiple of W lets the window rotate through the registers without moves; a
     # very wide filter would unroll into too much code and takes one row at a time.
     group = width * max(1, 4 // width) if width <= 8 else 1
-    if rows < group:
+    if -(-rows // filters.dilation) < group:
         group = 1
     l_block = power_of_two(state_len)
     slot_n = max(1, min(block_n, _SLOT_TILE // l_block))
@@ -304,3 +313,80 @@ def _stretch(chunks: int, programs: int) -> int:
     """
     stretches = min(_RESIDENT // programs, chunks // 4)
     return -(-chunks // stretches) if stretches > 1 else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SsdBackwardTiles:
+    """Tile sizes of the launches of an SSD's gradient.
+
+    Attributes:
+        p_block: channels of an item, a power of two.
+        k_block: K rounded up to a power of two.
+        chunk: tokens of a tile, a power of two.
+        tiles: tiles of a group, at most 4.
+        h_block: heads whose sums a program makes, a power of two.
+        item_block: items that a program of sums over heads goes through.
+        state_warps: warps of a program that goes through a row for an item.
+        token_warps: of one of a tile and an item.
+        pair_warps: of one that goes through the items for a pair of tiles.
+        head_warps: of one that goes through them for dB or dC of a tile;
+            older_head_warps, on GPUs before Hopper.
+        state_stages, token_stages, pair_stages, head_stages: of their loops.
+    """
+
+    p_block: int
+    k_block: int
+    chunk: int
+    tiles: int
+    h_block: int
+    item_block: int
+    state_warps: int = 4
+    token_warps: int = 4
+    pair_warps: int = 4
+    head_warps: int = 4
+    older_head_warps: int = 8
+    state_stages: int = 2
+    token_stages: int = 1
+    pair_stages: int = 3
+    head_stages: int = 2
+
+
+def ssd_backward(
+    head_shape: tuple[int, int],
+    group_shape: tuple[int, int],
+    itemsize: int,
+    rows: int,
+    length: int,
+) -> SsdBackwardTiles:
+    """Tiles of the gradient of B rows of T tokens.
+
+    Args:
+        head_shape: H and P.
+        group_shape: G and K.
+        itemsize: of x, B and C.
+        rows, length: B and T.
+    """
+    (heads, dim), (groups, size) = head_shape, group_shape
+    k_block = max(16, power_of_two(size))
+    p_block = max(16, min(64, power_of_two(dim), _STATE_TILE // k_block))
+    row = 2 * k_block * itemsize
+    chunk = 64
+    while chunk > 16 and (chunk * row > _CHUNK_BYTES or chunk >= 2 * length):
+        chunk //= 2
+    count = min(4, -(-length // chunk))
+    stages = 1 if 2 * chunk * row > _CHUNK_BYTES else 2
+    # Enough programs for a GPU; fewer, and so fewer sums to be added up again, suffice.
+    items = heads // groups * -(-dim // p_block)
+    programs = rows * -(-length // (chunk * count)) * groups * 2 * count
+    blocks = max(1, min(items // 8, 4 * _RESIDENT // programs))
+    return SsdBackwardTiles(
+        p_block,
+        k_block,
+        chunk,
+        count,
+        h_block=min(16, power_of_two(heads)),
+        item_block=-(-items // blocks),
+        state_stages=stages,
+        pair_stages=stages + 1,
+        head_stages=stages,
+    )

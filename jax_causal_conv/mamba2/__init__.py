@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 
 from .config import Mamba2Config
 from .sampling import GREEDY, SamplingParams, sample
-from .ssd import ssd, ssd_packed
+from .ssd import DraftStates, ssd, ssd_packed
 
 if TYPE_CHECKING:
     from .checkpoint import load, save
     from .engine import (
         Bucket,
+        DraftRequest,
         Engine,
         Event,
         Generation,
+        NgramDraft,
         QueueFull,
         Request,
         Stats,
@@ -26,14 +28,17 @@ if TYPE_CHECKING:
     )
     from .mixer import GatedRMSNorm, Mamba2Cache, Mamba2Mixer
     from .model import Mamba2LM
+    from .parallel import tensor_parallel
 else:
     _MODULES = {
         "checkpoint": ("load", "save"),
         "engine": (
             "Bucket",
+            "DraftRequest",
             "Engine",
             "Event",
             "Generation",
+            "NgramDraft",
             "QueueFull",
             "Request",
             "Stats",
@@ -41,6 +46,7 @@ else:
         ),
         "mixer": ("GatedRMSNorm", "Mamba2Cache", "Mamba2Mixer"),
         "model": ("Mamba2LM",),
+        "parallel": ("tensor_parallel",),
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -62,6 +68,8 @@ else:
 __all__ = [
     "GREEDY",
     "Bucket",
+    "DraftRequest",
+    "DraftStates",
     "Engine",
     "Event",
     "GatedRMSNorm",
@@ -70,6 +78,7 @@ __all__ = [
     "Mamba2Config",
     "Mamba2LM",
     "Mamba2Mixer",
+    "NgramDraft",
     "QueueFull",
     "Request",
     "SamplingParams",
@@ -80,4 +89,5 @@ __all__ = [
     "save",
     "ssd",
     "ssd_packed",
+    "tensor_parallel",
 ]

@@ -18,6 +18,8 @@ read it in float32. `norm_before_gate` in a transformers config is without effec
 and here.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -36,9 +38,12 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..arguments import Implementation
 from ..published import fields, weights
 from .config import Mamba2Config
 from .model import Mamba2LM
+
+__all__ = ["load", "save"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -76,7 +81,7 @@ def load(
     param_dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
     precision: jax.lax.PrecisionLike = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> Mamba2LM:
     """Loads a model from a directory in either published layout.
 

@@ -13,6 +13,8 @@ from .. import checks
 from ..published import families, fields
 from ..published.fields import field
 
+__all__ = ["Mamba2Config"]
+
 _ANY_STEP = (0.0, float("inf"))
 
 # Our fields under the names of transformers' Mamba2Config, with its default values.

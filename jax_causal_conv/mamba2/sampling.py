@@ -20,6 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..promotion import promoting
+
+__all__ = ["GREEDY", "SamplingParams", "sample"]
+
 
 def integer(name: str, value: Any) -> int:
     """The value as an int. NumPy's integers are integers; booleans are none."""
@@ -97,6 +101,7 @@ class SamplingParams:
 GREEDY = SamplingParams()
 
 
+@promoting
 def sample(
     logits: jax.Array,
     seeds: jax.Array,
@@ -134,6 +139,7 @@ def sample(
     return _where_any(temperature > 0, draw, greedy)
 
 
+@promoting
 def filtered(
     logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
@@ -197,7 +203,7 @@ def _reaching(logits: jax.Array, weights: jax.Array, target: jax.Array) -> jax.A
     order = jnp.where(bits >= sign, ~bits, bits | sign)
 
     def narrow(i, edge):
-        higher = edge | (sign >> i.astype(jnp.uint32))
+        higher = edge | (sign >> jnp.asarray(i, jnp.uint32))
         reached = jnp.sum(jnp.where(order >= higher, weights, 0)) >= target
         return jnp.where(reached, higher, edge)
 

@@ -4,20 +4,91 @@ The letters of shapes are those of the conv's ops, and: H heads of P channels, G
 of H // G heads, K state size, c tokens in a chunk.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .. import checks
+from ..arguments import Implementation, SSDArguments
 from ..batch import accumulator
 from ..op import gradients
-from ..op.ops import SSD, SSD_PACKED
-from ..operands import PAD_SLOT_ID, SSDOperands, SSDPackedOperands, SSDSpec
+from ..op.ops import SSD, SSD_PACKED, SSD_REPLAY
+from ..operands import (
+    PAD_SLOT_ID,
+    SSDOperands,
+    SSDPackedOperands,
+    SSDReplayOperands,
+    SSDSpec,
+)
+from ..promotion import promoting
 
 
+class DraftStates(NamedTuple):
+    """SSM states from which up to q tokens can be taken back, for `ssd_packed`.
+
+    The state in a slot is the one before the request's last q tokens; of these the
+    cache remembers what the recurrence takes, oldest first, with zeros in front where
+    the request had fewer. A record of zeros holds requests
+    without history.
+
+    Attributes:
+        states: `(S, H, P, K)`.
+        x: `(S, q, H, P)`, in the dtype of the tokens' x, so that nothing is rounded.
+        dt: `(S, q, H)`, after bias, softplus and limits; float32.
+        B: `(S, q, G, K)`, in the dtype of the tokens' B.
+    """
+
+    states: jax.Array
+    x: jax.Array
+    dt: jax.Array
+    B: jax.Array
+
+
+__all__ = ["ssd", "ssd_packed"]
+
+
+@overload
+def ssd(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None = None,
+    *,
+    return_final_state: Literal[False] = False,
+    **arguments: Unpack[SSDArguments],
+) -> jax.Array: ...
+@overload
+def ssd(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None = None,
+    *,
+    return_final_state: Literal[True],
+    **arguments: Unpack[SSDArguments],
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def ssd(
+    x: ArrayLike,
+    dt: ArrayLike,
+    A: ArrayLike,
+    B: ArrayLike,
+    C: ArrayLike,
+    D: ArrayLike | None = None,
+    *,
+    return_final_state: bool = False,
+    **arguments: Unpack[SSDArguments],
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+@promoting
 def ssd(
     x: ArrayLike,
     dt: ArrayLike,
@@ -34,7 +105,7 @@ def ssd(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     precision: jax.lax.PrecisionLike = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """State-space duality over B rows of T tokens, for training and plain prefill.
 
@@ -58,9 +129,10 @@ def ssd(
     which let no gradient through, and reach no other run. (Without `segment_ids` they
     may reach tokens before theirs as well, in its chunk.)
 
-    Differentiable in all float arguments: reverse mode, first order, by XLA whatever
-    the implementation of the forward pass; `implementation="xla"` in any mode and
-    order.
+    Differentiable in all float arguments: reverse mode, first order, by the kernels
+    where they are the implementation; `implementation="xla"` in any mode and order.
+    The kernels' gradients are as exact as their results, bit-identical from run to run,
+    and keep one state every 256 tokens while they are computed.
 
     Sharded rows and heads stay local under jit, on auto and explicit mesh axes: groups
     must be sharded like the heads, or be a single one.
@@ -134,6 +206,7 @@ def ssd(
     return (y, final[0]) if wanted else y
 
 
+@promoting
 def ssd_packed(
     x: ArrayLike,
     dt: ArrayLike,
@@ -141,11 +214,15 @@ def ssd_packed(
     B: ArrayLike,
     C: ArrayLike,
     D: ArrayLike | None,
-    ssm_states: ArrayLike,
+    ssm_states: ArrayLike | DraftStates,
     query_start_loc: ArrayLike,
     *,
     cache_indices: ArrayLike | None = None,
     has_initial_state: ArrayLike | None = None,
+    num_rejected_tokens: ArrayLike | None = None,
+    write_indices: ArrayLike | None = None,
+    snapshot_ends: ArrayLike | None = None,
+    snapshot_indices: ArrayLike | None = None,
     max_prefills: int | None = None,
     chunk_size: int = 64,
     pad_slot_id: int = PAD_SLOT_ID,
@@ -153,8 +230,8 @@ def ssd_packed(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     precision: jax.lax.PrecisionLike = None,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    implementation: Implementation = None,
+) -> tuple[jax.Array, Any]:
     """State-space duality of a packed batch, with its states updated.
 
     Computes what `ssd` does, for sequences packed and cached as in `causal_conv1d_fn`:
@@ -174,7 +251,11 @@ def ssd_packed(
     O(T·H·(P + chunk_size)) and, in float32, a few states for each sequence and one for
     each of the `T // chunk_size + max_prefills` chunks.
 
-    Differentiable as `ssd` is. Sharded heads stay local under jit, as in `ssd`; sharded
+    Several sequences may read one slot and write others; see `causal_conv1d_fn`.
+
+    Differentiable in all float arguments: reverse mode, first order, by XLA whatever
+    the implementation of the forward pass; `implementation="xla"` in any mode and
+    order. Sharded heads stay local under jit, as in `ssd`; sharded
     tokens or slots are right but may be gathered, as in `causal_conv1d_fn`.
 
     Args:
@@ -184,14 +265,26 @@ def ssd_packed(
         B: `(T, G, K)`, where G divides H.
         C: `(T, G, K)`.
         D: `(H,)`, `(H, P)` or None.
-        ssm_states: `(S, H, P, K)` cache.
+        ssm_states: `(S, H, P, K)` cache; or `DraftStates`, from which the last tokens
+            of a request can be taken back. What holds for a slot's state then holds for
+            all that belongs to the slot.
         query_start_loc: `(N+1,)` integers.
         cache_indices: `(N,)` integers, the slot of each sequence. None is `arange(N)`.
         has_initial_state: `(N,)` bool: does the slot hold a state, or does the sequence
             start from zero? None is all False.
+        num_rejected_tokens: `(N,)` integers r, clamped into `[0, q]`: the last r tokens
+            of the request were rejected drafts and are taken back. For `DraftStates`
+            alone; ignored without initial state, and by skipped sequences. None is 0.
+        write_indices: `(N,)` integers, the slot that each sequence's new state goes to,
+        snapshot_ends: `(N,)` integers, after how many of its tokens it also leaves its
+            state, and
+        snapshot_indices: `(N,)` integers, the slots for that, all as for
+            `causal_conv1d_fn`; a snapshot is within rounding what a call that ended
+            there would have left.
         max_prefills: static int: how many live sequences may have more than one token.
-            Surplus ones, in order, are skipped. 0 compiles a decode step, without any
-            work for chunks. None is `min(N, T // 2)`: no batch has more.
+            Surplus ones, in order, are skipped. With `DraftStates` those of up to 1 + q
+            tokens do not count, a token and its drafts. 0 compiles a decode step,
+            without any work for chunks. None is `min(N, T // 2)`: no batch has more.
         chunk_size: static int c >= 1, as for `ssd`.
         pad_slot_id: static int, the slot number that means "skip".
         dt_bias: `(H,)` or None, and
@@ -222,13 +315,33 @@ def ssd_packed(
     parameters = _parameters(inputs, dt, A, B, C, D, "T")
     bias = _heads_or_none("dt_bias", dt_bias, heads)
     shape = (None, heads, dim, parameters.B.shape[2])
+    drafts = ssm_states if isinstance(ssm_states, DraftStates) else None
+    if drafts is not None:
+        ssm_states = drafts.states
     states = checks.float_array("ssm_states", ssm_states, shape, "(S, H, P, K)")
+    recent = () if drafts is None else _recent(drafts, states, parameters.B)
     offsets = checks.offsets(query_start_loc, num_tokens)
     num_seqs, num_slots = offsets.shape[0] - 1, states.shape[0]
     slots = checks.slots_array(
         "cache_indices", cache_indices, states, "ssm_states", num_seqs, "N"
     )
     has_initial_state = checks.has_initial_state(has_initial_state, num_seqs)
+    write_slots = checks.write_slots(
+        "write_indices", write_indices, num_seqs, "N", states
+    )
+    snapshot_ends, snapshot_slots = checks.snapshots(
+        snapshot_ends, snapshot_indices, num_seqs, num_tokens, states
+    )
+    num_rejected = None
+    if num_rejected_tokens is not None:
+        if not recent:
+            raise ValueError(
+                "num_rejected_tokens needs ssm_states as DraftStates, which know the "
+                f"last tokens, got {type(ssm_states).__name__}"
+            )
+        num_rejected = checks.num_rejected_tokens(
+            num_rejected_tokens, num_seqs, "N", recent[0].shape[1]
+        )
     most = _most_prefills(max_prefills, num_seqs, num_tokens)
     chunk_size = checks.static_int("chunk_size", chunk_size, minimum=1)
     spec = SSDSpec(
@@ -241,12 +354,59 @@ def ssd_packed(
     )
     checks.token_count("T", num_tokens, 1)
     if 0 in inputs.shape or 0 in (num_seqs, num_slots):
-        return jnp.zeros_like(inputs), states
+        y = jnp.zeros_like(inputs)
+        return y, DraftStates(states, *recent) if recent else states
+    if recent and recent[0].shape[1]:
+        checks.token_count("T + N * q", num_tokens + num_seqs * recent[0].shape[1], 1)
+        y, *new = gradients.call(
+            SSD_REPLAY,
+            implementation,
+            spec,
+            SSDReplayOperands(
+                inputs,
+                *parameters,
+                bias,
+                states,
+                offsets,
+                recent_x=recent[0],
+                recent_dt=recent[1],
+                recent_B=recent[2],
+                slots=slots,
+                has_initial_state=has_initial_state,
+                num_rejected=num_rejected,
+                write_slots=write_slots,
+                snapshot_slots=snapshot_slots,
+                snapshot_ends=snapshot_ends,
+            ),
+        )
+        return y, DraftStates(*new)
     operands = SSDPackedOperands(
-        inputs, *parameters, bias, states, offsets, slots, has_initial_state
+        inputs,
+        *parameters,
+        bias,
+        states,
+        offsets,
+        slots=slots,
+        has_initial_state=has_initial_state,
+        write_slots=write_slots,
+        snapshot_slots=snapshot_slots,
+        snapshot_ends=snapshot_ends,
     )
     y, states = gradients.call(SSD_PACKED, implementation, spec, operands)
-    return y, states
+    return y, DraftStates(states, *recent) if recent else states
+
+
+def _recent(drafts: DraftStates, states: Any, B: Any) -> tuple[Any, ...]:
+    """Checked x, dt and B of `DraftStates`."""
+    num_slots, heads, dim, _ = states.shape
+    per_token = (heads, dim)
+    x = checks.float_array(
+        "ssm_states.x", drafts.x, (num_slots, None, *per_token), "(S, q, H, P)"
+    )
+    lead = x.shape[:2]
+    dt = checks.float_array("ssm_states.dt", drafts.dt, (*lead, heads), "(S, q, H)")
+    of_group = (*lead, *B.shape[1:])
+    return x, dt, checks.float_array("ssm_states.B", drafts.B, of_group, "(S, q, G, K)")
 
 
 def _at_most(size: int, limit: int) -> int:

@@ -16,13 +16,17 @@ from ..operands import (
     PackedBackwardOperands,
     PackedOperands,
     RowsBackwardOperands,
+    SSDBackwardOperands,
     SSDOperands,
     SSDPackedOperands,
+    SSDReplayOperands,
     SSDSpec,
     UpdateOperands,
 )
 from ..xla import backward, forward, ssd
 from .record import Op
+
+_SSDRecords = SSDOperands | SSDBackwardOperands | SSDPackedOperands | SSDReplayOperands
 
 
 def _kernels() -> ModuleType:
@@ -78,11 +82,18 @@ def _gradients(
 def _rows_and_slots(spec: ConvSpec, operands: UpdateOperands) -> dict[str, str]:
     """Where slot i belongs to row i, both are sharded alike; else neither can be."""
     as_many = operands.x.shape[0] == operands.states.shape[0]
-    one_by_one = operands.slots is None and as_many and spec.pad_slot_id == PAD_SLOT_ID
+    named = operands.slots is not None or operands.write_slots is not None
+    one_by_one = not named and as_many and spec.pad_slot_id == PAD_SLOT_ID
     return {"S": "B"} if one_by_one else {"S": "s", "B": "b"}
 
 
-def _groups(spec: SSDSpec, operands: SSDOperands | SSDPackedOperands) -> dict[str, str]:
+def _ssd_backward_kernels() -> ModuleType:
+    from ..kernels import launch_ssd_backward
+
+    return launch_ssd_backward
+
+
+def _groups(spec: SSDSpec, operands: _SSDRecords) -> dict[str, str]:
     """Groups are sharded like their heads; a single one, which all share, is not."""
     del spec
     return {"G": "g" if operands.B.shape[-2] == 1 else "H"}
@@ -133,6 +144,33 @@ def _ssd_packed_results(spec: SSDSpec, operands: SSDPackedOperands) -> list:
     return [_like(operands.x), _like(operands.states)]
 
 
+def _ssd_replay_results(spec: SSDSpec, operands: SSDReplayOperands) -> list:
+    del spec
+    recent = operands.recent_x, operands.recent_dt, operands.recent_B
+    return [*map(_like, (operands.x, operands.states, *recent))]
+
+
+def _ssd_gradients(spec: SSDSpec, operands: SSDBackwardOperands) -> list:
+    """Shapes of the gradients of x, dt, A, B, C, dt_bias, D, and states if any.
+
+    Those of A, B, C, dt_bias and D are sums, of tokens or heads, and wide.
+    """
+    del spec
+    x, A, B, wide = operands.x, operands.A, operands.B, accumulator(operands.x)
+    shapes = [
+        _like(x),
+        _like(operands.dt),
+        jax.ShapeDtypeStruct(A.shape, wide),
+        jax.ShapeDtypeStruct(B.shape, wide),
+        jax.ShapeDtypeStruct(B.shape, wide),
+        jax.ShapeDtypeStruct(A.shape, wide),
+        jax.ShapeDtypeStruct(x.shape[2:], wide),
+    ]
+    if operands.states is not None:
+        shapes.append(jax.ShapeDtypeStruct(operands.states.shape, wide))
+    return shapes
+
+
 PACKED = Op(
     name="packed",
     xla=forward.packed,
@@ -147,6 +185,9 @@ PACKED = Op(
         has_initial_state="n",
         num_rejected="n",
         metadata=("p", "p"),
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
     ),
     result_dims=("t Y", "s l D"),
     result_shapes=_with_states,
@@ -164,6 +205,7 @@ UPDATE = Op(
         slots="B",
         cache_seqlens="B",
         num_rejected="B",
+        write_slots="B",
     ),
     result_dims=("B q Y", "S l D"),
     result_shapes=_with_states,
@@ -196,6 +238,8 @@ PACKED_BACKWARD = Op(
         query_start_loc="q",
         live="n",
         metadata=("p", "p"),
+        dsnapshots="n l D",
+        snapshot_ends="n",
     ),
     result_dims=("t D", "D w", "D", "n k D"),
     result_shapes=_gradients,
@@ -240,6 +284,37 @@ SSD = Op(
     fold=_fold_rows("A", "D", "dt_bias"),
 )
 
+SSD_BACKWARD = Op(
+    name="ssd_backward",
+    xla=ssd.dense_backward,
+    launches=lambda: _ssd_backward_kernels().backward,
+    dims=SSDBackwardOperands(
+        x="B t H p",
+        dt="B t H",
+        A="H",
+        B="B t G k",
+        C="B t G k",
+        D="H p",
+        dt_bias="H",
+        states="B H p k",
+        segment_ids="B t",
+        dy="B t H p",
+        dfinal="B H p k",
+    ),
+    result_dims=(
+        "B t H p",
+        "B t H",
+        "H",
+        "B t G k",
+        "B t G k",
+        "H",
+        "H p",
+        "B H p k",
+    ),
+    result_shapes=_ssd_gradients,
+    rename=_groups,
+)
+
 SSD_PACKED = Op(
     name="ssd_packed",
     xla=ssd.packed,
@@ -256,10 +331,53 @@ SSD_PACKED = Op(
         query_start_loc="q",
         slots="n",
         has_initial_state="n",
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
+        write_ends="n",
     ),
     result_dims=("t H p", "s H p k"),
     result_shapes=_ssd_packed_results,
     rename=_groups,
 )
 
-OPS = (PACKED, UPDATE, DENSE, PACKED_BACKWARD, ROWS_BACKWARD, SSD, SSD_PACKED)
+SSD_REPLAY = Op(
+    name="ssd_replay",
+    xla=ssd.replay,
+    launches=lambda: _ssd_kernels().replay,
+    dims=SSDReplayOperands(
+        x="t H p",
+        dt="t H",
+        A="H",
+        B="t G k",
+        C="t G k",
+        D="H p",
+        dt_bias="H",
+        states="s H p k",
+        query_start_loc="q",
+        recent_x="s r H p",
+        recent_dt="s r H",
+        recent_B="s r G k",
+        slots="n",
+        has_initial_state="n",
+        num_rejected="n",
+        write_slots="n",
+        snapshot_slots="n",
+        snapshot_ends="n",
+    ),
+    result_dims=("t H p", "s H p k", "s r H p", "s r H", "s r G k"),
+    result_shapes=_ssd_replay_results,
+    rename=_groups,
+)
+
+OPS = (
+    PACKED,
+    UPDATE,
+    DENSE,
+    PACKED_BACKWARD,
+    ROWS_BACKWARD,
+    SSD,
+    SSD_BACKWARD,
+    SSD_PACKED,
+    SSD_REPLAY,
+)

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from .. import checks
 from ..compat import __version__, kernel_compilers, require_jax_triton
+from ..promotion import promoting
 from . import sharding
 from .record import Op
 
@@ -86,7 +87,7 @@ def run(op: Op, implementation: str | None, spec: Any, operands: Any) -> tuple:
 def _jitted(op: Op, implementation: str, spec: Any) -> Callable:
     """The op as a function of its operands, compiled once if it is called eagerly."""
     if implementation == "xla":
-        function: Callable = functools.partial(op.xla, spec)
+        function: Callable = promoting(functools.partial(op.xla, spec))
     else:
         from ..kernels import interpreter
 
@@ -99,7 +100,7 @@ def _launched(op: Op, spec: Any, call: Callable) -> Callable:
     from ..kernels import record
 
     launches = op.launches()
-    return lambda operands: record.run(launches(spec, operands), call)
+    return promoting(lambda operands: record.run(launches(spec, operands), call))
 
 
 # The primitive's operands are the leaves of the op's record of operands. Its params:
@@ -113,7 +114,10 @@ sharding.needs_devices(causal_conv_p)
 
 @causal_conv_p.def_impl
 def _impl(*leaves, **params):
-    return _jitted_bind(tuple(sorted(params.items())))(*leaves)
+    # A primitive runs as a compiled program also where jit is disabled: there, what is
+    # jitted would be called as it is, which is this function again.
+    with jax.disable_jit(False):
+        return _jitted_bind(tuple(sorted(params.items())))(*leaves)
 
 
 @functools.cache
@@ -134,7 +138,7 @@ def _function(params, function, over_axis) -> Callable:
 
 def _in_xla(params) -> Callable:
     function = functools.partial(params["op"].xla, params["spec"])
-    return _function(params, function, _vmapped)
+    return _function(params, promoting(function), _vmapped)
 
 
 def _vmapped(function, axes):
@@ -197,6 +201,20 @@ def _batch(leaves, dims, **params):
 
 
 batching.primitive_batchers[causal_conv_p] = _batch
+
+OTHER_DERIVATIVES = (
+    'forward mode and derivatives of higher order need implementation="xla", given to '
+    "the op, layer or model: {}"
+)
+
+
+def _no_jvp(primals, tangents, **params):
+    raise NotImplementedError(
+        OTHER_DERIVATIVES.format("kernels have first-order, reverse-mode gradients")
+    )
+
+
+ad.primitive_jvps[causal_conv_p] = _no_jvp
 
 
 def _lower(ctx, *leaves, function):

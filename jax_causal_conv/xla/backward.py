@@ -4,9 +4,10 @@ Nothing of the forward is kept but its inputs: the pre-activation is computed ag
 With z the pre-activation and u what the taps met,
 
     dz = dy · act'(z)        dw[k] = Σ_t dz[t] · u[t-(W-1)+k]
-    dx[t] = Σ_d w[W-1-d] · dz[t+d]  over tokens t+d of the same sequence,
+    dx[t] = Σ_d w[W-1-d] · dz[t+d]  over tokens t+d of the same sequence
 
-and what reaches behind a sequence's first token is the gradient of its history.
+(steps of one token are so many with a dilation), and what reaches behind a sequence's
+first token is the gradient of its history.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from ..batch import (
 )
 from ..compat import CPU_CONVERTS_IN_EVERY_LOOP
 from ..operands import ConvSpec, PackedBackwardOperands, RowsBackwardOperands
-from .activations import PULLBACKS
+from .activations import ACTIVATIONS
 from .forward import taps_of, with_zeros
 
 
@@ -36,7 +37,7 @@ class _Rows(NamedTuple):
     Attributes:
         x: `(T, D)`, the op's own columns.
         dy: `(T, D)`, the cotangent of the output.
-        history: `(·, W-1, D)`, the histories that the tokens' owners are numbers of.
+        history: `(·, R, D)`, the histories that the tokens' owners are numbers of.
         copied: `(T, D)` cotangent of the slot row that each token became, or 0.
         tokens: where each token stands.
         start: `(N,)` first token of each sequence.
@@ -64,12 +65,12 @@ def _dweight_and_dbias(dz, products):
     return jnp.stack(list(map(_column_sums, products)), axis=1), _column_sums(dz)
 
 
-def _backward(weight, bias, rows: _Rows, activation: str | None):
+def _backward(spec: ConvSpec, weight, bias, rows: _Rows):
     """Gradients of the conv, and of rows of x copied into slots.
 
     Returns:
         dx `(T, D)` in x's dtype; in the accumulator's dtype dz `(T, D)`, its products
-        with each tap `(T, D)`, oldest first, and dhistory `(N, W-1, D)`.
+        with each tap `(T, D)`, oldest first, and dhistory `(N, R, D)`.
     """
     x, dy, history, copied, tokens, start = rows
     dtype, width = accumulator(x), weight.shape[1]
@@ -78,34 +79,37 @@ def _backward(weight, bias, rows: _Rows, activation: str | None):
     wide_x = x.astype(dtype)
     if x.dtype != dtype and CPU_CONVERTS_IN_EVERY_LOOP:
         wide_x = jax.lax.optimization_barrier(wide_x)
-    taps = list(taps_of(wide_x, history, tokens, width))
-    dz = dy.astype(dtype)
-    if activation is not None:
+    taps = list(taps_of(spec, wide_x, history, tokens, width))
+    dy = dy.astype(dtype)
+    dz = dy
+    if spec.activation is not None:
         z = jnp.zeros(x.shape, dtype) if bias is None else bias.astype(dtype)
-        for d, tap in enumerate(taps):
-            z = z + tap * weight[:, width - 1 - d]
-        dz = PULLBACKS[activation](dz, z)
+        for k, tap in enumerate(taps):
+            z = z + tap * weight[:, width - 1 - k]
+        dz = ACTIVATIONS[spec.activation].pull_back(dz, z)
     dz = jnp.where(tokens.live[:, None], dz, 0)
 
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    dx = jnp.zeros(x.shape, dtype)
-    for d in range(width):
-        later = jnp.minimum(token + d, num_tokens - 1)
-        same = (token + d < num_tokens) & (tokens.position[later] >= d)
-        back = dz[later] * weight[:, width - 1 - d]
+    dx = dy if spec.residual else jnp.zeros(x.shape, dtype)
+    for k in range(width):
+        ahead = spec.reach(k + 1)
+        later = jnp.minimum(token + ahead, num_tokens - 1)
+        same = (token + ahead < num_tokens) & (tokens.position[later] >= ahead)
+        back = dz[later] * weight[:, width - 1 - k]
         dx = dx + jnp.where(same[:, None], back, 0)
     dx = jnp.where(tokens.live[:, None], dx + copied, 0)
 
     products = tuple(dz * tap for tap in reversed(taps))
-    dhistory = jnp.zeros((num_seqs, width - 1, x.shape[1]), dtype)
-    for p in range(width - 1):
-        token = jnp.minimum(start + p, num_tokens - 1)
-        reaches = (tokens.owner[token] == jnp.arange(num_seqs)) & (
-            tokens.position[token] == p
+    row = jnp.arange(spec.reach(width), dtype=jnp.int32)
+    dhistory = jnp.zeros((num_seqs, row.size, x.shape[1]), dtype)
+    for k in range(1, width):
+        position = row - row.size + spec.reach(k + 1)  # of the token that met the row
+        token = jnp.clip(start[:, None] + position, 0, num_tokens - 1)
+        meets = (tokens.owner[token] == jnp.arange(num_seqs)[:, None]) & (
+            (tokens.position[token] == position) & (position >= 0)
         )
-        back = dz[token][:, None] * weight.T[: width - 1 - p]
-        back = jnp.where(reaches[:, None, None], back, 0)
-        dhistory = dhistory + jnp.pad(back, ((0, 0), (p, 0), (0, 0)))
+        back = dz[token] * weight[:, width - 1 - k]
+        dhistory = dhistory + jnp.where(meets[..., None], back, 0)
     return dx.astype(x.dtype), dz, products, dhistory
 
 
@@ -129,7 +133,7 @@ def packed_backward(
 
     Returns:
         dx `(T, D)` of the conv's own columns, in x's dtype; dweight `(D, W)`, dbias
-        `(D,)` and dhistory `(N, W-1, D)` in the accumulator's dtype.
+        `(D,)` and dhistory `(N, R, D)` in the accumulator's dtype.
     """
     weight, bias, dslots = operands.weight, operands.bias, operands.dslots
     x = spec.columns.of(operands.x, weight.shape[0])
@@ -140,9 +144,16 @@ def packed_backward(
     tokens = tokens_of(seqs, num_tokens)
     row = _state_len(dslots) - seqs.length[tokens.owner] + tokens.position
     copied = _copied(dslots, tokens.owner, row, accumulator(x))
+    if operands.dsnapshots is not None:
+        row = _state_len(dslots) - operands.snapshot_ends[tokens.owner]
+        row = row + tokens.position
+        row = jnp.where(row < _state_len(dslots), row, -1)  # the snapshot was before
+        copied = copied + _copied(
+            operands.dsnapshots, tokens.owner, row, accumulator(x)
+        )
     dy = spec.columns.joined(operands.dy)
     rows = _Rows(x, dy, operands.history, copied, tokens, seqs.start)
-    dx, dz, products, dhistory = _backward(weight, bias, rows, spec.activation)
+    dx, dz, products, dhistory = _backward(spec, weight, bias, rows)
     return dx, *_dweight_and_dbias(dz, products), dhistory
 
 
@@ -153,7 +164,7 @@ def rows_backward(
 
     Returns:
         dx `(B, T, D)` of the conv's own columns, in x's dtype; dweight `(D, W)`, dbias
-        `(D,)` and dhistory `(B, W-1, D)` in the accumulator's dtype.
+        `(D,)` and dhistory `(B, R, D)` in the accumulator's dtype.
     """
     weight, bias, dslots = operands.weight, operands.bias, operands.dslots
     x, dy = spec.columns.of(operands.x, weight.shape[0]), operands.dy
@@ -172,7 +183,7 @@ def rows_backward(
         copied = _copied(dslots, 0, row, accumulator(x))
         start = jnp.zeros((1,), jnp.int32)
         rows = _Rows(x, dy, history, copied, tokens, start)
-        return _backward(weight, bias, rows, spec.activation)
+        return _backward(spec, weight, bias, rows)
 
     dx, dz, products, dhistory = jax.vmap(of_row)(
         x,

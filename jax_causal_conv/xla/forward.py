@@ -1,11 +1,12 @@
 """The forward ops in XLA.
 
-Everything is a gather of rows: token p of a sequence needs rows p-1 … p-(W-1) of
-x, or, before the sequence's first token, rows of its history. A select picks one of
-the two, so that what a token must not see is never multiplied with anything. The
-loop over taps is static and XLA fuses it into one pass over the output.
+Everything is a gather of rows: token p of a sequence needs rows p-1 … p-(W-1) of x (in
+steps of the dilation), or, before the sequence's first token, rows of its history. A
+select picks one of the two, so that what a token must not see is never multiplied with
+anything. The loop over taps is static and XLA fuses it into one pass over the output.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax import lax
 
 from ..batch import (
     Sequences,
+    Stores,
     Tokens,
     accumulator,
     row_by_row,
@@ -22,6 +24,7 @@ from ..batch import (
     sanitize_offsets,
     sequences,
     slots_one_by_one,
+    stores_of,
     take_rows,
     tokens_of,
     tokens_of_runs,
@@ -41,6 +44,7 @@ from ..slots import (
     history_before,
     read_before,
     ring_before,
+    slot_rows,
     slots_after,
     store_rows,
     token_rows,
@@ -49,22 +53,23 @@ from ..slots import (
 from .activations import ACTIVATIONS
 
 
-def taps_of(x, history, tokens: Tokens, width: int):
+def taps_of(spec: ConvSpec, x, history, tokens: Tokens, width: int):
     """Yields what each filter tap meets, newest first: W arrays `(T, D)`.
 
     x and history are of the accumulator's dtype; tokens that are not live meet zeros.
     """
     token = jnp.arange(x.shape[0], dtype=jnp.int32)
-    for d in range(width):
-        tap = take_rows(x, jnp.maximum(token - d, 0))
-        if d:
-            row = width - 1 + tokens.position - d
+    for k in range(width):
+        back = spec.reach(k + 1)
+        tap = take_rows(x, jnp.maximum(token - back, 0))
+        if back:
+            row = spec.reach(width) + tokens.position - back
             old = take_rows(history, tokens.owner, jnp.maximum(row, 0))
-            tap = jnp.where((tokens.position >= d)[:, None], tap, old)
+            tap = jnp.where((tokens.position >= back)[:, None], tap, old)
         yield jnp.where(tokens.live[:, None], tap, 0)
 
 
-def _convolve(x, weight, bias, history, tokens: Tokens, activation: str | None):
+def _convolve(spec: ConvSpec, x, weight, bias, history, tokens: Tokens):
     """`act(bias + Σ w·u)` for each row of x `(T, D)`; zeros where not live.
 
     x, history and the result are of the accumulator's dtype.
@@ -76,9 +81,12 @@ def _convolve(x, weight, bias, history, tokens: Tokens, activation: str | None):
         [weight[:, k].astype(x.dtype) for k in range(width)]
     )
     acc = jnp.zeros(x.shape, x.dtype) if bias is None else bias.astype(x.dtype)
-    for d, tap in enumerate(taps_of(x, history, tokens, width)):
-        acc = acc + tap * filter_taps[width - 1 - d]
-    return jnp.where(tokens.live[:, None], ACTIVATIONS[activation](acc), 0)
+    for k, tap in enumerate(taps_of(spec, x, history, tokens, width)):
+        acc = acc + tap * filter_taps[width - 1 - k]
+    out = ACTIVATIONS[spec.activation].of(acc)
+    if spec.residual:
+        out = out + x
+    return jnp.where(tokens.live[:, None], out, 0)
 
 
 def _convolve_parts(spec: ConvSpec, x, filters, history, tokens: Tokens, dtype):
@@ -96,8 +104,7 @@ def _convolve_parts(spec: ConvSpec, x, filters, history, tokens: Tokens, dtype):
         strict=True,
     )
     return tuple(
-        _convolve(x, w.T, b, h, tokens, spec.activation).astype(dtype)
-        for x, w, b, h in each
+        _convolve(spec, x, w.T, b, h, tokens).astype(dtype) for x, w, b, h in each
     )
 
 
@@ -109,16 +116,18 @@ class _SlotSources(NamedTuple):
         x: rows of tokens as the op was given them, with all their columns.
         wide_x: `(T, D)`, the op's own columns in the accumulator's dtype.
         wide: `(N, L, D)`, each sequence's slot in the accumulator's dtype.
+        stores: what goes where.
     """
 
     states: Any
     x: Any
     wide_x: Any
     wide: Any
+    stores: tuple[Stores, ...]
 
 
 def _advance(sources: _SlotSources, seqs: Sequences, columns: Columns, outputs_of):
-    """Convolves, and makes each live sequence's slot its last inputs.
+    """Convolves, and stores the last inputs of live sequences.
 
     `outputs_of(states, wide, seqs)` are the parts of the output, given a cache, its
     sequences' slots in the accumulator's dtype, and which slot is whose.
@@ -157,44 +166,66 @@ def _advance(sources: _SlotSources, seqs: Sequences, columns: Columns, outputs_o
 
 
 def _scatter_slots(seqs: Sequences, columns: Columns, keeps_old: bool, *sources):
-    """The states with all live slots rolled at once.
+    """The states with all that is stored, at once.
 
     Also, if `keeps_old`, each sequence's old slot, else None.
     """
-    states, x, wide_x, wide = sources
+    states, x, wide_x, wide, stores = sources
     state_len, dim = states.shape[1:]
-    rows = slots_after(
-        (columns.of(x, dim), wide_x), (states, wide), seqs, state_len, states.dtype
-    )
+    given = (columns.of(x, dim), wide_x), (states, wide), seqs, state_len, states.dtype
+    rows = [slots_after(*given, length=store.end) for store in stores]
     old_slots = take_rows(states, seqs.slot) if keeps_old else None
     states, (rows, old_slots) = read_before(states, (rows, old_slots))
     row = jnp.arange(state_len, dtype=jnp.int32)
-    return store_rows(states, seqs, row, rows), old_slots
+    for store, new in zip(stores, rows, strict=True):
+        states = store_rows(states, store, row, new)
+    return states, old_slots
 
 
-def _roll_slots(seqs: Sequences, columns: Columns, keeps_old: bool, states, x, *_):
+def _roll_slots(seqs: Sequences, columns: Columns, keeps_old: bool, *sources):
     """`_scatter_slots` by a loop over the sequences."""
+    states, x, _, _, stores = sources
     num_seqs, (_, state_len, dim) = seqs.slot.shape[0], states.shape
     row = jnp.arange(state_len, dtype=jnp.int32)
     old_slots = states[:1].repeat(num_seqs, axis=0) if keeps_old else None
 
     def step(i, carry):
         states, old_slots = carry
-        one = Sequences(*(lax.dynamic_slice_in_dim(a, i, 1) for a in seqs))
+        one, to = jax.tree.map(
+            lambda a: lax.dynamic_slice_in_dim(a, i, 1), (seqs, stores)
+        )
         # Not a slice, for which XLA gathers all of a cache whose slots are sharded.
         old = take_rows(states, one.slot)
         if keeps_old:
             old_slots = lax.dynamic_update_slice_in_dim(old_slots, old, i, 0)
             old = lax.dynamic_slice_in_dim(old_slots, i, 1)
-        # The last rows of the sequence that the slot has room for. The op's columns are
-        # cut out of them here, since cut out of x before the loop they would be a copy.
-        token = one.start + one.length - state_len + row
-        last = columns.of(take_rows(x, jnp.maximum(token, 0)), dim)
-        # In `last` the sequence ends at row L, in `old` its slot is number 0.
-        here = one._replace(start=state_len - one.length, slot=jnp.zeros_like(one.slot))
-        new = slots_after((last, last), (old, old), here, state_len, states.dtype)
-        new = jnp.where(one.live[:, None, None], new, old)
-        states = lax.dynamic_update_slice_in_dim(states, new, one.slot[0], 0)
+        target, kept, writes = one.slot, old, []
+        for store in to:
+            # The last rows of the sequence that the slot has room for. The op's columns
+            # are cut out of them here: out of x before the loop they would be a copy.
+            token = one.start + store.end - state_len + row
+            last = columns.of(take_rows(x, jnp.maximum(token, 0)), dim)
+            # In `last` the sequence ends at row L, in `old` its slot is number 0.
+            here = one._replace(
+                start=state_len - store.end, slot=jnp.zeros_like(one.slot)
+            )
+            new = slots_after(
+                (last, last),
+                (old, old),
+                here,
+                state_len,
+                states.dtype,
+                length=store.end,
+            )
+            # What is not stored is written by what stands there already: the slot that
+            # was read, or, once a snapshot is stored, perhaps to that very slot, it.
+            kept = jnp.where(store.live[:, None, None], new, kept)
+            target = jnp.where(store.live, store.slot, target)
+            writes.append((target[0], kept))
+        if len(writes) > 1:
+            states, writes = read_before(states, writes)
+        for slot, rows in writes:
+            states = lax.dynamic_update_slice_in_dim(states, rows, slot, 0)
         return states, old_slots
 
     # The barrier hides the number from XLA, which would unroll a loop of one trip, and
@@ -224,22 +255,27 @@ def packed(spec: ConvSpec, operands: PackedOperands) -> tuple[jax.Array, ...]:
     if state_len == 0:  # W = 1
         return *outputs(jnp.zeros((seqs.slot.shape[0], 0, dim), wide_x.dtype)), states
     return _advance(
-        _SlotSources(states, x, wide_x, wide_slots(states, seqs, wide_x.dtype)),
+        _SlotSources(
+            states,
+            x,
+            wide_x,
+            wide_slots(states, seqs, wide_x.dtype),
+            stores_of(seqs, operands, spec.pad_slot_id),
+        ),
         seqs,
         spec.columns,
         lambda states, wide, seqs: outputs(
-            history_before(states, wide, seqs, width - 1)
+            history_before(states, wide, seqs, spec.reach(width))
         ),
     )
 
 
 def update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
     """`causal_conv1d_update` on checked arguments; x is `(B, Q, D)`."""
-    batch, num_slots = operands.x.shape[0], operands.states.shape[0]
-    slots = slots_one_by_one(operands.slots, batch, num_slots, spec.pad_slot_id)
+    slots = slots_one_by_one(operands, spec.pad_slot_id)
     if slots is None:
         return _update(spec, operands)
-    spec = ConvSpec(spec.activation, spec.columns, PAD_SLOT_ID)
+    spec = dataclasses.replace(spec, pad_slot_id=PAD_SLOT_ID)
     weight, bias = operands.weight, operands.bias
 
     def of_row(row):
@@ -271,30 +307,42 @@ def _update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
     if state_len == 0:  # W = 1
         return *outputs(jnp.zeros((batch, 0, dim), wide_x.dtype)), states
     wide = wide_slots(states, seqs, wide_x.dtype)
+    stores = stores_of(seqs, operands, spec.pad_slot_id)
     if operands.cache_seqlens is None:
         return _advance(
-            _SlotSources(states, flat, wide_x, wide),
+            _SlotSources(states, flat, wide_x, wide, stores),
             seqs,
             spec.columns,
             lambda states, wide, seqs: outputs(
-                history_before(states, wide, seqs, width - 1)
+                history_before(states, wide, seqs, spec.reach(width))
             ),
         )
     # Reduced before anything is added to it, so that no sum overflows.
     cursor = jnp.mod(operands.cache_seqlens, state_len)
-    history = ring_before(states, wide, seqs, cursor, width - 1)
+    history = ring_before(states, wide, seqs, cursor, spec.reach(width))
     # Of more than L inputs only the last L are stored, so that none of the buffer's
     # rows is written twice.
     stored = jnp.arange(query - min(query, state_len), query)
     row = (cursor[:, None] + stored) % state_len
     token = jnp.arange(batch)[:, None] * query + stored
     rows = token_rows(spec.columns.of(flat, dim), wide_x, token, states.dtype)
-    states, parts = read_before(states, outputs(history))
-    return *parts, store_rows(states, seqs, row, rows)
+    (store,), every = stores, jnp.arange(state_len, dtype=jnp.int32)
+    if operands.write_slots is not None:  # the other rows come along
+        old = slot_rows(
+            states,
+            wide,
+            seqs,
+            jnp.broadcast_to(every, (batch, state_len)),
+            states.dtype,
+        )
+        rows = old.at[jnp.arange(batch)[:, None], row].set(rows, unique_indices=True)
+        row = every
+    states, (parts, rows) = read_before(states, (outputs(history), rows))
+    return *parts, store_rows(states, store, row, rows)
 
 
 def with_zeros(history):
-    """Each row's two histories, `(B, 2, W-1, D)`; see `tokens_of_runs`."""
+    """Each row's two histories, `(B, 2, R, D)`; see `tokens_of_runs`."""
     return jnp.stack([history, jnp.zeros_like(history)], axis=1)
 
 
@@ -302,14 +350,15 @@ def dense(spec: ConvSpec, operands: DenseOperands) -> tuple[jax.Array, ...]:
     """`causal_conv1d` on checked arguments."""
     x, weight, bias, states, segment_ids = operands
     x = spec.columns.of(x, weight.shape[0])
-    (batch, length, dim), width, dtype = x.shape, weight.shape[1], x.dtype
+    (batch, length, dim), dtype = x.shape, x.dtype
+    reach = spec.reach(weight.shape[1])
     wide_x = x.astype(accumulator(x))
     if states is None:
         wide = None
-        history = jnp.zeros((batch, width - 1, dim), wide_x.dtype)
+        history = jnp.zeros((batch, reach, dim), wide_x.dtype)
     else:
         wide = states.astype(wide_x.dtype)
-        history = wide[:, states.shape[1] - (width - 1) :]
+        history = wide[:, states.shape[1] - reach :]
     runs = runs_of(segment_ids, batch, length)
 
     def convolve_row(x, history, tokens):

@@ -13,17 +13,25 @@ states pass through a scan.
 Letters as in `ssd`, and: R = H // G heads in a group, M chunks.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .. import batch
-from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
+from ..operands import (
+    SSDBackwardOperands,
+    SSDOperands,
+    SSDPackedOperands,
+    SSDReplayOperands,
+    SSDSpec,
+)
+from ..replay import replayed, step_sizes
 from ..slots import differentiate_as
 
 _LOWEST_LOG_DECAY = -1000.0
@@ -31,6 +39,10 @@ _LOWEST_LOG_DECAY = -1000.0
 
 _BLOCK = 32
 """The places of a chunk that `_sums_between` sums up at once."""
+
+
+SSD_GRADIENTS = ("x", "dt", "A", "B", "C", "dt_bias", "D", "states")
+"""The operands of `dense` that have gradients, in the order of `dense_backward`."""
 
 
 class _Inputs(NamedTuple):
@@ -102,15 +114,6 @@ def _einsum(exact: bool, subscripts: str, *operands):
     """
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return jnp.einsum(subscripts, *operands, precision=precision)
-
-
-def _step_sizes(spec: SSDSpec, dt, bias):
-    """The step sizes of the recurrence, from what the caller gave."""
-    if bias is not None:
-        dt = dt + bias.astype(dt.dtype)
-    if spec.dt_softplus:
-        dt = jax.nn.softplus(dt)
-    return jnp.clip(dt, *spec.dt_limit) if spec.limits_dt else dt
 
 
 def _past_the_state(D, x):
@@ -261,7 +264,7 @@ def dense(spec: SSDSpec, operands: SSDOperands):
     (rows, length, heads, dim), (_, _, groups, _) = x.shape, B.shape
     dtype, wide = x.dtype, batch.accumulator(x)
     x, dt, A, B, C = (a.astype(wide) for a in (x, dt, A, B, C))
-    dt = _step_sizes(spec, dt, dt_bias)
+    dt = step_sizes(spec, dt, dt_bias)
     size, count = spec.chunk_size, -(-length // spec.chunk_size)
     row_runs: batch.Runs | None = None
     runs: _ChunkRuns | None = None
@@ -310,6 +313,39 @@ def dense(spec: SSDSpec, operands: SSDOperands):
     return y, state if initial_state is None else state.astype(initial_state.dtype)
 
 
+def dense_backward(spec: SSDSpec, operands: SSDBackwardOperands):
+    """The gradients of `dense`, in the order of `SSD_GRADIENTS`.
+
+    Those of x and dt have their dtypes. The others are sums and stay wide; that of D is
+    `(H, P)`, and those of D and dt_bias are there in any case.
+    """
+    *inputs, dy, dfinal = operands
+    primal = SSDOperands(*inputs)
+    x, wide = primal.x, batch.accumulator(primal.x)
+    (heads, dim), states = x.shape[2:], primal.states
+    D = jnp.zeros((heads, 1), wide) if primal.D is None else primal.D.astype(wide)
+    bias = primal.dt_bias
+    floats = {
+        "x": x,
+        "dt": primal.dt,
+        "A": primal.A.astype(wide),
+        "B": primal.B.astype(wide),
+        "C": primal.C.astype(wide),
+        "dt_bias": jnp.zeros(heads, wide) if bias is None else bias.astype(wide),
+        "D": jnp.broadcast_to(D.reshape(heads, -1), (heads, dim)),
+    }
+    if states is not None:
+        floats["states"] = states.astype(wide)
+    spec = dataclasses.replace(spec, final_state=dfinal is not None)
+
+    def results(floats):
+        return dense(spec, primal._replace(**floats))
+
+    cotangents = (dy,) if dfinal is None else (dy, dfinal.astype(wide))
+    gradients = jax.vjp(results, floats)[1](cotangents)[0]
+    return tuple(gradients[name] for name in SSD_GRADIENTS if name in gradients)
+
+
 def _runs_of_chunks(row_runs: batch.Runs, size: int, count: int) -> _ChunkRuns:
     """The runs of the rows of a dense batch, as seen by their chunks of `size`."""
     rows, length = row_runs.start.shape
@@ -322,8 +358,10 @@ def _runs_of_chunks(row_runs: batch.Runs, size: int, count: int) -> _ChunkRuns:
     enters = real & ((start < begin) | (start == 0))
     place = jnp.arange(size, dtype=jnp.int32)
     last = jnp.max(jnp.where(real, place, 0), axis=2, keepdims=True)
-    leaves = real & (start == jnp.take_along_axis(start, last, axis=2))
-    through = jnp.take_along_axis(enters, last, axis=2) | ~real.any(2, keepdims=True)
+    leaves = real & (start == jnp.take_along_axis(start, last, axis=2, mode="clip"))
+    through = jnp.take_along_axis(enters, last, axis=2, mode="clip") | ~real.any(
+        2, keepdims=True
+    )
     return _ChunkRuns(start, enters, leaves, through[..., 0])
 
 
@@ -420,7 +458,12 @@ def _chunk_table(
 
 
 def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
-    """Outputs `(M, c, G, R, P)` of prefills, and their final states, like `initial`."""
+    """Serves prefills.
+
+    Returns:
+        Outputs `(M, c, G, R, P)`; final states, like `initial`; and the states
+        `(M, G, R, P, K)` that enter the chunks.
+    """
     chunks = _chunks(inputs.map_tokens(lambda a: _select(table.real, a[table.token])))
 
     def step(states, chunk):
@@ -432,10 +475,10 @@ def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
     decay = jnp.exp(chunks.total[..., -1])
     xs = (_chunk_states(spec.exact, chunks, None), decay, table.prefill)
     states, entering = lax.scan(step, initial, xs)
-    return _chunk_outputs(spec.exact, chunks, entering, None), states
+    return _chunk_outputs(spec.exact, chunks, entering, None), states, entering
 
 
-def packed(spec: SSDSpec, operands: SSDPackedOperands):
+def packed(spec: SSDSpec, operands: SSDPackedOperands):  # noqa: PLR0915
     """`ssd_packed` on checked arguments: y, and the new states.
 
     There are at least one token, one sequence and one slot.
@@ -443,24 +486,28 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     Every sequence takes one step of the recurrence, which is all that those of one
     token need; where there are prefills, their results replace that step's.
     """
-    x, dt, A, B, C, D, dt_bias, states, offsets, slots, has_initial_state = operands
+    x, dt, A, B, C, D, dt_bias, states, offsets, slots, has_initial_state, *_ = operands
     num_tokens, heads, dim = x.shape
     num_seqs, groups, dtype = offsets.shape[0] - 1, B.shape[1], x.dtype
     x, dt, A, B, C = (a.astype(batch.accumulator(x)) for a in (x, dt, A, B, C))
-    dt = _step_sizes(spec, dt, dt_bias)
+    dt = step_sizes(spec, dt, dt_bias)
     offsets = batch.sanitize_offsets(offsets, num_tokens)
     num_slots = states.shape[0]
     # `sequences` asks for slots of some rows of history: a state is like a single row.
     seqs = batch.sequences(
         offsets, slots, has_initial_state, None, (num_slots, 1), spec.pad_slot_id
     )
-    surplus = batch.surplus_prefills(seqs, spec.max_prefills)
+    surplus = batch.surplus_prefills(seqs, spec.max_prefills, spec.most_steps)
     seqs = seqs._replace(live=seqs.live & ~surplus)
+    if spec.most_steps > 1:  # here all but single tokens go by chunks
+        spec = dataclasses.replace(spec, max_prefills=num_seqs)
     prefill = seqs.live & (seqs.length > 1)
     # States of another dtype stay out of the single pass over all slots. It would also
     # convert those that no sequence names, and back; on a CPU not all keep their bits.
-    in_one_pass = states.dtype == x.dtype and _every_slot_may_change(
-        num_slots, num_seqs
+    in_one_pass = (
+        states.dtype == x.dtype
+        and _every_slot_may_change(num_slots, num_seqs)
+        and not _states_move(operands)
     )
     if in_one_pass:  # From here on, row s of `seqs` is the sequence in slot s.
         tokens, seqs, prefill = _in_slot_order(seqs, prefill, num_slots, num_tokens)
@@ -472,49 +519,74 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):
     inputs = _Inputs(
         _by_group(x, groups, 1), _by_group(dt, groups), _by_group(A, groups), B, C
     )
+    stores = batch.stores_of(seqs, operands, spec.pad_slot_id)
+    ends: list[Any] = [store.end for store in stores]
+    if operands.write_ends is None:
+        ends[-1] = None  # all tokens
+    of_prefills: list[Any] = [None] * len(ends)
     if spec.max_prefills:
-        many, last, states = _run_prefills(spec, inputs, states, seqs, prefills, tokens)
+        many, of_prefills, states = _run_prefills(
+            spec, inputs, states, (seqs, prefills, tokens), ends
+        )
     token = jnp.minimum(seqs.start, num_tokens - 1)
     one = inputs.map_tokens(lambda a: _select(single, a[token]))
     decay = jnp.exp(one.dt * one.A)[..., None, None]
     old = states if in_one_pass else states[seqs.slot]
     old = _select(single & (seqs.history > 0), old.astype(x.dtype))
-    rows = _by_group(old, groups, 1) * decay
+    old = _by_group(old, groups, 1)
+    rows = old * decay
     rows = rows + (one.x * one.dt[..., None])[..., None] * one.B[:, :, None, None]
     # A product and a sum, which XLA fuses with what is around them, unlike a dot.
     y = (rows * one.C[:, :, None, None]).sum(-1)[tokens.owner]
     if spec.max_prefills:
         y = jnp.where(prefill[tokens.owner][:, None, None, None], many, y)
-        rows = jnp.where(prefill[:, None, None, None, None], last, rows)
     y = y.reshape(num_tokens, heads, dim)
     if D is not None:
         y = y + _past_the_state(D, _select(tokens.live, x))
     y = _select(tokens.live, y).astype(dtype)
-    rows = rows.reshape(rows.shape[0], *states.shape[1:]).astype(states.dtype)
+
+    def after(end, many):
+        one = rows
+        if end is not None:
+            one = jnp.where((end > 0)[:, None, None, None, None], rows, old)
+        if many is not None:
+            one = jnp.where(prefill[:, None, None, None, None], many, one)
+        return one.reshape(one.shape[0], *states.shape[1:]).astype(states.dtype)
+
+    stored = list(map(after, ends, of_prefills))
     if in_one_pass:
-        return y, jnp.where(seqs.live[:, None, None, None], rows, states)
+        return y, jnp.where(seqs.live[:, None, None, None], stored[0], states)
     # All reads of the cache come before the write. A later one, for y for example,
     # would make XLA copy a donated cache.
-    y, rows, states = lax.optimization_barrier((y, rows, states))
-    slot = jnp.where(seqs.live, seqs.slot, num_slots)  # out of bounds, so not written
-    return y, states.at[slot].set(rows, mode="drop", unique_indices=True)
+    y, stored, states = lax.optimization_barrier((y, stored, states))
+    for store, new in zip(stores, stored, strict=True):
+        slot = jnp.where(store.live, store.slot, num_slots)  # else out of bounds
+        states = states.at[slot].set(new, mode="drop", unique_indices=True)
+    return y, states
+
+
+def replay(spec: SSDSpec, operands: SSDReplayOperands):
+    """`ssd_packed` with drafts, on checked arguments; see the package's `replay`."""
+    spec, packed_operands, results_of = replayed(spec, operands)
+    return results_of(*packed(spec, packed_operands))
 
 
 def _run_prefills(
     spec: SSDSpec,
     inputs: _Inputs,
     states,
-    seqs: batch.Sequences,
-    prefills: _Prefills,
-    tokens: batch.Tokens,
+    who: tuple[batch.Sequences, _Prefills, batch.Tokens],
+    ends: list,
 ):
     """Serves the prefills of a packed batch by chunks.
 
     Returns:
-        Outputs `(T, G, R, P)`, without meaning for tokens of other sequences; final
-        states `(N, G, R, P, K)`, without meaning for other sequences; and `states`, to
-        be used from here on.
+        Outputs `(T, G, R, P)`, without meaning for tokens of other sequences; for each
+        of `ends`, states `(N, G, R, P, K)` after so many tokens `(N,)`, all if that is
+        None, without meaning for other sequences; and `states`, to be used from here
+        on.
     """
+    seqs, prefills, tokens = who
     num_tokens, groups = inputs.x.shape[:2]
     limit = spec.max_prefills
     table = _chunk_table(spec, seqs, prefills, num_tokens)
@@ -528,12 +600,46 @@ def _run_prefills(
     initial = _by_group(_select(known, states[slot].astype(inputs.x.dtype)), groups, 1)
     # This read of the cache comes before the write, too.
     initial, states = lax.optimization_barrier((initial, states))
-    many, final = _scan_chunks(spec, inputs, table, initial)
+    many, final, entering = _scan_chunks(spec, inputs, table, initial)
     many = many.reshape(-1, *many.shape[2:])
     at = table.first[tokens.owner] * spec.chunk_size + tokens.position
     many = many.at[at].get(mode="clip")
-    last = final.at[prefills.number].get(mode="clip")
-    return many, last, states
+
+    def after(end):
+        if end is None:
+            return final.at[prefills.number].get(mode="clip")
+        return _state_within(spec, inputs, (entering, table, seqs), prefills.here, end)
+
+    return many, list(map(after, ends)), states
+
+
+def _state_within(spec: SSDSpec, inputs: _Inputs, chunked: tuple, here, end):
+    """States `(N, G, R, P, K)` of prefills after `end` `(N,)` tokens.
+
+    Args:
+        spec: of the op.
+        inputs: of all tokens.
+        chunked: the states that enter the chunks, the table of these, the sequences.
+        here: `(N,)`, which of the sequences are prefills.
+        end: in `[0, length]`.
+    """
+    entering, table, seqs = chunked
+    # The state that enters the chunk of the last token before the end, and that chunk
+    # once more, up to there.
+    whole = jnp.maximum(end - 1, 0) // spec.chunk_size
+    place = whole[:, None] * spec.chunk_size + jnp.arange(spec.chunk_size)
+    real = here[:, None] & (place < end[:, None])
+    token = jnp.clip(seqs.start[:, None] + place, 0, inputs.x.shape[0] - 1)
+    chunks = _chunks(inputs.map_tokens(lambda a: _select(real, a[token])))
+    early = entering.at[table.first + whole].get(mode="clip")
+    early = early * jnp.exp(chunks.total[..., -1])[..., None, None]
+    return early + _chunk_states(spec.exact, chunks, None)
+
+
+def _states_move(operands: SSDPackedOperands) -> bool:
+    """Whether other states than the last ones, or other slots, are written."""
+    what = (operands.write_slots, operands.write_ends, operands.snapshot_slots)
+    return any(field is not None for field in what)
 
 
 def _every_slot_may_change(num_slots, num_seqs) -> bool:

@@ -179,7 +179,12 @@ def test_wrong_dtype_in_varlen_conv_states(name, value):
 
 
 OPTIONS = [
-    ({"activation": "relu"}, ValueError, ["activation", "relu", "silu", "swish"]),
+    ({"activation": "elu"}, ValueError, ["activation", "elu", "silu", "swish"]),
+    ({"dilation": 0}, ValueError, ["dilation", "0", "1"]),
+    ({"dilation": 2.0}, TypeError, ["dilation", "2.0", "int"]),
+    ({"dilation": 2}, ValueError, ["L >= (W-1) * dilation = 6"]),
+    ({"dilation": 2**31}, ValueError, ["dilation must be at most", str(2**31)]),
+    ({"residual": 1}, TypeError, ["residual", "True or False", "1"]),
     ({"activation": "SiLU"}, ValueError, ["activation", "SiLU", "silu"]),
     ({"activation": 3}, ValueError, ["activation", "3", "silu"]),
     (

@@ -446,3 +446,36 @@ def test_float64_gradients(number, chosen):
 def test_named_segments_hold_what_the_zero_tests_need():
     ids = np.array(list(SEGMENTS.values()))
     assert (ids[:, 0] < 0).any() and (ids[:, 0] >= 0).any()
+
+
+MOVED = {  # a fork of slot 4, a snapshot of what is overwritten, and one in between
+    "query_start_loc": offsets_of([6, 1, 3, 9], head=2),
+    "cache_indices": ints(4, 4, -1, 2),
+    "num_rejected_tokens": ints(0, 2, 1, 1),
+    "has_initial_state": np.array([True, True, True, True]),
+    "write_indices": ints(0, 1, 3, -1),
+    "snapshot_indices": ints(5, 6, 3, 2),
+    "snapshot_ends": ints(2, 0, 1, 20),
+}
+
+
+@pytest.mark.parametrize("writes, snapshots", [(True, False), (False, True), (True, 1)])
+def test_states_that_move(implementation, writes, snapshots):
+    arrays = dict(MOVED)
+    if not writes:
+        arrays |= {"cache_indices": ints(4, 0, -1, 2), "write_indices": None}
+        arrays["snapshot_indices"] = ints(5, 6, 3, 1)
+    if not snapshots:
+        arrays |= {"snapshot_indices": None, "snapshot_ends": None}
+    for dtype in (FLOATS[0], FLOATS[2]):
+        case = small_packed(7, arrays=arrays, x_dtype=dtype)
+        check_gradients(case, implementation)
+
+
+@pytest.mark.parametrize("small", [small_update, small_ring])
+def test_update_of_states_that_move(implementation, small):
+    case = small(8).replace(
+        conv_state_indices=ints(4, 4, 1, 2),
+        conv_state_write_indices=ints(0, 3, 1, 9),
+    )
+    check_gradients(case, implementation)

@@ -299,7 +299,7 @@ def wrong_arguments_are_named():
         ),
         (
             ValueError,
-            "initial_state must .* W-1 = 3",
+            "initial_state must .* state_len = 3",
             {"initial_state": np.zeros((2, 2, 6), "f")},
         ),
         (ValueError, "initial_state must", {"initial_state": np.zeros((2, 3, 5), "f")}),

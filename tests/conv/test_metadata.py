@@ -1,6 +1,7 @@
 """`build_metadata`, `ConvMetadata` and `validate_batch`."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -295,3 +296,48 @@ def test_first_of_several_offending_slots_is_named():
         )
     with pytest.raises(ValueError, match=r"\b2\b.*\b0\b"):
         validate_batch(ints(0, 1, 2, 3, 4), ints(0, 1, 0, 9), num_tokens=4, num_slots=3)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"query_start_loc": ints(5, 2, 3, 0)}, None),  # a zero is no length
+        ({"query_start_loc": ints(5, 2, 3)}, ["np.cumsum([0, *lengths])", "5"]),
+        ({"num_rejected_tokens": ints(2, 9, 0), "state_len": 4, "width": 3}, []),
+        (
+            {"num_rejected_tokens": ints(3, 0, 0), "state_len": 4, "width": 3},
+            ["num_rejected_tokens[0] = 3", "5 rows", "state_len = 4"],
+        ),
+        ({"num_rejected_tokens": ints(0, 0, 9), "state_len": 4}, []),  # no history
+        ({"num_rejected_tokens": ints(-1, 0, 0)}, ["num_rejected_tokens[0]", "-1"]),
+        ({"num_rejected_tokens": ints(0, 0)}, ["num_rejected_tokens", "(3,)", "(2,)"]),
+        ({"has_initial_state": np.ones(2, bool)}, ["has_initial_state", "(2,)"]),
+        ({"metadata": build_metadata(ints(0, 5, 5, 8), 10)}, []),
+        ({"metadata": build_metadata(ints(0, 5, 5, 8), 10, block_m=2)}, []),
+        ({"metadata": build_metadata(ints(0, 1, 2, 8), 10)}, ["metadata", "chunk_seq"]),
+        ({"metadata": build_metadata(ints(0, 5, 5, 8), 999)}, ["metadata", "shape"]),
+    ],
+)
+def test_what_else_the_op_gets_is_checked(changes, named):
+    seen = {"has_initial_state": np.array([True, True, False])}
+    if named == []:
+        validate_batch(**valid(**seen | changes))
+        return
+    with pytest.raises(ValueError) as error:
+        validate_batch(**valid(**seen | changes))
+    for fragment in named or ["query_start_loc[0] must be 0, got 5"]:
+        assert fragment in str(error.value)
+    assert named is not None or "lengths" not in str(error.value)
+
+
+def test_decodes_without_a_history_are_warned_of():
+    batch = {"query_start_loc": ints(0, 1, 2), "num_tokens": 4, "num_slots": 3}
+    seen = np.array([False, True])
+    for history in (None, ~seen & False):
+        with pytest.warns(UserWarning, match="all 2 live sequences .* has_initial_st"):
+            validate_batch(**batch, has_initial_state=history)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        validate_batch(**batch, has_initial_state=seen)
+        validate_batch(ints(0, 1), num_tokens=1, num_slots=1)  # a prompt of one token
+        validate_batch(ints(0, 1, 3), num_tokens=4, num_slots=3)

@@ -60,7 +60,18 @@ def own_ring(seed=0, **changes):
     return case.replace(cache_seqlens=positions)
 
 
+def moving(seed=0, **changes):
+    moves = {
+        "cache_indices": ints(4, 4, -1, 2),
+        "write_indices": ints(0, 1, 3, 2),
+        "snapshot_indices": ints(5, 6, 3, -1),
+        "snapshot_ends": ints(2, 0, 1, 20),
+    }
+    return small_packed(seed, arrays=moves, **changes)
+
+
 BY_CHANNELS = {
+    "moving": moving,
     "packed": small_packed,
     "update": small_update,
     "ring": small_ring,

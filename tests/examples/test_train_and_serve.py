@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from examples import serve, train
-from jax_causal_conv.mamba2 import Event, Mamba2LM, checkpoint
+from jax_causal_conv.mamba2 import Event, Mamba2LM, Stats, checkpoint
 from tests.support import quick
 
 pytestmark = pytest.mark.xdist_group("train_and_serve")
@@ -120,6 +120,45 @@ def test_training_lowers_the_held_out_loss_and_draws_it(trained):
     assert (trained / train.LOSS_CURVE).read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rate", "nan"], "--learning-rate must be finite"),
+        (["--learning-rate", "0"], "--learning-rate must be finite and above 0"),
+        (["--seed", "-1"], "--seed must be in"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--out", __file__], "--out must be a directory"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("texts", [([], [b"x"]), ([b"x"], [])])
+def test_training_without_text_says_so(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "documents", lambda: texts)
+    assert train.main(["--out", str(tmp_path / "new")]) == 2
+    assert "no help topics" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 20])  # the last update, or one before it
+def test_training_that_diverges_saves_nothing(steps, tmp_path, monkeypatch, capsys):
+    texts = [bytes(range(1, 200))]
+    monkeypatch.setattr(train, "documents", lambda: (texts, texts))
+    nothing = train.optax.sgd(float("nan"))
+    monkeypatch.setattr(train, "optimizer", lambda steps, peak: nothing)
+    sizes = ["--d-model", "16", "--layers", "1", "--batch", "2"]
+    arguments = [*sizes, "--length", "32", "--steps", str(steps)]
+    assert train.main([*arguments, "--out", str(tmp_path / "new")]) == 1
+    message = capsys.readouterr().err
+    assert "the loss is nan after 1 steps" in message and "--learning-rate" in message
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """The runs of all servers, in turn; with a recorded list, those instead."""
@@ -140,6 +179,7 @@ def test_served_requests_get_the_answers_they_get_alone(
     runs, recorded = runs
     image = tmp_path / "new" / "batches.png"
     few = ["--requests", "5", "--max-new-tokens", "9", "--slots", "4", "--budget", "4"]
+    few += ["--system", "70"]
     arguments = [str(trained), *few, "--gap", "1", "--plot", str(image)]
     arguments += ["--rounds", "2", "--prompt", "Grüße an "]
     assert serve.main(arguments) == 0
@@ -148,16 +188,18 @@ def test_served_requests_get_the_answers_they_get_alone(
     assert "Every request got the answer that it gets alone." in printed
     assert image.read_bytes().startswith(PNG)
 
-    together, alone, *_ = runs
-    assert len(runs) == 4
+    together, alone, _, drafted, *_ = runs
+    assert len(runs) == 8
     assert max(step.running for step in together.steps) > 1
     assert max(step.running for step in alone.steps) == 1
     assert bytes(together.generations[0].prompt[1:].tolist()).decode() == "Grüße an "
+    spared = [Stats(run.steps, []).prefix_tokens for run in runs]
+    assert [count > 0 for count in spared] == [False, False, True, True] * 2
+    assert sum(step.draft_tokens for step in drafted.steps) > 0
     for run in runs:
         assert all(5 <= len(tokens) <= 9 or tokens[-1] == 0 for tokens in run.tokens)
-        assert sum(step.decode_tokens for step in run.steps) == sum(
-            len(tokens) - 1 for tokens in run.tokens
-        )
+        drawn = sum(step.decode_tokens + step.accepted_tokens for step in run.steps)
+        assert drawn == sum(len(tokens) - 1 for tokens in run.tokens)
         assert run.compiled_meanwhile == 0
         assert (run.first_tokens > 0).all()
         assert (run.first_tokens <= run.latencies).all()

@@ -120,7 +120,7 @@ def test_an_entry_depends_on_all_that_its_kernel_calls():
     assert entry(same, inputs, dense.DenseOutputs((1,)), 0).cache_key == key
 
 
-def _with_another_sigmoid(function, done, old="1.0 / (1.0 + e)", new="1.0 / (1 + e)"):
+def _with_another_sigmoid(function, done, old="_reciprocal(1.0", new="_reciprocal(1"):
     """A copy of a Triton function and of all that it calls; `sigmoid` is edited."""
     if function not in done:
         fn = function.fn

@@ -246,6 +246,45 @@ def test_packed_slots_at_the_far_end(elements):
     assert wrapped == far or not states[wrapped - 1 : wrapped + 2].any()
 
 
+def test_states_move_between_far_slots():
+    rng = np.random.default_rng(4)
+    dim, width, state_len = 40, 4, 9
+    slots_count = ELEMENTS // (state_len * dim) + 3
+    states = sparse((slots_count, state_len, dim), BFLOAT16)
+    weight, bias = parameters(rng, dim, width)
+    far = slots_count - 1
+    states[far] = normal(rng, (state_len, dim))
+    old, x = states[far].copy(), normal(rng, (5, dim))
+
+    def slot(number):
+        return np.array([number], np.int32)
+
+    operands = PackedOperands(
+        *(x, weight, bias, states, np.array([0, 5], np.int32), slot(far)),
+        has_initial_state=np.ones(1, bool),
+        write_slots=slot(far - 1),
+        snapshot_slots=slot(far - 2),
+        snapshot_ends=slot(2),
+    )
+    record.run(launch.packed(SILU, operands), in_place_caller())
+    checks.assert_same_bits(states[far], old)
+    checks.assert_same_bits(states[far - 1], reference.shift_in(old, x))
+    checks.assert_same_bits(states[far - 2], reference.shift_in(old, x[:2]))
+    for seqlens in (None, slot(7)):
+        operands = UpdateOperands(
+            *(x[None], weight, bias, states, slot(far), seqlens),
+            write_slots=slot(far - 2),
+        )
+        record.run(launch.update(SILU, operands), in_place_caller())
+        want = reference.shift_in(old, x)
+        if seqlens is not None:
+            want = old.copy()
+            want[[7, 8, 0, 1, 2]] = x
+        checks.assert_same_bits(states[far - 2], want)
+    checks.assert_same_bits(states[far], old)
+    assert not states[:5].any()
+
+
 @pytest.mark.parametrize("circular", [False, True])
 @pytest.mark.parametrize("elements", [ELEMENTS, 2 * ELEMENTS], ids=["2**31", "2**32"])
 def test_update_rows_and_slots_at_the_far_end(elements, circular):

@@ -93,6 +93,18 @@ CASES = {
     "malformed offsets": packed([4, 6, 5, 3]).replace(
         query_start_loc=slots(9, 3, 2**31 - 1, -(2**31), 30)
     ),
+    "dilation": packed(
+        [1, 17, 2, 9],
+        rejected=[0, 2],
+        dilation=2,
+        residual=True,
+        state_len=8,
+        block_m=8,
+    ),
+    "dilation, decode": update(dilation=2, state_len=9),
+    "dilation, circular": update(
+        dilation=2, cache_seqlens=True, num_rejected_tokens=False, state_len=7
+    ),
     "decode": update(),
     "decode, more rejected rows than inputs": update(
         arrays={"num_rejected_tokens": slots(4, 5, 6, 0, 9)}
@@ -113,6 +125,19 @@ CASES = {
     ),
     "circular, L = W-1": update(
         cache_seqlens=True, num_rejected_tokens=False, state_len=3
+    ),
+    "forks and snapshots": packed(
+        [1, 7, 0, 9, 4], num_slots=12, write_indices=True, snapshots=True
+    ).replace(
+        cache_indices=slots(3, 3, 1, 0, 2),
+        write_indices=slots(4, 5, 3, 0, 6),
+        snapshot_indices=slots(7, -1, 0, 8, 2),
+        snapshot_ends=slots(0, 3, 1, 9, 1),
+        num_rejected_tokens=slots(2, 0, 0, 1, 3),
+    ),
+    "decode, forks": update(write_indices=True),
+    "circular, forks": update(
+        cache_seqlens=True, num_rejected_tokens=False, write_indices=True
     ),
 }
 

@@ -83,6 +83,62 @@ def compiled_step(tokens, seqs, prefills, states, capability):
     return list(machine_code.compile_kernels(step, arguments, capability))
 
 
+BACKWARD = (
+    "backward_prepare_kernel",
+    "backward_states_kernel",
+    "backward_tokens_kernel",
+    "backward_pairs_kernel",
+    "backward_heads_kernel",
+    "backward_finish_kernel",
+)
+
+
+# Bytes of local memory; none on Hopper, where the tiles were chosen.
+BACKWARD_STACK = {80: 64, 90: 0, 100: 16}
+
+
+@functools.cache
+def compiled_gradient(capability, rows=8, tokens=2048, heads=HEADS):
+    """The machine code of all kernels of the gradient of dense rows."""
+
+    def struct(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    def gradient(operands, dy):
+        def outputs(x, dt, A, B, C, D, bias):
+            return jcc.ssd(
+                *(x, dt, A, B, C, D),
+                dt_bias=bias,
+                dt_softplus=True,
+                implementation="triton",
+            )
+
+        return jax.vjp(outputs, *operands)[1](dy)
+
+    of_head = struct((heads,), "float32")
+    of_group = struct((rows, tokens, GROUPS, SIZE), "bfloat16")
+    x = struct((rows, tokens, heads, DIM), "bfloat16")
+    dt = struct((rows, tokens, heads), "bfloat16")
+    operands = (x, dt, of_head, of_group, of_group, of_head, of_head)
+    return list(machine_code.compile_kernels(gradient, (operands, x), capability))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_gradient_stays_in_registers(capability):
+    kernels = {code.name: code for code in compiled_gradient(capability)}
+    assert kernels.keys() == set(BACKWARD)
+    for name, code in kernels.items():
+        assert code.stack <= BACKWARD_STACK[capability], (
+            f"{name}: {code.stack} bytes at {code.registers} registers"
+        )
+
+
+def test_gradient_compiles_where_sizes_are_one():
+    """A number that is 1 (rows, tokens, tiles, groups) is a constant to the kernels."""
+    kernels = compiled_gradient(90, rows=1, tokens=1, heads=1)
+    assert [code.name for code in kernels] == list(BACKWARD)
+
+
 # States are converted as they come and go, by the same instructions on all GPUs.
 @pytest.mark.parametrize(
     "states, capability",

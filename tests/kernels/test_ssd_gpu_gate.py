@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_causal_conv as jcc
+from jax_causal_conv.mamba2 import DraftStates
 from tests.support import gpu_compiler
 from tests.support.gpu_compiler import Program
 
@@ -94,6 +95,55 @@ def scan(count, most):
     return Program(step, (tokens, heads, cache, integers), (2,), count)
 
 
+def moving(most):
+    """A call whose states go elsewhere, and which leaves snapshots."""
+    tokens, (*integers, seen) = batch_of(int(most))
+
+    def step(tokens, head, cache, integers, moves):
+        x, dt, B, C = tokens
+        offsets, slots, seen = integers
+        writes, ends, snapshots = moves
+        return jcc.ssd_packed(
+            *(x, dt, head, B, C, head, cache, offsets),
+            cache_indices=slots,
+            has_initial_state=seen,
+            write_indices=writes,
+            snapshot_ends=ends,
+            snapshot_indices=snapshots,
+            max_prefills=int(most),
+        )
+
+    cache = struct(SLOTS, HEADS, DIM, SIZE, dtype="float32")
+    moves = (struct(SEQS, dtype="int32"),) * 3
+    return Program(step, (tokens, HEAD, cache, (*integers, seen), moves), (2,), 1)
+
+
+def drafts(most):
+    """A call from whose cache three drafts can be taken back."""
+    tokens, (*integers, seen) = batch_of(int(most))
+
+    def step(tokens, head, cache, recent, integers):
+        x, dt, B, C = tokens
+        offsets, slots, rejected, seen = integers
+        y, new = jcc.ssd_packed(
+            *(x, dt, head, B, C, head, DraftStates(cache, *recent), offsets),
+            cache_indices=slots,
+            has_initial_state=seen,
+            num_rejected_tokens=rejected,
+            max_prefills=int(most),
+        )
+        return y, *new
+
+    cache = struct(SLOTS, HEADS, DIM, SIZE, dtype="float32")
+    recent = (
+        struct(SLOTS, 3, HEADS, DIM),
+        struct(SLOTS, 3, HEADS, dtype="float32"),
+        struct(SLOTS, 3, 1, SIZE),
+    )
+    integers = (*integers, struct(SEQS, dtype="int32"), seen)
+    return Program(step, (tokens, HEAD, cache, recent, integers), (2,), 1)
+
+
 # Layers, slots (as many as sequences, fewer and many more), most prefills.
 STACKS = [
     *(f"stack-1-{slots}-{most}" for slots in (SLOTS, SEQS) for most in KERNELS),
@@ -101,12 +151,13 @@ STACKS = [
     *(f"stack-{count}-{SLOTS}-{most}" for count in (2, 4) for most in KERNELS),
 ]
 SCANS = [f"scan-4-{most}" for most in KERNELS]
+MOVES = [f"{how}-{most}" for how in ("moving", "drafts") for most in KERNELS]
 
 
 @pytest.fixture(scope="module")
 def compiled():
     programs = gpu_compiler.compile_programs(
-        __name__, [*STACKS, *SCANS], donate=(True,)
+        __name__, [*STACKS, *SCANS, *MOVES], donate=(True,)
     )
     return {name: program for (name, _), program in programs.items()}
 
@@ -134,6 +185,15 @@ def test_donated_states_are_updated_in_place(compiled, name):
         assert not copies, texts(copies)
     assert program.alias_bytes == program.num_caches * program.cache_bytes
     assert program.temp_bytes < program.cache_bytes or f"-{SEQS}-" in name
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_states_that_move_take_no_launch_more_and_no_copy(compiled, name):
+    program = compiled[name]
+    assert len(program.kernels()) == KERNELS[int(name.split("-")[1])]
+    assert not program.cache_copies(), texts(program.cache_copies())
+    assert program.alias_bytes == program.cache_bytes
+    assert program.temp_bytes < program.cache_bytes
 
 
 @pytest.mark.parametrize("most", KERNELS)

@@ -22,15 +22,24 @@ from triton.runtime.interpreter import TensorHandle
 from jax_causal_conv.kernels import (
     interpreter,
     launch_ssd,
+    launch_ssd_backward,
     record,
+    ssd_backward,
+    ssd_backward_states,
     ssd_chunks,
     ssd_decode,
     ssd_device,
     ssd_prepare,
 )
 from jax_causal_conv.kernels.entry import arrays, replaced
-from jax_causal_conv.operands import SSDOperands, SSDPackedOperands, SSDSpec
+from jax_causal_conv.operands import (
+    SSDBackwardOperands,
+    SSDOperands,
+    SSDPackedOperands,
+    SSDSpec,
+)
 from tests.support import guard, ssd_cases, ssd_launches
+from tests.support import ssd_backward as gradients
 from tests.support import ssd_reference as reference
 from tests.support.ssd_cases import BFLOAT16, FLOAT32
 
@@ -39,6 +48,16 @@ TOKENS = 2**31 // HEADS + 9000  # even dt is larger than 2**31 elements
 SLOTS = 2**31 // (HEADS * DIM * SIZE) + 3
 HEAD, GROUP = HEADS - 1, GROUPS - 1  # whose results are looked at
 SEEN = 200  # tokens at the end that are not zero
+
+
+KERNELS = (
+    ssd_backward,
+    ssd_backward_states,
+    ssd_chunks,
+    ssd_decode,
+    ssd_device,
+    ssd_prepare,
+)
 
 
 def sparse(shape, dtype):
@@ -62,7 +81,7 @@ def int32_range(*bounds, num_stages=None):
 @pytest.fixture(autouse=True)
 def loops_count_in_int32():
     with contextlib.ExitStack() as stack:
-        for module in (ssd_chunks, ssd_decode, ssd_device, ssd_prepare):
+        for module in KERNELS:
             for function in vars(module).values():
                 if isinstance(function, triton.JITFunction):
                     names = interpreter._interpreted(function).__globals__
@@ -171,6 +190,51 @@ def test_decodes_at_the_far_end():
     assert not states[:3].any()
 
 
+def test_states_move_between_far_slots():
+    offsets = [0, TOKENS - 4, TOKENS - 3, TOKENS - 2]
+    operands = packed_operands(np.random.default_rng(0), offsets, [0, -1, SLOTS - 1])
+    operands = operands._replace(
+        write_slots=np.array([-1, -1, SLOTS - 2], np.int32),
+        snapshot_slots=np.array([-1, -1, SLOTS - 3], np.int32),
+        snapshot_ends=np.zeros(3, np.int32),
+    )
+    old = operands.states[-3:, HEAD].copy()
+    choose = programs_for((), (), (1, 2), ())
+    call = caller(choose, {"y": slice(-SEEN, None)})
+    y, states = record.run(launch_ssd.packed(SSDSpec(64), operands), call)
+    at = slice(TOKENS - 3, TOKENS - 2)
+    check(operands, at, old[2], y[at, HEAD], states[-2, HEAD])
+    np.testing.assert_array_equal(states[[-1, -3], HEAD], old[[2, 2]])
+    assert not states[:3].any()
+
+
+@pytest.mark.parametrize("stretch", [0, 1])
+def test_prompt_leaves_states_in_far_slots(stretch):
+    first = TOKENS - 9 - 130
+    offsets, slots = [0, first, first + 130], [0, SLOTS - 1]
+    operands = packed_operands(np.random.default_rng(1), offsets, slots)
+    operands = operands._replace(
+        write_slots=np.array([-1, SLOTS - 2], np.int32),
+        snapshot_slots=np.array([-1, SLOTS - 3], np.int32),
+        snapshot_ends=np.array([0, 100], np.int32),
+    )
+    old, spec = operands.states[-1, HEAD].copy(), SSDSpec(64, max_prefills=2)
+    tile = {"stretch": stretch, "chunk": 64}
+    tile = ssd_launches.tile_of("ssd_packed", spec, operands, **tile)
+    pieces = range(-(-first // 64), -(-first // 64) + 3)
+    choose = programs_for(pieces, pieces, (), (1,))
+    inner = slice(pieces.start, pieces.stop)
+    where = {"y": slice(-SEEN, None), "sums": (inner, HEAD)}
+    where |= dict.fromkeys(("carried", "forget", "weights"), (inner, HEAD))
+    y, states = record.run(
+        launch_ssd.packed(spec, operands, tile), caller(choose, where)
+    )
+    for at, slot in ((slice(first, first + 130), -2), (slice(first, first + 100), -3)):
+        check(operands, at, old, y[at, HEAD], states[slot, HEAD])
+    np.testing.assert_array_equal(states[-1, HEAD], old)
+    assert not states[:3].any()
+
+
 @pytest.mark.parametrize("stretch", [0, 1])
 def test_prompts_and_a_decode_at_the_far_end(stretch):
     """The first sequence, which is not run, has nearly all tokens and chunks."""
@@ -217,3 +281,84 @@ def test_rows_at_the_far_end(segments):
         **{name: getattr(operands, name)[-1] for name in ("x", "dt", "B", "C")}
     )
     check(in_row, slice(None), states[-1, HEAD], y[-1, :, HEAD], final[-1, HEAD])
+
+
+def gradient_programs(launch):
+    """Those of the last row, whose only group has two tiles, for the last head."""
+    C, row = launch.constants, launch.inputs.rows - 1
+    groups, pairs = C.G, range(3)
+    blocks = -(-C.H // C.H_BLOCK)
+    finish = -(-C.H // C.FINISH_HEADS)
+    before = {
+        "backward_prepare_kernel": 2 * (row + 1) * blocks,
+        "backward_finish_kernel": (row + 1) * groups * 4,
+    }
+    name = launch.kernel.fn.__name__
+    head, group = row * C.H + HEAD, row * groups + GROUP
+    own = {
+        "backward_prepare_kernel": [
+            *((2 * row + tile) * blocks + blocks - 1 for tile in range(2)),
+            *(before.get(name, 0) + group * 3 + pair for pair in pairs),
+        ],
+        "backward_states_kernel": [(2 * row + back) * C.H + HEAD for back in range(2)],
+        "backward_tokens_kernel": [head * 2 + tile for tile in range(2)],
+        "backward_pairs_kernel": [group * 3 + pair for pair in pairs],
+        "backward_heads_kernel": [group * 5 + kind for kind in range(5)],
+        "backward_finish_kernel": [
+            *(group * 4 + i for i in range(4)),
+            *(
+                before.get(name, 0) + (2 * row + tile) * finish + finish - 1
+                for tile in range(2)
+            ),
+        ],
+    }
+    return own[name]
+
+
+def test_gradients_at_the_far_end():
+    rng, length = np.random.default_rng(3), 32
+    rows = TOKENS // length
+    tokens = tokens_of(rng, rows, length)
+    states = sparse((rows, HEADS, DIM, SIZE), FLOAT32)
+    dfinal = sparse(states.shape, FLOAT32)
+    dy = sparse(tokens[0].shape, BFLOAT16)
+    for array, part in ((states, (-1, HEAD)), (dfinal, (-1, HEAD))):
+        array[part] = rng.standard_normal(array[part].shape)
+    dy[-1, :, HEAD] = rng.standard_normal((length, DIM))
+    x, dt, A, B, C, D = tokens
+    operands = SSDBackwardOperands(
+        *(x, dt, A, B, C, D), states=states, dy=dy, dfinal=dfinal
+    )
+    spec = SSDSpec(16, dt_softplus=True)
+    tile = gradients.tile_of(operands, chunk=16, tiles=2, item_block=HEADS // GROUPS)
+
+    def call(launch):
+        inputs = replaced(launch.inputs, map(np.asarray, arrays(launch.inputs)))
+        fresh = [sparse(out.shape, out.dtype) for out in arrays(launch.outputs)]
+        outputs = replaced(launch.outputs, fresh)
+        guard.run_programs(launch, inputs, outputs, gradient_programs(launch))
+        return guard.results_of(launch, inputs, outputs)
+
+    results = record.run(launch_ssd_backward.backward(spec, operands, tile), call)
+    dx, ddt, dA, dB, dC, dbias, dD, dstates = results
+    last = slice(HEAD, None)
+    want = reference.gradients(
+        *(x[-1, :, last], dt[-1, :, last], A[last], B[-1, :, GROUP:]),
+        *(C[-1, :, GROUP:], D[last], np.zeros(1), states[-1, last]),
+        *(dy[-1, :, last], dfinal[-1, last]),
+    )
+    got = {
+        "x": dx[-1, :, last],
+        "dt": ddt[-1, :, last],
+        "A": dA[last],
+        "B": dB[-1, :, GROUP:],
+        "C": dC[-1, :, GROUP:],
+        "D": np.asarray(dD)[last].sum(1),
+        "dt_bias": dbias[last],
+        "state": dstates[-1, last],
+    }
+    for name, array in got.items():
+        scale = abs(want[name]).max()
+        assert scale > 0
+        error = abs(array.astype(np.float64) - want[name]).max()
+        assert error < 1e-2 * scale, name

@@ -20,6 +20,7 @@ SEEDS = 24
 SIZES = {"heads": 2, "groups": 1, "dim": 17, "size": 5}
 STRETCHES = {"chunk": 16, "stretch": 1}
 
+MOVES = SIZES | {"write_indices": True, "snapshots": True}
 CASES = {  # and changes to its tiles
     "decode step": (batch([1, 1, 1, 1], max_prefills=0, **SIZES), {}),
     "decode step, prompts skipped": (
@@ -41,6 +42,24 @@ CASES = {  # and changes to its tiles
     ),
     "malformed offsets": (
         draw_packed(3, malformed=True, num_tokens=70, **SIZES),
+        STRETCHES,
+    ),
+    "decode step, forks and snapshots": (
+        batch([1, 1, 1, 1], max_prefills=0, num_slots=9, **MOVES).replace(
+            cache_indices=ints(3, 3, 0, 1),
+            write_indices=ints(4, 5, 0, -1),
+            snapshot_indices=ints(6, 7, 0, 1),
+            snapshot_ends=ints(0, 1, 0, 1),
+        ),
+        {},
+    ),
+    "forks and snapshots, stretches": (
+        batch([1, 50, 40, 16, 33, 20], num_slots=14, **MOVES).replace(
+            cache_indices=ints(3, 3, 3, 0, 1, 2),
+            write_indices=ints(4, 5, 6, 0, 7, -1),
+            snapshot_indices=ints(8, 9, 10, 11, 1, 2),
+            snapshot_ends=ints(1, 17, 16, 0, 5, 20),
+        ),
         STRETCHES,
     ),
     "rows": (draw_rows(0, num_tokens=40, segment_ids=False, **SIZES), {"chunk": 16}),

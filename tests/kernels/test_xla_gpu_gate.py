@@ -59,7 +59,37 @@ def update_layer(x, weight, bias, state, slots, batch):
     )
 
 
+def moving_layer(x, weight, bias, states, slots, batch):
+    offsets, writes, ends, snapshots, metadata = batch
+    return jcc.causal_conv1d_fn(
+        x,
+        weight,
+        bias,
+        states,
+        offsets,
+        cache_indices=slots,
+        write_indices=writes,
+        snapshot_ends=ends,
+        snapshot_indices=snapshots,
+        metadata=metadata,
+    )
+
+
+def forking_layer(x, weight, bias, state, slots, batch):
+    return jcc.causal_conv1d_update(
+        *(x, state, weight, bias, MODEL.activation),
+        conv_state_indices=slots,
+        conv_state_write_indices=batch[0],
+    )
+
+
 LAYERS = {
+    "moving": (
+        moving_layer,
+        struct((TOKENS, MODEL.dim)),
+        (OFFSETS, ROWS, ROWS, ROWS, METADATA),
+    ),
+    "forking": (forking_layer, struct((SEQS, MODEL.dim)), (ROWS,)),
     "packed": (packed_layer, struct((TOKENS, MODEL.dim)), (OFFSETS, SEEN, METADATA)),
     "update": (update_layer, struct((SEQS, MODEL.dim)), ()),
 }
@@ -108,6 +138,8 @@ def layer_scan(op):
     return Program(step, (x, filters, cache, ROWS, batch), (2,), MODEL.layers)
 
 
+one_moving_call = functools.partial(one_call, "moving")
+one_forking_call = functools.partial(one_call, "forking")
 one_packed_call = functools.partial(one_call, "packed")
 one_update_call = functools.partial(one_call, "update")
 packed_layer_stack = functools.partial(layer_stack, "packed")
@@ -157,7 +189,7 @@ def sampling():
     return Program(sample, (logits, *rows), (), 0)
 
 
-CALLS = ["one_packed_call", "one_update_call"]
+CALLS = ["one_packed_call", "one_update_call", "one_moving_call", "one_forking_call"]
 STACKS = ["packed_layer_stack", "update_layer_stack"]
 SCANS = ["packed_layer_scan", "update_layer_scan"]
 # Slots, most prefills, and how often XLA makes arrays of 64 states or more.

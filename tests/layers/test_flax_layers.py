@@ -295,14 +295,14 @@ def test_initialisers_and_metadata_carry_partitioning():
 def test_wrong_arguments_are_named(kind):
     x, weight, bias = draw_layer(10)
     conv = layer(kind, weight, bias)
-    with pytest.raises(ValueError, match=r"weight must have shape \(D, W\)"):
+    with pytest.raises(ValueError, match="x must have D = 6 channels"):
         conv(x[..., :-1])
     with pytest.raises(TypeError, match="unexpected keyword argument 'slots'"):
         conv.decode(x[:, 0], conv.init_state(2), slots=None)
     with pytest.raises(ValueError, match="implementation must be one of"):
         layer(kind, weight, bias, implementation="cuda")(x)
     with pytest.raises(ValueError, match='activation must be None, "silu"'):
-        layer(kind, weight, bias, activation="gelu")(x)
+        layer(kind, weight, bias, activation="elu")(x)
     for size, error in (((4,), TypeError), (0, ValueError)):
         with pytest.raises(error, match="kernel_size must be"):
             if kind == "nnx":
@@ -323,6 +323,22 @@ def test_missing_flax_is_named_with_its_cure(monkeypatch, name):
 def test_core_package_does_not_import_flax():
     code = "import sys, jax_causal_conv; sys.exit('flax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@with_kinds
+def test_dilation_and_residual_reach_every_method(kind):
+    x, weight, bias = draw_layer(12)
+    static = {"activation": "tanh", "dilation": 2, "residual": True}
+    conv = layer(kind, weight, bias, **static)
+    want = jax_causal_conv.causal_conv1d(x, weight, bias, **static)
+    np.testing.assert_array_equal(conv(x), want)
+    state = conv.init_state(BATCH)
+    assert state.shape == (BATCH, 2 * (WIDTH - 1), DIM)
+    offsets = np.arange(BATCH + 1) * TOKENS
+    out, _ = conv.packed(x.reshape(-1, DIM), state, offsets)
+    np.testing.assert_array_equal(out.reshape(x.shape), want)
+    out, _ = conv.decode(x, state)
+    np.testing.assert_array_equal(out, want)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import signal
-import sys
 import threading
 import time
 import types
@@ -33,6 +32,7 @@ from jax_causal_conv.mamba2 import (
     sample,
 )
 from tests.support import quick
+from tests.support.interruptions import Interrupter, Timer
 
 pytestmark = pytest.mark.xdist_group("mamba2_engine")
 
@@ -120,14 +120,14 @@ def engine(warm_engine):
     engine = warm_engine("usual")
     yield engine
     assert engine.idle and engine.num_running == 0
-    assert sorted(engine._free) == [0, 1, 2, 3], "slots are missing"
+    assert sorted(engine._schedule.free) == [0, 1, 2, 3], "slots are missing"
 
 
 def poison(engine):
     """NaN in all slots that nobody has."""
-    free = jnp.array(list(engine._free), int)
-    cache = jax.tree.map(lambda a: a.at[free].set(jnp.nan), engine._state.cache)
-    engine._state = engine._state._replace(cache=cache)
+    free = jnp.array(list(engine._schedule.free), int)
+    cache = jax.tree.map(lambda a: a.at[free].set(jnp.nan), engine._device.state.cache)
+    engine._device.state = engine._device.state._replace(cache=cache)
 
 
 def some_requests(count, seed=0):
@@ -330,7 +330,7 @@ def test_without_warmup_buckets_are_compiled_on_first_use():
 
 def test_caches_are_donated(engine):
     engine.submit(Request([1, 2, 3], max_new_tokens=2))
-    before = jax.tree.leaves(engine._state)
+    before = jax.tree.leaves(engine._device.state)
     engine.step()
     assert all(array.is_deleted() for array in before)
     engine.run()
@@ -387,7 +387,7 @@ def test_cancelling_frees_the_slot_at_once(engine, alone):
     slot = prefilling.slot
     assert engine.cancel(waiting.id) and engine.num_waiting == 1
     assert engine.cancel(prefilling.id)
-    assert list(engine._free) == [slot] and engine.num_running == 3
+    assert list(engine._schedule.free) == [slot] and engine.num_running == 3
     assert waiting.finish_reason == prefilling.finish_reason == "cancelled"
     poison(engine)
     events = engine.step()
@@ -432,7 +432,7 @@ def test_random_arrivals_and_cancellations(engine, alone):
             poison(engine)
         engine.step()
         slots = [g.slot for g in generations if g.slot != PAD_SLOT_ID]
-        assert sorted([*slots, *engine._free]) == [0, 1, 2, 3]
+        assert sorted([*slots, *engine._schedule.free]) == [0, 1, 2, 3]
     engine.run()
     reasons = [g.finish_reason for g in generations]
     assert min(reasons.count("length"), reasons.count("cancelled")) > 10
@@ -723,42 +723,6 @@ def test_integers_of_any_kind_are_read_once_and_the_same(engine, alone):
 # ---- Interruptions -----------------------------------------------------------------
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt before the given instruction of the engine's module.
-
-    Attributes:
-        count: instructions of that module that have been executed.
-        where: the name of the function that was interrupted.
-    """
-
-    def __init__(self, moment=None):
-        self.moment = moment
-        self.count = 0
-        self.where = None
-
-    def __enter__(self):
-        self.previous = sys.gettrace()
-        sys.settrace(self.enter)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(self.previous)
-
-    def enter(self, frame, event, _):
-        if frame.f_code.co_filename != Engine.step.__code__.co_filename:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self.count_instruction
-
-    def count_instruction(self, frame, event, _):
-        if event == "opcode":
-            self.count += 1
-            if self.count == self.moment:
-                self.where = frame.f_code.co_name
-                raise KeyboardInterrupt  # which ends all tracing
-        return self.count_instruction
-
-
 class Job(NamedTuple):
     """A request that was submitted, and what it should become."""
 
@@ -806,8 +770,8 @@ def drive(engine, jobs, moments=(), step=Engine.step):
         count += interrupter.count
         where.append(interrupter.where)
     # An interruption may come between the last instruction of a call and its caller.
-    lost = {"step", "run", "_take_events"} & set(where)
-    missed = "_deliver" in where  # and before the first instruction of a callback
+    lost = {"step", "run", "take"} & set(where)
+    missed = "deliver" in where  # and before the first instruction of a callback
     check(engine, jobs, None if lost else returned, missed)
     return count, where
 
@@ -831,8 +795,12 @@ def check(engine, jobs, returned=None, missed=False):
         elif returned is not None:
             assert [event for event in returned if event.id == id] == events
     assert engine.idle and engine._intact
-    assert not engine._running and not engine._waiting and not engine._flights
-    assert sorted(engine._free) == [0, 1, 2, 3]
+    assert (
+        not engine._schedule.running
+        and not engine._schedule.waiting
+        and not engine._flights
+    )
+    assert sorted(engine._schedule.free) == [0, 1, 2, 3]
 
 
 def test_an_interruption_between_any_two_instructions_changes_nothing(
@@ -848,7 +816,7 @@ def test_an_interruption_between_any_two_instructions_changes_nothing(
         moments = [moment, int(rng.integers(1, 1200))][: 1 + i % 2]
         step = Engine.run if i % 5 == 0 else Engine.step
         interrupted |= set(drive(engine, submit_all(engine), moments, step)[1])
-    assert interrupted >= {"_dispatch", "_collect", "_deliver", "_pack", "_mend"}
+    assert interrupted >= {"_dispatch", "_collect", "deliver", "pack", "settle"}
 
 
 @pytest.fixture(scope="module")
@@ -871,7 +839,7 @@ def test_every_few_instructions_a_short_run_may_be_interrupted(bigrams):
             engine.run()
         engine.run()
         assert [generation.tokens for generation in generations] == expected, moment
-        assert engine.idle and sorted(engine._free) == [0, 1]
+        assert engine.idle and sorted(engine._schedule.free) == [0, 1]
         if interrupter.where is None:
             break
     assert moment > 1000
@@ -912,50 +880,8 @@ def test_an_interrupted_submit_or_cancel_has_done_all_or_nothing(bigrams, what):
         else:
             outcomes.add(victim.finish_reason)
             assert len(ended) == 3
-        assert engine.idle and sorted(engine._free) == [0, 1]
+        assert engine.idle and sorted(engine._schedule.free) == [0, 1]
     assert hits > 50 and len(outcomes) == 2
-
-
-class Timer:
-    """A real signal after so many seconds, whose handler raises KeyboardInterrupt."""
-
-    def __init__(self, number):
-        self.number = number
-        self.armed = False
-
-    def __enter__(self):
-        self.previous = signal.signal(self.number, self.handle)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(self.number, self.previous)
-
-    def handle(self, *_):
-        if self.armed:
-            self.armed = False
-            raise KeyboardInterrupt
-
-    def call(self, seconds, function):
-        """Calls it, and says whether it was interrupted."""
-        send = functools.partial(
-            signal.pthread_kill, threading.get_ident(), self.number
-        )
-        timer = threading.Timer(seconds, send)
-        try:
-            self.armed = True
-            if self.number == signal.SIGALRM:
-                signal.setitimer(signal.ITIMER_REAL, seconds)
-            else:
-                timer.start()
-            function()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            self.armed = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            if timer.ident is not None:
-                timer.join()
-        return False
 
 
 @pytest.mark.skipif(
@@ -999,7 +925,7 @@ def test_lost_caches_are_made_anew_and_the_failure_is_raised(
         jobs = submit_all(engine)
         returned = [event for _ in range(steps) for event in engine.step()]
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_executable", lambda _: failing)
+            patch.setattr(engine._device, "executable", lambda _: failing)
             for _ in range(2):
                 with pytest.raises(RuntimeError, match="out of memory"):
                     engine.step()
@@ -1016,7 +942,7 @@ def test_an_interruption_while_waiting_for_the_device_costs_nothing(
 ):
     jobs = submit_all(engine)
     returned = engine.step()
-    caches = engine._state
+    caches = engine._device.state
     flight = engine._flights[0]
 
     class Slow:
@@ -1026,7 +952,7 @@ def test_an_interruption_while_waiting_for_the_device_costs_nothing(
     engine._flights[0] = flight._replace(tokens=Slow())
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    assert caches is not engine._state and len(engine._flights) == 2
+    assert caches is not engine._device.state and len(engine._flights) == 2
     assert engine._intact  # nothing has to be read again
     engine._flights[0] = flight
     returned += engine.run()

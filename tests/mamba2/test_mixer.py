@@ -357,9 +357,12 @@ def test_empty_batches_change_nothing(tokens, seqs, slots):
             r"headdim must divide d_inner = expand \* d_model, got 5 and 32",
         ),
         ({"n_groups": 3}, "n_groups must divide the number of heads, got 3 and 4"),
-        ({"n_groups": 2, "num_shards": 4}, "num_shards must divide n_groups"),
+        (
+            {"d_inner": 24, "headdim": 4, "n_groups": 2, "num_shards": 3},
+            "num_shards must divide n_groups or be a multiple of it, got 3 and 2",
+        ),
         ({"norm_groups": 3}, "groups must divide features, got 3 and 32"),
-        ({"activation": "gelu"}, "activation must be None"),
+        ({"activation": "elu"}, "activation must be None"),
         ({"n_groups": 0}, "n_groups must be at least 1"),
     ],
 )

@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_causal_conv.mamba2.ssd import ssd, ssd_packed
+from jax_causal_conv.mamba2.ssd import DraftStates, ssd, ssd_packed
 from tests.support import checks, eight_devices, gpu_compiler, quick
+from tests.support.draws import ints
 from tests.support.gpu_compiler import CompiledProgram, Program
 from tests.support.platforms import HAS_TRITON
 from tests.support.ssd_cases import (
@@ -45,7 +46,18 @@ def rows(groups=1, heads=8, **changes):
     return draw_rows(0, heads=heads, groups=groups, **options)
 
 
+def moving(groups=1, heads=8):
+    case = packed(groups, heads, write_indices=True, snapshots=True)
+    return case.replace(
+        cache_indices=ints(0, 0, 1, 2),
+        write_indices=ints(3, 4, 1, -1),
+        snapshot_indices=ints(5, -1, 6, 2),
+        snapshot_ends=ints(16, 1, 0, 4),
+    )
+
+
 DRAWS = {
+    "moving": moving,
     "packed": packed,
     "decode": functools.partial(packed, max_prefills=0),
     "rows": rows,
@@ -115,7 +127,7 @@ def assert_right(case, results, implementation=None):
     compare(case, checks.to_host(results), Expected(case), implementation)
 
 
-@CHECKS.over(("packed", "decode", "rows"), KINDS, (1, 8))
+@CHECKS.over(("packed", "decode", "rows", "moving"), KINDS, (1, 8))
 def sharded_heads_stay_where_they_are(op, kind, groups):
     mesh, case = make_mesh(kind, model=8), DRAWS[op](groups)
     specs = specs_of(case, heads="model")
@@ -126,6 +138,43 @@ def sharded_heads_stay_where_they_are(op, kind, groups):
         want = P(None, "model") if name not in specs else specs[name]
         want = NamedSharding(mesh, want)
         assert result.sharding.is_equivalent_to(want, result.ndim), name
+
+
+@CHECKS.over(KINDS, (1, 8))
+def drafts_of_sharded_heads_stay_where_they_are(kind, groups):
+    mesh, case = make_mesh(kind, model=8), packed(groups, bias=None)
+    arrays = present(case)
+    specs = specs_of(case, heads="model")
+    slots, (heads, dim, size) = case.shape.num_slots, case.shape.state_shape
+    rng = np.random.default_rng(0)
+    recent = [
+        rng.uniform(0, 1, (slots, 2, *of_token)).astype(np.float32)
+        for of_token in ((heads, dim), (heads,), (groups, size))
+    ]
+    of_group = specs["B"][1]
+    sharded = [P(None, None, "model")] * 2 + [P(None, None, of_group)]
+    options = case.shape.options()
+    rejected = ints(1, 2, 0, 1)
+
+    def run(arrays, recent):
+        arrays = dict(arrays)
+        states = DraftStates(arrays.pop("ssm_states"), *recent)
+        return ssd_packed(
+            **arrays, ssm_states=states, num_rejected_tokens=rejected, **options
+        )
+
+    want = checks.to_host(quick.jit(run)(arrays, recent))
+    placed = place(mesh, arrays, specs)
+    placed_recent = [
+        jax.device_put(a, NamedSharding(mesh, spec))
+        for a, spec in zip(recent, sharded, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        compiled = quick.jit(run).lower(placed, placed_recent).compile()
+        got = compiled(placed, placed_recent)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(one), other, rtol=1e-5, atol=1e-5)
+    assert_local(CompiledProgram(compiled.as_text(), 0, 0, 1, 0, 0))
 
 
 @CHECKS.over(("rows", "rows without states"), KINDS)

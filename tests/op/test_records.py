@@ -16,14 +16,17 @@ from jax_causal_conv.op.ops import (
     PACKED_BACKWARD,
     ROWS_BACKWARD,
     SSD,
+    SSD_BACKWARD,
     SSD_PACKED,
+    SSD_REPLAY,
     UPDATE,
 )
 from jax_causal_conv.operands import ConvSpec, SSDSpec
 
 T, N, S, L, D, W, B, Q = 23, 5, 7, 6, 12, 4, 3, 2
 H, P, G, K = 6, 5, 3, 7
-CONV_OPS = tuple(op for op in OPS if op not in (SSD, SSD_PACKED))
+SSD_OPS = (SSD, SSD_BACKWARD, SSD_PACKED, SSD_REPLAY)
+CONV_OPS = tuple(op for op in OPS if op not in SSD_OPS)
 COLUMNS = (Columns(), Columns(5), Columns(split=(4, 8)), Columns(5, (4, 4, 4)))
 DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -49,12 +52,16 @@ def operands_of(op, x_dtype, state_dtype, columns, optional: bool):
             "has_initial_state": bools(N),
             "num_rejected": ints(N),
             "metadata": ConvMetadata(chunks, chunks, 8),
+            "write_slots": ints(N),
+            "snapshot_slots": ints(N),
+            "snapshot_ends": ints(N),
         },
         UPDATE: {
             "states": states,
             "slots": ints(B),
             "cache_seqlens": ints(B),
             "num_rejected": ints(B),
+            "write_slots": ints(B),
         },
         DENSE: {
             "states": array(B, L, D, dtype=state_dtype),
@@ -67,6 +74,8 @@ def operands_of(op, x_dtype, state_dtype, columns, optional: bool):
             "query_start_loc": ints(N + 1),
             "live": bools(N),
             "metadata": ConvMetadata(chunks, chunks, 8),
+            "dsnapshots": array(N, L, D, dtype=state_dtype),
+            "snapshot_ends": ints(N),
         },
         ROWS_BACKWARD: {
             "history": array(B, W - 1, D, dtype=state_dtype),
@@ -92,7 +101,7 @@ def operands_of(op, x_dtype, state_dtype, columns, optional: bool):
 
 
 def ssd_operands(op, x_dtype, state_dtype, optional: bool):
-    rows = (B, T) if op is SSD else (T,)
+    rows = (T,) if op is SSD_PACKED else (B, T)
     groups = array(*rows, G, K, dtype=x_dtype)
     needed = {
         "x": array(*rows, H, P, dtype=x_dtype),
@@ -105,14 +114,25 @@ def ssd_operands(op, x_dtype, state_dtype, optional: bool):
         "D": array(H, P, dtype=jnp.float32),
         "dt_bias": array(H, dtype=x_dtype),
     }
-    if op is SSD:
+    if op is SSD_BACKWARD:
+        needed["dy"] = needed["x"]
+        options["dfinal"] = array(B, H, P, K, dtype=state_dtype)
+    if op is not SSD_PACKED:
         options["states"] = array(B, H, P, K, dtype=state_dtype)
         options["segment_ids"] = array(B, T)
     else:
         needed["states"] = array(S, H, P, K, dtype=state_dtype)
         needed["query_start_loc"] = array(N + 1)
-        options["slots"] = array(N)
+        for name in ("slots", "write_slots", "snapshot_slots", "snapshot_ends"):
+            options[name] = array(N)
         options["has_initial_state"] = array(N, dtype=jnp.bool_)
+    if op is SSD_PACKED:
+        options["write_ends"] = array(N)
+    if op is SSD_REPLAY:
+        needed["recent_x"] = array(S, Q, H, P, dtype=x_dtype)
+        needed["recent_dt"] = array(S, Q, H, dtype=jnp.float32)
+        needed["recent_B"] = array(S, Q, G, K, dtype=state_dtype)
+        options["num_rejected"] = array(N)
     fields = dict.fromkeys(type(op.dims)._fields) | needed
     return type(op.dims)(**fields | (options if optional else {}))
 
@@ -122,7 +142,7 @@ def shapes(results):
 
 
 @pytest.mark.parametrize("optional", [False, True])
-@pytest.mark.parametrize("op", [SSD, SSD_PACKED], ids=str)
+@pytest.mark.parametrize("op", SSD_OPS, ids=str)
 def test_results_of_the_ssd_have_the_shapes_that_the_record_says(op, optional):
     for x_dtype, state_dtype in itertools.product(DTYPES, DTYPES):
         operands = ssd_operands(op, x_dtype, state_dtype, optional)

@@ -58,11 +58,14 @@ def gradients_by_name(floats, gradients):
 
 # --- elsewhere --------------------------------------------------------------------
 
-SAVED = ["dense", "packed", "update", "ring", "metadata"]
+SAVED = ["dense", "packed", "update", "ring", "metadata", "forked"]
 
 
 def case_named(name):
     cases = one_of_each_op(21)
+    if name == "forked":
+        moves = {"cache_indices": ints(4, 4, -1, 2), "write_indices": ints(0, 1, 3, -1)}
+        return small_packed(22, arrays=moves)
     return cases[1] if name == "metadata" else cases[SAVED.index(name)]
 
 

@@ -17,7 +17,8 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 INT32 = np.dtype("int32")
 FLOATS = (np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16))
 CHANNELS = (1, 3, 64, 100, 257, 2064)
-ACTIVATIONS = (None, "silu", "swish", True, False)
+ACTIVATIONS = tuple(reference.ACTIVATIONS)  # names, True and False
+DILATIONS = (1, 1, 1, 2, 3, 5)
 MAX_WIDTH, MAX_EXTRA = 8, 10  # L goes from W-1 to W+9
 GRID = MAX_WIDTH * (MAX_EXTRA + 1)  # every (W, L) once
 
@@ -39,8 +40,12 @@ class PackedShape:
     has_initial_state: bool = True
     num_rejected_tokens: bool = True
     activation: str | bool | None = "silu"
+    dilation: int = 1
+    residual: bool = False
     pad_slot_id: int = reference.PAD_SLOT_ID
     block_m: int | None = None
+    write_indices: bool = False
+    snapshots: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,20 @@ class UpdateShape:
     cache_seqlens: bool = False
     num_rejected_tokens: bool = True
     activation: str | bool | None = "silu"
+    dilation: int = 1
+    residual: bool = False
     pad_slot_id: int = reference.PAD_SLOT_ID
+    write_indices: bool = False
+
+
+def conv_options(shape):
+    names = ("activation", "dilation", "residual")
+    return {name: getattr(shape, name) for name in names}
+
+
+def reach(shape):
+    """How many tokens before its own a filter of a shape spans."""
+    return (shape.width - 1) * shape.dilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +156,20 @@ def width_and_length(index):
     return width, width - 1 + index % (MAX_EXTRA + 1)
 
 
+def dilated(rng, width):
+    """Static options, and how many tokens before its own a filter then spans."""
+    options = {
+        "dilation": int(choose(rng, DILATIONS)),
+        "residual": bool(rng.random() < 0.3),
+    }
+    return options, (width - 1) * options["dilation"]
+
+
 def packed_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
     """A random shape; `small` suits an interpreter that takes its time."""
     width, state_len = width_and_length(rng.integers(GRID) if index is None else index)
+    dilation, reach = dilated(rng, width)
+    state_len += reach - (width - 1)
     cache_indices = rng.random() < 0.8
     num_seqs = int(choose(rng, (1, 2, 3, 5) if small else (1, 2, 3, 5, 9)))
     num_slots = int(choose(rng, (1, 4, 7, 12)))
@@ -160,21 +189,24 @@ def packed_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
         has_initial_state=rng.random() < 0.8,
         num_rejected_tokens=rng.random() < 0.5,
         activation=choose(rng, ACTIVATIONS),
+        **dilation,
         pad_slot_id=int(choose(rng, (-1, -1, -1, 0, 2, 300))),
-        block_m=maybe(rng, block_m),
+        block_m=maybe(rng, max(block_m, reach)),
+        write_indices=rng.random() < 0.3,
+        snapshots=rng.random() < 0.3,
     )
 
 
-def interesting_lengths(width, block_m):
+def interesting_lengths(reach, block_m):
     block = block_m or 16
     long = 3 * block + 1
-    lengths = {0, 1, width - 2, width - 1, width, block - 1, block, block + 1, long}
+    lengths = {0, 1, reach - 1, reach, reach + 1, block - 1, block, block + 1, long}
     return sorted(length for length in lengths if length >= 0)
 
 
 def random_offsets(rng, shape):
     """Valid offsets: interesting lengths, often an uncovered head and tail."""
-    lengths = interesting_lengths(shape.width, shape.block_m)
+    lengths = interesting_lengths(reach(shape), shape.block_m)
     head = min(int(choose(rng, (0, 0, 0, 1, 5))), shape.num_tokens)
     offsets = [head]
     for _ in range(shape.num_seqs):
@@ -215,6 +247,69 @@ def random_slots(rng, live, num_slots, pad_slot_id, dtype, malformed):
         else:
             slots.append(choose(rng, nowhere))
     return integers(slots, dtype)
+
+
+def random_moves(rng, lengths, shape, slots, dtype, malformed) -> dict[str, Any]:
+    """What makes states of live sequences move, with nothing left unspecified.
+
+    Args:
+        rng: the generator.
+        lengths: of the sequences, 0 of those that are not live anyway.
+        shape: with num_slots, pad_slot_id and the flags of what there is to be.
+        slots: `cache_indices` or the like, None for none.
+        dtype: of all integers.
+        malformed: whether some point far away.
+
+    Returns:
+        `cache_indices`, perhaps with several readers of one slot, `write_indices`,
+        `snapshot_ends` and `snapshot_indices`; None for what there is not to be.
+    """
+    num_slots, pad, count = shape.num_slots, shape.pad_slot_id, len(lengths)
+    reads = list(range(count)) if slots is None else [int(s) for s in slots]
+    live = [
+        i
+        for i in range(count)
+        if lengths[i] and reference.is_slot(reads[i], num_slots, pad)
+    ]
+    far = far_values(dtype) if malformed else []
+    nowhere = [
+        slot
+        for slot in representable([pad, -1, num_slots, num_slots + 5, *far], dtype)
+        if not reference.is_slot(slot, num_slots, pad)
+    ]
+    if shape.write_indices and slots is not None and len(live) > 1:
+        for i in live[1:]:
+            if rng.random() < 0.3:
+                reads[i] = reads[live[0]]
+    readers = [reads[i] for i in live]
+    free = [s for s in range(num_slots) if s != pad and s not in readers]
+    rng.shuffle(free)
+
+    def place(i, mine, chance):
+        """The slot that was read, if no other reads it; or a free one; or none."""
+        if i not in live:  # it stores nothing, wherever it points
+            return int(choose(rng, [*nowhere, *range(num_slots)]))
+        if mine and readers.count(reads[i]) == 1 and rng.random() < chance:
+            return reads[i]
+        return free.pop() if free and rng.random() < 0.8 else int(choose(rng, nowhere))
+
+    writes, earlier, ends = reads, None, None
+    if shape.write_indices:
+        writes = [place(i, True, 0.4) for i in range(count)]
+    if getattr(shape, "snapshots", False):
+        # Where the state goes elsewhere, the snapshot may replace what was read.
+        earlier = [place(i, writes[i] != reads[i], 0.3) for i in range(count)]
+        for i in live:
+            if rng.random() < 0.1:  # where the state goes, which comes first
+                earlier[i] = writes[i]
+        pool = [0, 1, 2, *lengths, *(int(n) // 2 for n in lengths), *far]
+        ends = [choose(rng, representable(pool, dtype)) for _ in range(count)]
+    return {
+        "cache_indices": None if slots is None else integers(reads, dtype),
+        "write_indices": integers(writes, dtype) if shape.write_indices else None,
+        "snapshot_ends": None if ends is None else integers(ends, dtype),
+        "snapshot_indices": None if earlier is None else integers(earlier, dtype),
+    }
 
 
 def random_rejected(rng, count, state_len, dtype, malformed):
@@ -263,12 +358,17 @@ def packed_case(shape: PackedShape, rng, *, malformed=False) -> Case:
         arrays["num_rejected_tokens"] = random_rejected(
             rng, shape.num_seqs, shape.state_len, shape.index_dtype, malformed
         )
-    options = {"activation": shape.activation, "pad_slot_id": shape.pad_slot_id}
+    if shape.write_indices or shape.snapshots:
+        slots, dtype = arrays["cache_indices"], shape.index_dtype
+        arrays |= random_moves(rng, lengths, shape, slots, dtype, malformed)
+    options = conv_options(shape) | {"pad_slot_id": shape.pad_slot_id}
     return Case(shape, arrays, options)
 
 
 def update_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
     width, state_len = width_and_length(rng.integers(GRID) if index is None else index)
+    dilation, reach = dilated(rng, width)
+    state_len += reach - (width - 1)
     conv_state_indices = rng.random() < 0.8
     num_rows = int(choose(rng, (1, 3, 6) if small else (1, 3, 6, 17)))
     num_slots = int(choose(rng, (1, 4, 7, 20)))
@@ -288,7 +388,9 @@ def update_shape(rng, index=None, *, small=False, index_dtypes=("int32",)):
         cache_seqlens=circular,
         num_rejected_tokens=not circular and rng.random() < 0.6,
         activation=choose(rng, ACTIVATIONS),
+        **dilation,
         pad_slot_id=int(choose(rng, (-1, -1, -1, 0, 2, 300))),
+        write_indices=rng.random() < 0.3,
     )
 
 
@@ -338,7 +440,13 @@ def update_case(shape: UpdateShape, rng, *, malformed=False) -> Case:
         arrays["num_rejected_tokens"] = random_rejected(
             rng, shape.num_rows, shape.state_len, shape.index_dtype, malformed
         )
-    options = {"activation": shape.activation, "pad_slot_id": shape.pad_slot_id}
+    if shape.write_indices:
+        slots, dtype = arrays["conv_state_indices"], shape.index_dtype
+        lengths = [int(shape.num_queries != 0)] * shape.num_rows
+        moves = random_moves(rng, lengths, shape, slots, dtype, malformed)
+        arrays["conv_state_indices"] = moves["cache_indices"]
+        arrays["conv_state_write_indices"] = moves["write_indices"]
+    options = conv_options(shape) | {"pad_slot_id": shape.pad_slot_id}
     return Case(shape, arrays, options)
 
 
@@ -355,6 +463,8 @@ class DenseShape:
     state_dtype: Any = FLOATS[0]
     segment_ids: bool = True
     activation: str | bool | None = "silu"
+    dilation: int = 1
+    residual: bool = False
 
 
 def random_segments(rng, shape):
@@ -363,7 +473,8 @@ def random_segments(rng, shape):
     for row in ids:
         first, previous = 0, None
         while first < shape.num_tokens:
-            length = int(choose(rng, (1, 1, 2, shape.width - 1, shape.width, 9, 20)))
+            span = reach(shape)
+            length = int(choose(rng, (1, 1, 2, span, span + 1, 9, 20)))
             segment = int(choose(rng, (-3, -1, 0, 1, 5)))
             if segment == previous:
                 continue
@@ -388,4 +499,4 @@ def dense_case(shape: DenseShape, rng) -> Case:
         arrays["initial_state"] = floats(rng, size, shape.state_dtype)
     if shape.segment_ids:
         arrays["segment_ids"] = random_segments(rng, shape)
-    return Case(shape, arrays, {"activation": shape.activation})
+    return Case(shape, arrays, conv_options(shape))

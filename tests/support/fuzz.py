@@ -73,14 +73,16 @@ def kernel_shape(rng) -> PackedShape | UpdateShape:
     unusual = rng.random()
     if unusual < 0.08:  # few channels a program: several blocks of channels
         width = int(choose(rng, (9, 16, 33, 64)))
-        changes |= {"width": width, "state_len": width - 1 + int(rng.integers(3))}
+        changes |= {"width": width, "dilation": int(choose(rng, (1, 1, 3)))}
+        least = (width - 1) * changes["dilation"]
+        changes["state_len"] = least + int(rng.integers(3))
         changes["channels"] = int(choose(rng, (3, 65, 130)))
     elif unusual < 0.16:  # the slot is moved in pieces
         length = int(choose(rng, (32, 63, 300)))
-        changes["state_len"] = max(length, shape.width - 1)
+        changes["state_len"] = max(length, cases.reach(shape))
     shape = dataclasses.replace(shape, **changes)
     if isinstance(shape, PackedShape):
-        least = max(shape.width - 1, 1)
+        least = max(cases.reach(shape), 1)
         blocks = (None, None, least, least + 1, max(least, 8), 16, shape.num_tokens + 3)
         block_m = choose(rng, blocks)
         if block_m is not None:
@@ -186,7 +188,8 @@ def value_case(shape, rng, *, malformed: bool) -> Case:
     case = fill(shape, rng, malformed=malformed)
     case = case.replace(**_other_floats(case, rng))
     slots = case.arrays["cache_indices" if packed else "conv_state_indices"]
-    if slots is not None and len(slots) > 1 and rng.random() < 0.1:
+    moving = shape.write_indices or (packed and shape.snapshots)
+    if slots is not None and len(slots) > 1 and rng.random() < 0.1 and not moving:
         slots = slots.copy()  # perhaps two live sequences on one slot
         slots[rng.integers(len(slots))] = slots[rng.integers(len(slots))]
         name = "cache_indices" if packed else "conv_state_indices"
@@ -220,7 +223,7 @@ def owners(case: Case) -> tuple[np.ndarray, np.ndarray]:
     rows = np.ones(len(case.arrays["x"]), bool)
     slots = np.ones(len(_states(case)), bool)
     for slot, spans in _live_sequences(case).items():
-        if len(spans) > 1:
+        if len(spans) > 1 and not case.shape.write_indices:  # then they write others
             slots[slot] = False
             for first, last in spans:
                 rows[first:last] = False
@@ -285,6 +288,7 @@ def compare(case: Case, got: tuple, expected: Expected, what: str) -> None:
         case.arrays["weight"].shape[1],
         case.options["activation"],
         what,
+        case.options["residual"],
     )
     kept = expected.slots
     same_states(case, states[kept], expected.states[kept], what)
@@ -315,6 +319,10 @@ def compare_unnamed_slots(case: Case, states: np.ndarray, what: str) -> None:
     """With metadata of another batch: slots without a live sequence are unchanged."""
     unnamed = np.ones(len(states), bool)
     unnamed[list(_live_sequences(case))] = False
+    for name in ("write_indices", "snapshot_indices"):
+        if (slots := case.arrays.get(name)) is not None:
+            slots = [int(slot) for slot in slots if 0 <= slot < len(states)]
+            unnamed[slots] = False
     checks.assert_same_bits(states[unnamed], _states(case)[unnamed], f"{what}: {case}")
 
 

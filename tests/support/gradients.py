@@ -80,7 +80,7 @@ def state_shape(case):
     if state is not None:
         return state.shape, state.dtype
     x = case.arrays["x"]
-    return (len(x), shape.width - 1, shape.channels), x.dtype
+    return (len(x), cases.reach(shape), shape.channels), x.dtype
 
 
 def draw_cotangents(case, seed=0):
@@ -107,7 +107,7 @@ def requests_of(case):
         shape.num_queries or 1,
         num_slots,
         state_len,
-        shape.width,
+        cases.reach(shape),
         **rest,
         **pad,
     )
@@ -126,7 +126,7 @@ def expected_gradients(case, cotangents):
         states = np.zeros(*state_shape(case))
     double = floats["x"].dtype == np.float64
     eps = np.finfo(np.float64 if double else f32).eps
-    silu = case.options["activation"] in ("silu", "swish", True)
+    activation = reference.ACTIVATIONS[case.options["activation"]]
     tokens = int(np.prod(floats["x"].shape[:-1]))
 
     def run(measure=None, dstates=cotangents[1]):
@@ -139,23 +139,33 @@ def expected_gradients(case, cotangents):
             case.options["activation"],
             cotangents[0].reshape(tokens, channels),
             dstates,
+            dilation=case.options["dilation"],
+            residual=case.options["residual"],
             measure=measure,
         )
 
     def size_of_dz(dy, z, terms):
-        return abs(dy * reference.silu_slope(z)) if silu else abs(dy)
+        return abs(dy * activation.slope(z))
 
     def error_of_dz(dy, z, terms):
-        if not silu:
+        error = (width + 2) * eps * terms
+        if case.options["activation"] == "relu":  # which side of its step is z on?
+            return abs(dy) * ((abs(z) <= error) & (terms > 0))
+        if not activation.bent:
             return np.zeros_like(dy)
-        # |silu''| <= 1/2; silu' = s (1 + z (1 - s)) with a relative error of s.
-        sigmoid, relative = 1 / (1 + np.exp(-z)), 1e-15 if double else checks.FAST_SILU
-        slope_error = (width + 2) * eps * terms / 2
+        # Those of z, and relative ones of exponentials. All slopes are less than
+        # 2 s (1 + |z|), with s = sigmoid(z) or sigmoid(-z) where they are symmetric.
+        sigmoid, relative = reference.sigmoid(z), 1e-15 if double else checks.FAST
+        if case.options["activation"] in ("sigmoid", "tanh"):
+            sigmoid = reference.sigmoid(-abs(z))
+        slope_error = error * activation.bent
         return abs(dy) * (slope_error + 2 * relative * sigmoid * (1 + abs(z)))
 
+    no_states = np.zeros_like(cotangents[1])
     with np.errstate(all="ignore"):
-        exact, sizes = run(), run(size_of_dz)
-        errors = run(error_of_dz, np.zeros_like(cotangents[1]))
+        exact = run()
+        sizes = run(reference.Measure(size_of_dz, abs))
+        errors = run(reference.Measure(error_of_dz, np.zeros_like), no_states)
     terms = (width + 4, tokens + 4, tokens + 4, width + 4)
     result = {}
     for name, value, size, error, count in zip(
@@ -287,7 +297,10 @@ def assert_values(results, case, what=""):
     exact, state, magnitude = checks.expected(case)
     out, got = checks.to_host(results)
     activation = case.options["activation"]
-    checks.assert_output(out, exact, magnitude, case.shape.width, activation, what)
+    residual = case.options["residual"]
+    checks.assert_output(
+        out, exact, magnitude, case.shape.width, activation, what, residual
+    )
     checks.assert_same_bits(got, state, what)
 
 

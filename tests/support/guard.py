@@ -50,6 +50,7 @@ from tests.support import (
     cases,
     checks,
     reference,
+    ssd_backward,
     ssd_cases,
     ssd_launches,
 )
@@ -256,7 +257,7 @@ def _with_foreign_metadata(case: Case, rng) -> tuple[Case, Any]:
 
     shape, count = case.shape, case.shape.num_tokens
     if shape.block_m is None:
-        shape = dataclasses.replace(shape, block_m=max(8, shape.width - 1))
+        shape = dataclasses.replace(shape, block_m=max(8, cases.reach(shape)))
         case = dataclasses.replace(case, shape=shape)
     other = fuzz.value_case(shape, rng, malformed=rng.random() < 0.5)
     offsets = other.arrays["query_start_loc"]
@@ -304,9 +305,12 @@ def inner_case(seed: int) -> InnerCase:
     if rng.random() < 0.1:
         width, dim = 33, 65  # several blocks of channels
     tokens, count = int(choose(rng, (1, 7, 20, 41))), int(rng.integers(1, 4))
-    state_len = max(width - 1, 1) + int(rng.integers(4))
-    silu, has_bias, has_slots, has_segments, has_live = rng.random(5) < 0.6
-    spec = ConvSpec("silu" if silu else None)
+    dilation = int(choose(rng, (1, 2, 3))) if width > 1 else 1
+    reach = (width - 1) * dilation
+    state_len = max(reach, 1) + int(rng.integers(4))
+    residual, has_bias, has_slots, has_segments, has_live = rng.random(5) < 0.6
+    activation = choose(rng, (None, "silu", "silu", "gelu", "sigmoid", "tanh"))
+    spec = ConvSpec(activation, dilation=dilation, residual=bool(residual))
 
     rng = np.random.default_rng([7, configuration, index])
 
@@ -318,9 +322,16 @@ def inner_case(seed: int) -> InnerCase:
     if op is PACKED_BACKWARD:
         from tests.support import fuzz
 
-        block_m = max(width - 1, 8)
+        block_m = max(reach, 8)
         shape = cases.PackedShape(
-            tokens, count, count, dim, width, state_len, block_m=block_m
+            tokens,
+            count,
+            count,
+            dim,
+            width,
+            state_len,
+            dilation=dilation,
+            block_m=block_m,
         )
         case = fuzz.value_case(shape, rng, malformed=rng.random() < 0.7)
         metadata = None
@@ -330,7 +341,7 @@ def inner_case(seed: int) -> InnerCase:
         lengths = np.diff(reference.clean_offsets(offsets, tokens))
         live = (rng.random(count) < 0.8) & (lengths > 0)
         x, dy = normal(tokens, dim), normal(tokens, dim)
-        history = normal(count, width - 1, dim)
+        history = normal(count, reach, dim)
         operands = PackedBackwardOperands(
             x, *filters, history, (dy,), dslots, offsets, live, metadata
         )
@@ -348,7 +359,7 @@ def inner_case(seed: int) -> InnerCase:
         initial = normal(count, state_len, dim) if has_slots else None
         return InnerCase(op, spec, DenseOperands(x, *filters, initial, segments))
     live = rng.random(count) < 0.7 if has_live else None
-    history = normal(count, width - 1, dim)
+    history = normal(count, reach, dim)
     operands = RowsBackwardOperands(x, *filters, history, (dy,), dslots, live, segments)
     return InnerCase(op, spec, operands)
 
@@ -425,6 +436,10 @@ def check_ssd_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
         print(f"case {seed} {at}", flush=True)
         got = ssd_launches.launch(case, guarded_caller(arena, at), **tile)
         ssd_cases.compare(case, got, expected, "interpret")
+        if not case.packed:
+            spec, operands = ssd_backward.operands_of(case)
+            changes = {"chunk": 16, "tiles": 2} if tile else {}
+            ssd_backward.launch(spec, operands, guarded_caller(arena, at), **changes)
 
 
 # Planted bugs, to show that the harness sees what it is for.

@@ -8,6 +8,7 @@ B rows, Q tokens per row, P programs. The newest input is the last row of a slot
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,6 +35,21 @@ def without_rejected(rows, rejected):
     return np.concatenate([np.zeros_like(rows[:rejected]), rows[: length - rejected]])
 
 
+def write_slot(read, indices, i, num_slots, pad_slot_id):
+    """The slot that sequence i, live by its slot `read`, writes; None if none."""
+    slot = read if indices is None else int(indices[i])
+    return slot if is_slot(slot, num_slots, pad_slot_id) else None
+
+
+def snapshot_of(ends, indices, i, length, written, num_slots, pad_slot_id):
+    """(slot, end) of the snapshot that sequence i leaves; None if none."""
+    if indices is None or not is_slot(int(indices[i]), num_slots, pad_slot_id):
+        return None
+    if int(indices[i]) == written:
+        return None
+    return int(indices[i]), min(max(int(ends[i]), 0), length)
+
+
 def shift_in(history, tokens):
     """The last L entries of concat(history, new inputs), in the state's dtype."""
     with np.errstate(all="ignore"):
@@ -41,8 +57,63 @@ def shift_in(history, tokens):
     return np.concatenate([history, tokens])[len(tokens) :]
 
 
-def convolve(history, tokens, weight, bias, activation):
-    """float64 outputs of one request: `tokens` (n, D) after `history` (H, D), H >= W-1.
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An activation in float64, and what error bounds need of it.
+
+    Attributes:
+        of: the activation.
+        slope: its derivative.
+        steepest: the largest absolute value of the derivative.
+        bent: the same of the second derivative.
+    """
+
+    of: Callable
+    slope: Callable
+    steepest: float
+    bent: float
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def _gelu_slope(z):
+    root = np.sqrt(2 / np.pi)
+    tanh = np.tanh(root * (z + 0.044715 * z**3))
+    inner = root * (1 + 3 * 0.044715 * z**2)
+    slope = (1 + tanh) / 2 + z / 2 * (1 - tanh**2) * inner
+    return np.where(abs(z) > 16, z > 0, slope)
+
+
+ACTIVATIONS = {
+    None: Activation(lambda z: z, np.ones_like, 1, 0),
+    "silu": Activation(
+        lambda z: z / (1 + np.exp(-z)),
+        lambda z: sigmoid(z) * (1 + z * (1 - sigmoid(z))),
+        1.1,
+        0.5,
+    ),
+    "gelu": Activation(
+        lambda z: z * sigmoid(np.sqrt(8 / np.pi) * (z + 0.044715 * z**3)),
+        _gelu_slope,
+        1.13,
+        0.9,
+    ),
+    "relu": Activation(lambda z: np.maximum(z, 0), lambda z: 1.0 * (z > 0), 1, 0),
+    "sigmoid": Activation(sigmoid, lambda z: sigmoid(z) * sigmoid(-z), 0.25, 0.1),
+    "tanh": Activation(
+        np.tanh, lambda z: 4 * sigmoid(2 * z) * sigmoid(-2 * z), 1, 0.78
+    ),
+}
+ACTIVATIONS |= {False: ACTIVATIONS[None]}
+ACTIVATIONS |= {True: ACTIVATIONS["silu"], "swish": ACTIVATIONS["silu"]}
+
+
+def convolve(history, tokens, weight, bias, activation, dilation=1, residual=False):
+    """float64 outputs of one request: `tokens` (n, D) after `history` (H, D).
+
+    H >= (W-1) * dilation.
 
     Operands are first brought to the dtype of the computation, which is float32 unless
     the tokens are float64.
@@ -59,11 +130,11 @@ def convolve(history, tokens, weight, bias, activation):
         for token in range(len(tokens)):
             total = np.zeros(tokens.shape[1]) if bias is None else operand(bias)
             for tap in range(width):
-                row = len(history) + token - (width - 1) + tap
+                row = len(history) + token - (width - 1 - tap) * dilation
                 total = total + operand(weight[:, tap]) * inputs[row]
-            if activation in ("silu", "swish", True):
-                total = total / (1 + np.exp(-total))
-            out[token] = total
+            out[token] = ACTIVATIONS[activation].of(total)
+            if residual:
+                out[token] += operand(tokens[token])
     return out
 
 
@@ -77,7 +148,12 @@ def causal_conv1d_fn(
     cache_indices=None,
     has_initial_state=None,
     num_rejected_tokens=None,
+    write_indices=None,
+    snapshot_ends=None,
+    snapshot_indices=None,
     activation="silu",
+    dilation=1,
+    residual=False,
     pad_slot_id=PAD_SLOT_ID,
 ):
     """The packed op. Returns (float64 out before rounding, new_conv_states)."""
@@ -93,9 +169,17 @@ def causal_conv1d_fn(
             rejected = 0 if num_rejected_tokens is None else num_rejected_tokens[i]
             history = without_rejected(conv_states[slot], rejected)
         out[offsets[i] : offsets[i + 1]] = convolve(
-            history, tokens, weight, bias, activation
+            history, tokens, weight, bias, activation, dilation, residual
         )
-        new_states[slot] = shift_in(history, tokens)
+        place = len(conv_states), pad_slot_id
+        written = write_slot(slot, write_indices, i, *place)
+        if written is not None:
+            new_states[written] = shift_in(history, tokens)
+        snapshot = snapshot_of(
+            snapshot_ends, snapshot_indices, i, len(tokens), written, *place
+        )
+        if snapshot is not None:
+            new_states[snapshot[0]] = shift_in(history, tokens[: snapshot[1]])
     return out, new_states
 
 
@@ -108,7 +192,10 @@ def causal_conv1d_update(
     *,
     cache_seqlens=None,
     conv_state_indices=None,
+    conv_state_write_indices=None,
     num_rejected_tokens=None,
+    dilation=1,
+    residual=False,
     pad_slot_id=PAD_SLOT_ID,
 ):
     """The decode op, x (B, D) or (B, Q, D). Returns (float64 out, new_conv_state)."""
@@ -120,19 +207,26 @@ def causal_conv1d_update(
         slot = b if conv_state_indices is None else int(conv_state_indices[b])
         if len(tokens) == 0 or not is_slot(slot, len(conv_state), pad_slot_id):
             continue
+        new = conv_state[slot].copy()
         if cache_seqlens is None:
             rejected = 0 if num_rejected_tokens is None else num_rejected_tokens[b]
             history = without_rejected(conv_state[slot], rejected)
-            new_state[slot] = shift_in(history, tokens)
+            new = shift_in(history, tokens)
         else:  # a circular buffer: position c lives in row c mod L
             position = int(cache_seqlens[b])
-            before = [(position - back) % length for back in range(width - 1, 0, -1)]
+            reach = (width - 1) * dilation
+            before = [(position - back) % length for back in range(reach, 0, -1)]
             history = conv_state[slot][before]
             for q in range(len(tokens) if length else 0):
                 with np.errstate(all="ignore"):
                     row = tokens[q].astype(conv_state.dtype)
-                new_state[slot, (position + q) % length] = row
-        out[b] = convolve(history, tokens, weight, bias, activation)
+                new[(position + q) % length] = row
+        written = write_slot(
+            slot, conv_state_write_indices, b, len(conv_state), pad_slot_id
+        )
+        if written is not None:
+            new_state[written] = new
+        out[b] = convolve(history, tokens, weight, bias, activation, dilation, residual)
     return out.reshape(x.shape), new_state
 
 
@@ -194,12 +288,21 @@ def runs_of(segment_ids):
 
 
 def causal_conv1d(
-    x, weight, bias=None, *, initial_state=None, segment_ids=None, activation=None
+    x,
+    weight,
+    bias=None,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    activation=None,
+    dilation=1,
+    residual=False,
 ):
     """The dense op. Returns (float64 out before rounding, final_state)."""
     batch, length, dim = x.shape
     if initial_state is None:
-        initial_state = np.zeros((batch, weight.shape[1] - 1, dim), x.dtype)
+        reach = (weight.shape[1] - 1) * dilation
+        initial_state = np.zeros((batch, reach, dim), x.dtype)
     out, final_state = np.zeros(x.shape), initial_state.copy()
     for b in range(batch):
         runs = [(0, length)] if segment_ids is None else runs_of(segment_ids[b])
@@ -208,7 +311,9 @@ def causal_conv1d(
             if first > 0:
                 history = np.zeros_like(history)
             tokens = x[b, first:end]
-            out[b, first:end] = convolve(history, tokens, weight, bias, activation)
+            out[b, first:end] = convolve(
+                history, tokens, weight, bias, activation, dilation, residual
+            )
             final_state[b] = shift_in(history, tokens)  # that of the last run stays
     return out, final_state
 
@@ -242,6 +347,9 @@ def packed_requests(
     cache_indices=None,
     has_initial_state=None,
     num_rejected_tokens=None,
+    write_indices=None,
+    snapshot_ends=None,
+    snapshot_indices=None,
     pad_slot_id=PAD_SLOT_ID,
 ):
     offsets = clean_offsets(query_start_loc, num_tokens)
@@ -256,7 +364,16 @@ def packed_requests(
             rejected = 0 if num_rejected_tokens is None else num_rejected_tokens[i]
             valid = state_len - min(max(int(rejected), 0), state_len)
         history = [None] * (state_len - valid) + [(slot, row) for row in range(valid)]
-        kept = rows_left_in(slot, state_len, len(tokens))
+        place = num_slots, pad_slot_id
+        written = write_slot(slot, write_indices, i, *place)
+        kept = {}
+        if written is not None:
+            kept = rows_left_in(written, state_len, len(tokens))
+        snapshot = snapshot_of(
+            snapshot_ends, snapshot_indices, i, len(tokens), written, *place
+        )
+        if snapshot is not None:
+            kept |= rows_left_in(snapshot[0], state_len, snapshot[1])
         requests.append(Request(tokens, history, kept))
     return requests
 
@@ -266,10 +383,11 @@ def update_requests(
     num_queries,
     num_slots,
     state_len,
-    width,
+    reach,
     *,
     cache_seqlens=None,
     conv_state_indices=None,
+    conv_state_write_indices=None,
     num_rejected_tokens=None,
     pad_slot_id=PAD_SLOT_ID,
 ):
@@ -282,6 +400,7 @@ def update_requests(
             cache_indices=conv_state_indices,
             has_initial_state=[True] * num_rows,
             num_rejected_tokens=num_rejected_tokens,
+            write_indices=conv_state_write_indices,
             pad_slot_id=pad_slot_id,
         )
     requests = []
@@ -291,10 +410,16 @@ def update_requests(
             continue
         tokens = list(range(b * num_queries, (b + 1) * num_queries))
         history, kept, position = [], {}, int(cache_seqlens[b])
-        for back in range(width - 1, 0, -1):
+        place = num_slots, pad_slot_id
+        written = write_slot(slot, conv_state_write_indices, b, *place)
+        if written not in (slot, None):  # all rows come along, in front of the history
+            history = [(slot, row) for row in range(state_len)]
+            kept = {(written, row): row for row in range(state_len)}
+        for back in range(reach, 0, -1):
             history.append((slot, (position - back) % state_len))
-        for q in range(num_queries if state_len else 0):  # the last one to a row stays
-            kept[slot, (position + q) % state_len] = len(history) + q
+        stored = written is not None and state_len
+        for q in range(num_queries if stored else 0):  # the last one to a row stays
+            kept[written, (position + q) % state_len] = len(history) + q
         requests.append(Request(tokens, history, kept))
     return requests
 
@@ -313,21 +438,39 @@ def dense_requests(batch, length, state_len, *, segment_ids=None):
     return requests
 
 
-def silu_slope(z):
-    sigmoid = 1 / (1 + np.exp(-z))
-    return sigmoid * (1 + z * (1 - sigmoid))
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What `gradients` adds up in the place of cotangents.
+
+    Attributes:
+        of_dz: (dy, z, Σ|terms of z|) -> (D,).
+        through_residual: dy -> (D,).
+    """
+
+    of_dz: Callable
+    through_residual: Callable
 
 
 def gradients(
-    x, weight, bias, states, requests, activation, dout, dstates, *, measure=None
+    x,
+    weight,
+    bias,
+    states,
+    requests,
+    activation,
+    dout,
+    dstates,
+    *,
+    dilation=1,
+    residual=False,
+    measure=None,
 ):
     """float64 (dx, dweight, dbias, dstates) of any op, by the chain rule.
 
     x, dout (T, D); states, dstates (S, L, D), dstates the cotangent of the new states.
-    With `measure` (dy, z, Σ|terms of z|) -> (D,), the absolute values of all factors
-    are taken instead, and dz is what `measure` says: sizes of sums, for error bounds.
+    With a `Measure` the absolute values of all factors are taken instead, and it says
+    what dz is: sizes of sums, for error bounds.
     """
-    silu = activation in ("silu", "swish", True)
 
     def operand(array):
         array = array.astype(x.dtype if x.dtype == np.float64 else np.float32)
@@ -353,20 +496,23 @@ def gradients(
         for place, row in request.kept.items():
             drows[row] += dnew[place]
         for number, token in enumerate(request.tokens):
-            oldest = len(request.history) + number - (width - 1)
+            own = len(request.history) + number
+            met = [own - (width - 1 - tap) * dilation for tap in range(width)]
             z = np.zeros(x.shape[1]) if bias is None else operand(bias)
             terms = abs(z)
             for tap in range(width):
-                z = z + taps[:, tap] * rows[oldest + tap]
-                terms = terms + abs(taps[:, tap] * rows[oldest + tap])
+                z = z + taps[:, tap] * rows[met[tap]]
+                terms = terms + abs(taps[:, tap] * rows[met[tap]])
             dy = dout[token].astype(np.float64)
-            dz = dy * silu_slope(z) if silu else dy
+            dz = dy * ACTIVATIONS[activation].slope(z)
             if measure is not None:
-                dz = measure(dy, z, terms)
+                dz = measure.of_dz(dy, z, terms)
+            if residual:
+                drows[own] += dy if measure is None else measure.through_residual(dy)
             dbias += dz
             for tap in range(width):
-                dweight[:, tap] += dz * sized(rows[oldest + tap])
-                drows[oldest + tap] += dz * sized(taps[:, tap])
+                dweight[:, tap] += dz * sized(rows[met[tap]])
+                drows[met[tap]] += dz * sized(taps[:, tap])
         for place, drow in zip(request.history, drows, strict=False):
             if place is not None:
                 dold[place] += drow

@@ -77,6 +77,8 @@ class PackedShape(Shape):
     has_initial_state: bool = True
     max_prefills: int | None = None
     pad_slot_id: int = -1
+    write_indices: bool = False
+    snapshots: bool = False
 
     def options(self) -> dict[str, Any]:
         names = ("max_prefills", "pad_slot_id")
@@ -181,7 +183,8 @@ def draw_packed(seed: Any = 0, *, malformed=False, lengths=LENGTHS, **changes) -
     if malformed:
         offsets = _malformed(shape, rng, offsets)
     offsets = cases.integers(offsets, shape.index)
-    live = np.diff(reference.clean_offsets(offsets, shape.num_tokens)) > 0
+    lengths = np.diff(reference.clean_offsets(offsets, shape.num_tokens))
+    live = lengths > 0
     slots = None
     if shape.cache_indices:
         slots = cases.random_slots(
@@ -189,17 +192,15 @@ def draw_packed(seed: Any = 0, *, malformed=False, lengths=LENGTHS, **changes) -
         )
     states = rng.standard_normal((shape.num_slots, *shape.state_shape))
     seen = rng.random(shape.num_seqs) < 0.6 if shape.has_initial_state else None
-    arrays = _parameters(shape, rng, shape.num_tokens)
-    return Case(
-        shape,
-        arrays
-        | {
-            "ssm_states": states.astype(shape.state),
-            "query_start_loc": offsets,
-            "cache_indices": slots,
-            "has_initial_state": seen,
-        },
-    )
+    arrays = _parameters(shape, rng, shape.num_tokens) | {
+        "ssm_states": states.astype(shape.state),
+        "query_start_loc": offsets,
+        "cache_indices": slots,
+        "has_initial_state": seen,
+    }
+    if shape.write_indices or shape.snapshots:
+        arrays |= cases.random_moves(rng, lengths, shape, slots, shape.index, malformed)
+    return Case(shape, arrays)
 
 
 def batch(lengths, *, head=0, tail=0, seed: Any = 0, **changes) -> Case:
@@ -309,6 +310,8 @@ def random_packed_shape(rng, index_dtypes=("int32",)) -> PackedShape:
         has_initial_state=bool(rng.random() < 0.8),
         max_prefills=choose(rng, (None, None, None, 0, 1, 2)),
         pad_slot_id=int(choose(rng, (-1, -1, -1, 0, 2, 300))),
+        write_indices=bool(rng.random() < 0.3),
+        snapshots=bool(rng.random() < 0.3),
     )
 
 
@@ -328,8 +331,9 @@ def random_case(shape: Any, rng, *, malformed: bool | None = None) -> Case:
         if malformed is None:
             malformed = rng.random() < 0.5
         case = draw_packed(rng, shape=shape, malformed=malformed)
-        slots = case.arrays["cache_indices"]
-        if slots is not None and len(slots) > 1 and rng.random() < 0.1:
+        slots, moving = case.arrays["cache_indices"], shape.write_indices
+        moving = moving or shape.snapshots
+        if slots is not None and len(slots) > 1 and rng.random() < 0.1 and not moving:
             slots = slots.copy()  # perhaps two live sequences on one slot
             slots[rng.integers(len(slots))] = slots[rng.integers(len(slots))]
             case = case.replace(cache_indices=slots)
@@ -421,14 +425,27 @@ class Expected:
         self.slots, self.kept = (np.ones(shape.num_slots, bool) for _ in range(2))
         uses = [sequence.slot for sequence in live]
         self.unknown = [s for s in live if uses.count(s.slot) > 1]
+        if shape.write_indices:  # several that read one slot write others
+            self.unknown = []
         seen = arrays["has_initial_state"]
         finite = np.isfinite(arrays["ssm_states"].astype(np.float64)).all((1, 2, 3))
         for sequence in live:
-            self.kept[sequence.slot] = self.zero[sequence.tokens] = False
+            i, here = sequence.number, sequence.tokens
+            place = shape.num_slots, shape.pad_slot_id
+            written = reference.write_slot(
+                sequence.slot, arrays.get("write_indices"), i, *place
+            )
+            snapshot = reference.snapshot_of(
+                *(arrays.get("snapshot_ends"), arrays.get("snapshot_indices"), i),
+                *(here.stop - here.start, written, *place),
+            )
+            stored = [] if written is None else [written]
+            stored += [] if snapshot is None else [snapshot[0]]
+            self.kept[stored] = self.zero[here] = False
             starts = seen is not None and seen[sequence.number]
             bad_start = starts and not finite[sequence.slot]
             if bad[sequence.tokens].any() or bad_start:
-                self.rows[sequence.tokens] = self.slots[sequence.slot] = False
+                self.rows[here] = self.slots[stored] = False
         for sequence in self.unknown:  # NaN is never compared
             self.y[sequence.tokens] = self.states[sequence.slot] = 0
             self.rows[sequence.tokens] = self.slots[sequence.slot] = False

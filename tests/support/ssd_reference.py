@@ -9,7 +9,13 @@ import math
 
 import numpy as np
 
-from tests.support.reference import PAD_SLOT_ID, clean_offsets, is_slot
+from tests.support.reference import (
+    PAD_SLOT_ID,
+    clean_offsets,
+    is_slot,
+    snapshot_of,
+    write_slot,
+)
 
 NO_LIMIT = (0.0, math.inf)
 
@@ -95,6 +101,9 @@ def ssd_packed(
     *,
     cache_indices=None,
     has_initial_state=None,
+    write_indices=None,
+    snapshot_ends=None,
+    snapshot_indices=None,
     max_prefills=None,
     pad_slot_id=PAD_SLOT_ID,
     dt_bias=None,
@@ -102,18 +111,29 @@ def ssd_packed(
     dt_limit=NO_LIMIT,
 ):
     """y and the new states, both in float64."""
-    y, states = np.zeros(x.shape), np.asarray(ssm_states).astype(np.float64)
+    y, old = np.zeros(x.shape), np.asarray(ssm_states).astype(np.float64)
+    states, place = old.copy(), (len(old), pad_slot_id)
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, _wide(x))
     for sequence in served(
         query_start_loc, len(x), len(states), cache_indices, max_prefills, pad_slot_id
     ):
         here, slot = sequence.tokens, sequence.slot
-        state = np.zeros_like(states[slot])
-        if has_initial_state is not None and has_initial_state[sequence.number]:
-            state = states[slot]
-        y[here], states[slot] = recurrence(
-            x[here], dt[here], A, B[here], C[here], D, state
+        i, length = sequence.number, here.stop - here.start
+        state = np.zeros_like(old[slot])
+        if has_initial_state is not None and has_initial_state[i]:
+            state = old[slot]
+        y[here], last = recurrence(x[here], dt[here], A, B[here], C[here], D, state)
+        written = write_slot(slot, write_indices, i, *place)
+        if written is not None:
+            states[written] = last
+        snapshot = snapshot_of(
+            snapshot_ends, snapshot_indices, i, length, written, *place
         )
+        if snapshot is not None:
+            upto = slice(here.start, here.start + snapshot[1])
+            _, states[snapshot[0]] = recurrence(
+                x[upto], dt[upto], A, B[upto], C[upto], D, state
+            )
     return y, states
 
 
@@ -189,7 +209,7 @@ def gradients(x, dt, A, B, C, D, dt_bias, state, dy, dstate, *, sizes=False):
         dread[n] = np.einsum("hp,hpk->hk", dy[n], states[n + 1])
         dstate = dstate + dy[n][:, :, None] * read[n][:, None, :]
         dnew = np.einsum("hpk,hk->hp", dstate, write[n])
-        dx[n] = dt[n][:, None] * dnew + D[:, None] * dy[n]
+        dx[n] = dt[n][:, None] * dnew + D.reshape(heads, -1) * dy[n]
         dwrite[n] = dt[n][:, None] * np.einsum("hpk,hp->hk", dstate, x[n])
         dlog = decay[n] * np.einsum("hpk,hpk->h", dstate, states[n])
         ddt[n] = rate * dlog + (dnew * x[n]).sum(-1)
@@ -205,7 +225,7 @@ def gradients(x, dt, A, B, C, D, dt_bias, state, dy, dstate, *, sizes=False):
         "A": dA,
         "B": by_group(dwrite),
         "C": by_group(dread),
-        "D": (dy * x).sum((0, 2)),
+        "D": (dy * x).sum((0, 2) if D.ndim == 1 else 0),
         "dt_bias": (ddt * slope).sum(0),
         "state": dstate,
     }

@@ -1,0 +1,691 @@
+"""The main kernels of the SSD's gradient. No JAX here."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .ssd_backward_states import (
+    decay_of,
+    dot_state,
+    load_channels,
+    load_planes,
+    load_sizes,
+    load_starts,
+    load_x,
+    pair_of,
+    scores_at,
+    sums_of,
+    tile_of,
+)
+from .ssd_device import (
+    add_up,
+    are_finite,
+    dot_left,
+    dot_narrow,
+    dot_right,
+    enters,
+    finite,
+    largest,
+    load_bias,
+    load_skip,
+    softplus,
+    step_size,
+    store_tile,
+)
+
+
+class Part(NamedTuple):
+    """A tile of a group, for one head.
+
+    Attributes:
+        tile: its tokens; `sums`, a pointer to theirs.
+        number: of the tile among all rows'.
+        offset: its first token's place in the row.
+    """
+
+    tile: Any
+    sums: Any
+    number: Any
+    offset: Any
+
+
+@triton.jit
+def _part(inputs, group, i, head, C: tl.constexpr):
+    """Tile i of a group of this number among all rows'."""
+    row = group // inputs.groups
+    i += group % inputs.groups * C.TILES
+    number = row * inputs.tiles + i
+    sums = sums_of(inputs.sums, number, head, C)
+    return Part(tile_of(inputs, row, i, C), sums, number, i * C.CHUNK)
+
+
+@triton.jit
+def _tiles_in(inputs, group, C: tl.constexpr):
+    """How many tiles a group has."""
+    return tl.minimum(inputs.tiles - group % inputs.groups * C.TILES, C.TILES)
+
+
+@triton.jit
+def _last_run(inputs, group, C: tl.constexpr):
+    """Where the last run in a group begins; -1 if it is all padding."""
+    row = group // inputs.groups
+    offset = group % inputs.groups * (C.TILES * C.CHUNK)
+    last = row * 0 - 1
+    for i in range(C.TILES):
+        tile = tile_of(inputs, row, offset // C.CHUNK + i, C)
+        last = tl.maximum(last, largest(load_starts(inputs, tile, C), 0))
+    return last
+
+
+@triton.jit
+def _decay_between(inputs, group, low, high, head, C: tl.constexpr):
+    """The decay through tiles `[low, high)` of a group."""
+    TILES: tl.constexpr = C.TILES
+    decay = 1.0
+    for i in tl.static_range(TILES):
+        place = group % inputs.groups * C.TILES
+        number = group // inputs.groups * inputs.tiles + place + i
+        sums = sums_of(inputs.sums, number, head, C)
+        here = (place + i >= place + low) & (place + i < place + high)
+        decay *= tl.load(sums + 3 * C.CHUNK - 1, mask=here, other=1.0)
+    return decay
+
+
+@triton.jit
+def _decays(sums, C: tl.constexpr, READERS_FIRST: tl.constexpr):
+    """The decays from r to t in a tile, `[t, r]` or `[r, t]`; 0 for r > t."""
+    lanes = tl.arange(0, C.CHUNK)
+    total = tl.load(sums + lanes)
+    fine = tl.load(sums + 4 * C.CHUNK + lanes)
+    if READERS_FIRST:
+        between = total[:, None] - total[None, :]
+        between = tl.where(lanes[:, None] >= lanes[None, :], between, float("-inf"))
+        return tl.exp2(between) * fine[:, None] * (1.0 / fine)[None, :]
+    else:
+        between = total[None, :] - total[:, None]
+        between = tl.where(lanes[:, None] <= lanes[None, :], between, float("-inf"))
+        return tl.exp2(between) * (1.0 / fine)[:, None] * fine[None, :]
+
+
+@triton.jit
+def _same_run(one, other):
+    """Of a matrix of tokens, whether both are of one run."""
+    return (one[:, None] == other[None, :]) & (one >= 0)[:, None]
+
+
+@triton.jit
+def _add_product(acc, mixed, seen, dy, C: tl.constexpr):
+    """`acc + mixed @ dy`, where only those `seen` see each other; None: all do.
+
+    NaN or inf in dy makes NaN of what sees it, and reaches nothing else.
+    """
+    FAST: tl.constexpr = C.FAST
+    Y_PARTS: tl.constexpr = C.Y_PARTS
+    if seen is None:
+        return dot_left(mixed, dy, acc, Y_PARTS, FAST)
+    else:
+        bad = are_finite(dy) == 0
+        poisoned = largest(tl.where(seen & bad[None, :], 1, 0), 1) > 0
+        mixed = tl.where(seen, mixed, 0.0)
+        dy = tl.where(finite(dy), dy, 0.0)
+        acc = dot_left(mixed, dy, acc, Y_PARTS, FAST)
+        return tl.where(poisoned[:, None], float("nan"), acc)
+
+
+# The gradient of x, and what of that of dt comes with it. One program: a tile of tokens
+# and an item (B·V x I x n, tiles fastest, which read the same dy and state).
+#
+# Here as in the kernels below a matrix of scores or decays is `[r, t]`: r is a token
+# that writes, t one that reads, not before r.
+@triton.jit
+def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
+    program = tl.program_id(0)
+    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
+    P_BLOCK: tl.constexpr = C.P_BLOCK
+    CHUNK: tl.constexpr = C.CHUNK
+    lanes = tl.arange(0, CHUNK)
+    j = program % C.TILES
+    item = program // C.TILES % ITEMS
+    group = program // (C.TILES * ITEMS)
+    head = item // C.P_BLOCKS
+    channels = item % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
+    its_group = head // (C.H // C.G)
+    count = _tiles_in(inputs, group, C)
+    if j < count:
+        own = _part(inputs, group, j, head, C)
+        if inputs.run_start is not None:
+            start = load_starts(inputs, own.tile, C)
+        # What later tiles of the group have of these tokens, at the tile's end.
+        later = tl.full([CHUNK, P_BLOCK], 0, tl.float32)
+        between = 1.0
+        for i in tl.range(j + 1, count, num_stages=C.STAGES):
+            part = _part(inputs, group, i, head, C)
+            dy = load_channels(inputs.dy, part.tile, head, channels, C)
+            at = scores_at(group, i * (i + 1) // 2 + j, its_group, C)
+            since = tl.load(part.sums + 2 * CHUNK + lanes) * between
+            mixed = tl.load(inputs.scores + at) * since[None, :]
+            if inputs.run_start is None:
+                later = _add_product(later, mixed, None, dy, C)
+            else:
+                alike = _same_run(start, load_starts(inputs, part.tile, C))
+                later = _add_product(later, mixed, alike, dy, C)
+            between *= decay_of(part.sums, C)
+        B = load_sizes(inputs, inputs.B, own.tile, its_group, C)
+        behind = dot_state(B, inputs.leaving, group, head, channels, C, True)
+        behind *= between
+        if inputs.run_start is not None:
+            last = _last_run(inputs, group, C)
+            leaves = (start >= 0) & (start == last)
+            behind = tl.where(leaves[:, None], behind, 0.0)
+        x = load_x(inputs, own.tile, head, channels, C)
+        wide_x = x.to(tl.float32)
+        dt = tl.load(own.sums + CHUNK + lanes)
+        after = tl.load(own.sums + 3 * CHUNK + lanes)
+        acc = later + behind
+        onward = dt * after * add_up(wide_x * acc, 1)
+        acc *= after[:, None]
+        # What the tile's own tokens have of each other.
+        dy = load_channels(inputs.dy, own.tile, head, channels, C)
+        at = scores_at(group, j * (j + 1) // 2 + j, its_group, C)
+        mixed = tl.load(inputs.scores + at) * _decays(own.sums, C, False)
+        if inputs.run_start is None:
+            mixed = tl.where(lanes[:, None] <= lanes[None, :], mixed, 0.0)
+            acc = _add_product(acc, mixed, None, dy, C)
+        else:
+            seen = _same_run(start, start) & (lanes[:, None] <= lanes[None, :])
+            acc = _add_product(acc, mixed, seen, dy, C)
+        direct = add_up(wide_x * acc, 1)
+        wide_dy = dy.to(tl.float32)
+        dx = acc * dt[:, None]
+        if inputs.D is not None:
+            dx += load_skip(inputs, head, channels, C) * wide_dy
+        real = own.tile.real
+        if inputs.run_start is not None:
+            real = real & (start >= 0)
+            dx = tl.where(real[:, None], dx, 0.0)
+            # What shows in `direct` would reach other runs from here.
+            onward = tl.where(real & finite(onward), onward, 0.0)
+            direct = tl.where(real, direct, 0.0)
+        number = own.number.to(tl.int64)
+        if outputs.dD is not None:
+            if C.D_BY_CHANNEL:
+                both = tl.where(real[:, None], wide_dy * wide_x, 0.0)
+                at = (number * C.H + head) * C.P + channels
+                tl.store(outputs.dD + at, add_up(both, 0), mask=channels < C.P)
+            else:
+                both = add_up(wide_dy * wide_x, 1)
+                both = add_up(tl.where(real, both, 0.0), 0)
+                tl.store(outputs.dD + number * ITEMS + item, both)
+        PART: tl.constexpr = C.PART or C.P_BLOCKS * P_BLOCK != C.P
+        ptr = outputs.dx + (own.tile.first * (C.H * C.P) + head * C.P)
+        at = lanes[:, None] * (C.H * C.P) + channels[None, :]
+        mask = own.tile.real[:, None] & (channels < C.P)[None, :]
+        store_tile(ptr + at, dx.to(outputs.dx.dtype.element_ty), mask, PART)
+        at = number * ITEMS + item
+        tl.store(outputs.onward + at * CHUNK + lanes, onward)
+        tl.store(outputs.direct + at * CHUNK + lanes, direct)
+
+
+class Block(NamedTuple):
+    """What a program of sums over heads works at.
+
+    Attributes:
+        group: the number of the group of tiles among all rows'.
+        heads: the group of heads.
+        low, high: the items.
+        block: the number of this block of items among the group's.
+    """
+
+    group: Any
+    heads: Any
+    low: Any
+    high: Any
+    block: Any
+
+
+@triton.jit
+def _block(number, C: tl.constexpr):
+    """The block of items of this number: B·V x ITEM_BLOCKS x G."""
+    ITEMS: tl.constexpr = C.H // C.G * C.P_BLOCKS
+    heads = number % C.G
+    block = number // C.G % C.ITEM_BLOCKS
+    low = block * C.ITEM_BLOCK
+    high = tl.minimum(low + C.ITEM_BLOCK, ITEMS)
+    group = number // (C.G * C.ITEM_BLOCKS)
+    return Block(group, heads, heads * ITEMS + low, heads * ITEMS + high, block)
+
+
+@triton.jit
+def _passing(flow, C: tl.constexpr):
+    """Of flows `[t, r]` the sums of those with r before and t not before each token.
+
+    A product with a triangle of ones sums up what is later, for each r; then no sum has
+    a term in it that must cancel.
+    """
+    FAST: tl.constexpr = C.FAST
+    PARTS: tl.constexpr = C.Y_PARTS
+    lanes = tl.arange(0, C.CHUNK)
+    later = tl.where(lanes[:, None] <= lanes[None, :], 1.0, 0.0).to(tl.bfloat16)
+    acc = tl.full([C.CHUNK, C.CHUNK], 0, tl.float32)
+    sums = dot_right(later, flow, acc, PARTS, FAST)
+    return add_up(tl.where(lanes[:, None] > lanes[None, :], sums, 0.0), 1)
+
+
+@triton.jit
+def _pair_scales(inputs, group, i, j, item, C: tl.constexpr):
+    """For tiles j < i what scales an item's flow: by t, and by r, with dt."""
+    lanes = tl.arange(0, C.CHUNK)
+    head = item // C.P_BLOCKS
+    first = group // inputs.groups * inputs.tiles + group % inputs.groups * C.TILES
+    early = sums_of(inputs.sums, first + j, head, C)
+    late = sums_of(inputs.sums, first + i, head, C)
+    weight = tl.load(early + C.CHUNK + lanes) * tl.load(early + 3 * C.CHUNK + lanes)
+    weight *= _decay_between(inputs, group, j + 1, i, head, C)
+    return tl.load(late + 2 * C.CHUNK + lanes), weight
+
+
+# The cotangent of scores, summed over heads, and the flows within a group. One program:
+# a pair of tiles and a block of items (B·V x blocks x G x pairs, pairs fastest).
+#
+# Here a matrix of tokens is `[t, r]`, so that sums over r stay within few threads.
+@triton.jit
+def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
+    program = tl.program_id(0)
+    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
+    PAIRS: tl.constexpr = C.TILES * (C.TILES + 1) // 2
+    CHUNK: tl.constexpr = C.CHUNK
+    lanes = tl.arange(0, CHUNK)
+    p = tl.arange(0, C.P_BLOCK)
+    pair = program % PAIRS
+    block = _block(program // PAIRS, C)
+    group = block.group
+    i, j = pair_of(pair)
+    if i < _tiles_in(inputs, group, C):
+        at = scores_at(group, pair, block.heads, C)
+        scores = tl.load(inputs.scores + tl.trans(at))
+        acc = tl.full([CHUNK, CHUNK], 0, tl.float32)
+        out = outputs.flows + (group.to(tl.int64) * PAIRS + pair) * (ITEMS * CHUNK)
+        totals = outputs.flow_totals + (group.to(tl.int64) * PAIRS + pair) * ITEMS
+        row = group // inputs.groups
+        place = group % inputs.groups * C.TILES
+        early = tile_of(inputs, row, place + j, C)
+        late = tile_of(inputs, row, place + i, C)
+        if inputs.run_start is not None:
+            seen = _same_run(
+                load_starts(inputs, late, C), load_starts(inputs, early, C)
+            )
+        if i == j:
+            ahead = lanes[:, None] >= lanes[None, :]
+            if inputs.run_start is not None:
+                ahead = ahead & seen
+            for item in tl.range(block.low, block.high, num_stages=C.STAGES):
+                head = item // C.P_BLOCKS
+                channels = item % C.P_BLOCKS * C.P_BLOCK + p
+                sums = sums_of(inputs.sums, row * inputs.tiles + place + i, head, C)
+                x = load_x(inputs, early, head, channels, C)
+                dy = load_channels(inputs.dy, late, head, channels, C)
+                product = dot_narrow(dy, tl.trans(x), C)
+                dt = tl.load(sums + CHUNK + lanes)
+                product *= _decays(sums, C, True) * dt[None, :]
+                product = tl.where(ahead, product, 0.0)
+                acc += product
+                # The diagonal passes no token.
+                flow = tl.where(lanes[:, None] == lanes[None, :], 0.0, product * scores)
+                if inputs.run_start is not None:
+                    flow = tl.where(seen & finite(flow), flow, 0.0)
+                tl.store(out + item * CHUNK + lanes, _passing(flow, C))
+                tl.store(totals + item, 0.0)  # nothing passes the tile
+        else:
+            # What is needed next is on its way while this is worked on.
+            since, weight = _pair_scales(inputs, group, i, j, block.low, C)
+            for item in tl.range(block.low, block.high, num_stages=C.STAGES):
+                following = tl.minimum(item + 1, block.high - 1)
+                scales = _pair_scales(inputs, group, i, j, following, C)
+                head = item // C.P_BLOCKS
+                channels = item % C.P_BLOCKS * C.P_BLOCK + p
+                x = load_x(inputs, early, head, channels, C)
+                dy = load_channels(inputs.dy, late, head, channels, C)
+                product = dot_narrow(dy, tl.trans(x), C)
+                product *= since[:, None] * weight[None, :]
+                flow = product * scores
+                if inputs.run_start is not None:
+                    product = tl.where(seen, product, 0.0)
+                    flow = tl.where(seen & finite(flow), flow, 0.0)
+                acc += product
+                flows = add_up(flow, 1)
+                tl.store(out + item * CHUNK + lanes, flows)
+                tl.store(totals + item, add_up(flows, 0))
+                since, weight = scales
+        # The program's number first, since what is 1 is no tensor.
+        step = block.block.to(tl.int64) * (inputs.rows * inputs.groups)
+        step *= C.G * PAIRS * CHUNK * CHUNK
+        tl.store(outputs.dscores + step + at, acc)
+
+
+@triton.jit
+def _read_scale(inputs, own, block, i, item, C: tl.constexpr):
+    """Of tile i the decays from the group's beginning to its tokens."""
+    head = item // C.P_BLOCKS
+    sums = sums_of(inputs.sums, own.number, head, C) + 2 * C.CHUNK
+    between = _decay_between(inputs, block.group, 0, i, head, C)
+    return tl.load(sums + tl.arange(0, C.CHUNK)) * between
+
+
+@triton.jit
+def _written_scale(inputs, own, block, j, item, C: tl.constexpr):
+    """Of tile j dt and the decays from its tokens to the group's end."""
+    lanes = tl.arange(0, C.CHUNK)
+    head = item // C.P_BLOCKS
+    count = _tiles_in(inputs, block.group, C)
+    sums = sums_of(inputs.sums, own.number, head, C)
+    weight = tl.load(sums + C.CHUNK + lanes) * tl.load(sums + 3 * C.CHUNK + lanes)
+    return weight * _decay_between(inputs, block.group, j + 1, count, head, C)
+
+
+@triton.jit
+def _write_read(inputs, outputs, block, i, C: tl.constexpr):
+    """What dC of tile i has through the states before its group; and the flows."""
+    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
+    CHUNK: tl.constexpr = C.CHUNK
+    lanes = tl.arange(0, CHUNK)
+    own = _part(inputs, block.group, i, 0, C)
+    read = load_sizes(inputs, inputs.C, own.tile, block.heads, C).to(tl.float32)
+    acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
+    taken = None
+    if inputs.run_start is not None:
+        offset = block.group % inputs.groups * (C.TILES * CHUNK)
+        taken = enters(load_starts(inputs, own.tile, C), offset)
+    high = block.high
+    if inputs.states is None:  # no state comes before a row
+        high = tl.where(block.group % inputs.groups == 0, block.low, high)
+    scale = _read_scale(inputs, own, block, i, block.low, C)
+    for item in tl.range(block.low, high, num_stages=C.STAGES):
+        following = tl.minimum(item + 1, high - 1)
+        next_scale = _read_scale(inputs, own, block, i, following, C)
+        head = item // C.P_BLOCKS
+        channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
+        dy = load_channels(inputs.dy, own.tile, head, channels, C)
+        product = dot_state(dy, inputs.entering, block.group, head, channels, C, False)
+        product *= scale[:, None]
+        flow = add_up(product * read, 1)
+        if taken is not None:
+            product = tl.where(taken[:, None], product, 0.0)
+            flow = tl.where(taken & finite(flow), flow, 0.0)
+        acc += product
+        at = own.number.to(tl.int64) * ITEMS + item
+        tl.store(outputs.arriving + at * CHUNK + lanes, flow)
+        tl.store(outputs.arriving_totals + at, add_up(flow, 0))
+        scale = next_scale
+    for item in range(high, block.high):
+        at = own.number.to(tl.int64) * ITEMS + item
+        tl.store(outputs.arriving + at * CHUNK + lanes, lanes * 0.0)
+        tl.store(outputs.arriving_totals + at, 0.0)
+    _store_sizes(outputs.dC, inputs, own, block, acc, C)
+
+
+@triton.jit
+def _write_written(inputs, outputs, block, j, C: tl.constexpr):
+    """What dB of tile j has through the states behind its group."""
+    CHUNK: tl.constexpr = C.CHUNK
+    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
+    own = _part(inputs, block.group, j, 0, C)
+    B = load_sizes(inputs, inputs.B, own.tile, block.heads, C).to(tl.float32)
+    acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
+    taken = None
+    if inputs.run_start is not None:
+        start = load_starts(inputs, own.tile, C)
+        taken = (start >= 0) & (start == _last_run(inputs, block.group, C))
+    high = block.high
+    if inputs.dfinal is None:  # nobody looks at the state behind a row
+        at_end = block.group % inputs.groups == inputs.groups - 1
+        high = tl.where(at_end, block.low, high)
+    scale = _written_scale(inputs, own, block, j, block.low, C)
+    for item in tl.range(block.low, high, num_stages=C.STAGES):
+        following = tl.minimum(item + 1, high - 1)
+        next_scale = _written_scale(inputs, own, block, j, following, C)
+        head = item // C.P_BLOCKS
+        channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
+        x = load_x(inputs, own.tile, head, channels, C)
+        product = dot_state(x, inputs.leaving, block.group, head, channels, C, False)
+        product *= scale[:, None]
+        flow = add_up(product * B, 1)
+        if taken is not None:
+            product = tl.where(taken[:, None], product, 0.0)
+            flow = tl.where(taken & finite(flow), flow, 0.0)
+        acc += product
+        at = own.number.to(tl.int64) * ITEMS + item
+        tl.store(outputs.dropped + at, add_up(flow, 0))
+        scale = next_scale
+    for item in range(high, block.high):
+        at = own.number.to(tl.int64) * ITEMS + item
+        tl.store(outputs.dropped + at, 0.0)
+    _store_sizes(outputs.dB, inputs, own, block, acc, C)
+
+
+@triton.jit
+def _store_sizes(ptr, inputs, own, block, values, C: tl.constexpr):
+    """Writes `[c, K_BLOCK]` of a block's dB or dC."""
+    k = tl.arange(0, C.K_BLOCK)
+    first = block.block.to(tl.int64) * (inputs.rows * inputs.row_len)
+    first += own.tile.first
+    at = (first + tl.arange(0, C.CHUNK))[:, None] * (C.G * C.K)
+    at += (block.heads * C.K + k)[None, :]
+    mask = own.tile.real[:, None] & (k < C.K)[None, :]
+    tl.store(ptr + at, values, mask=mask)
+
+
+@triton.jit
+def _write_through(inputs, outputs, block, C: tl.constexpr):
+    """The flow from the state before a group to that behind it."""
+    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
+    count = _tiles_in(inputs, block.group, C)
+    through = block.group == block.group
+    if inputs.run_start is not None:
+        last = _last_run(inputs, block.group, C)
+        offset = block.group % inputs.groups * (C.TILES * C.CHUNK)
+        through = (last < 0) | enters(last, offset)
+    for item in tl.range(block.low, block.high):
+        head = item // C.P_BLOCKS
+        channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
+        state = load_planes(inputs.entering, block.group, head, channels, C)
+        state *= load_planes(inputs.leaving, block.group, head, channels, C)
+        flow = add_up(add_up(state, 1), 0)
+        flow *= _decay_between(inputs, block.group, 0, count, head, C)
+        at = block.group.to(tl.int64) * ITEMS + item
+        tl.store(outputs.through + at, tl.where(through, flow, 0.0))
+
+
+# What goes through the states before and behind a group, summed over heads. One
+# program: dC or dB of a tile, or the flow through the group, for a block of items
+# (B·V x blocks x G x (2n + 1), these fastest, which read the same states).
+@triton.jit
+def backward_heads_kernel(inputs, outputs, C: tl.constexpr):
+    program = tl.program_id(0)
+    kind = program % (2 * C.TILES + 1)
+    block = _block(program // (2 * C.TILES + 1), C)
+    count = _tiles_in(inputs, block.group, C)
+    if kind < C.TILES:
+        if kind < count:
+            _write_read(inputs, outputs, block, kind, C)
+    elif kind < 2 * C.TILES:
+        if kind - C.TILES < count:
+            _write_written(inputs, outputs, block, kind - C.TILES, C)
+    else:
+        _write_through(inputs, outputs, block, C)
+
+
+@triton.jit
+def _finish_sizes(
+    inputs, outputs, group, heads, i, C: tl.constexpr, READ: tl.constexpr
+):
+    """All of dC (READ) or dB of a tile."""
+    FAST: tl.constexpr = C.FAST
+    Y_PARTS: tl.constexpr = C.Y_PARTS
+    PAIRS: tl.constexpr = C.TILES * (C.TILES + 1) // 2
+    CHUNK: tl.constexpr = C.CHUNK
+    lanes = tl.arange(0, CHUNK)
+    k = tl.arange(0, C.K_BLOCK)
+    row = group // inputs.groups
+    place = group % inputs.groups * C.TILES
+    own = tile_of(inputs, row, place + i, C)
+    mask = own.real[:, None] & (k < C.K)[None, :]
+    ptr = inputs.dC if READ else inputs.dB
+    out = outputs.dC if READ else outputs.dB
+    at = (own.first + lanes)[:, None] * (C.G * C.K) + (heads * C.K + k)[None, :]
+    wide = group.to(tl.int64) * 0  # what is 1 is no tensor
+    step = (wide + inputs.rows * inputs.row_len) * (C.G * C.K)
+    acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
+    for block in range(C.ITEM_BLOCKS):
+        acc += tl.load(ptr + block * step + at, mask=mask, other=0.0)
+    low = 0 if READ else i
+    high = i + 1 if READ else _tiles_in(inputs, group, C)
+    step = (wide + inputs.rows * inputs.groups) * (C.G * PAIRS * CHUNK * CHUNK)
+    for other in range(low, high):
+        pair = i * (i + 1) // 2 + other if READ else other * (other + 1) // 2 + i
+        tile = scores_at(group, pair, heads, C)
+        if not READ:
+            tile = tl.trans(tile)
+        cotangent = tl.full([CHUNK, CHUNK], 0, tl.float32)
+        for block in range(C.ITEM_BLOCKS):
+            cotangent += tl.load(inputs.dscores + block * step + tile)
+        sizes = load_sizes(
+            inputs,
+            inputs.B if READ else inputs.C,
+            tile_of(inputs, row, place + other, C),
+            heads,
+            C,
+        )
+        acc = dot_left(cotangent, sizes, acc, Y_PARTS, FAST)
+    if inputs.run_start is not None:
+        acc = tl.where((load_starts(inputs, own, C) >= 0)[:, None], acc, 0.0)
+    tl.store(out + at, acc, mask=mask)
+
+
+@triton.jit
+def _sum_later(values):
+    """Sums from each value on, along axis 1."""
+    return tl.associative_scan(values, 1, tl.standard._sum_combine, reverse=True)
+
+
+@triton.jit
+def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):  # noqa: PLR0915
+    """The gradient of dt of a tile, for a block of heads; dA and that of the bias.
+
+    Nothing that does not pass a token is in the sum of its decay's derivative: that of
+    a head which forgets fast is small, and would be lost in what cancels.
+    """
+    TILES: tl.constexpr = C.TILES
+    PAIRS: tl.constexpr = TILES * (TILES + 1) // 2
+    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
+    CHUNK: tl.constexpr = C.CHUNK
+    lanes = tl.arange(0, CHUNK)[None, :]
+    heads = block * C.FINISH_HEADS + tl.arange(0, C.FINISH_HEADS)
+    in_h = heads < C.H
+    row = group // inputs.groups
+    place = group % inputs.groups * C.TILES
+    count = _tiles_in(inputs, group, C)
+    first = (row * inputs.tiles + place).to(tl.int64)
+    flows = inputs.flows + group.to(tl.int64) * (PAIRS * ITEMS * CHUNK)
+    whole = in_h[:, None] & (lanes >= 0)
+    inside = tl.full([C.FINISH_HEADS, CHUNK], 0, tl.float32)
+    arriving = inside
+    before = inside  # of the tokens before each
+    direct = inside
+    passed = tl.full([C.FINISH_HEADS], 0, tl.float32)
+    pairs = tl.arange(0, 16)[None, :]
+    late, early = pair_of(pairs)
+    tiles = tl.arange(0, 4)[None, :]
+    for p_block in range(C.P_BLOCKS):
+        item = heads * C.P_BLOCKS + p_block
+        at = ((first + i) * ITEMS + item[:, None]) * CHUNK + lanes
+        direct += tl.load(inputs.direct + at, mask=whole, other=0.0)
+        before += tl.load(inputs.onward + at - 1, mask=whole & (lanes > 0), other=0.0)
+        arriving += tl.load(inputs.arriving + at, mask=whole, other=0.0)
+        at = item[:, None] * CHUNK + lanes
+        own_pair = (i * (i + 1) // 2 + i) * (ITEMS * CHUNK)
+        inside += tl.load(flows + own_pair + at, mask=whole, other=0.0)
+        for j in tl.static_range(TILES):
+            pair = (i * (i + 1) // 2 + j) * (ITEMS * CHUNK)
+            arriving += tl.load(
+                flows + pair + at, mask=whole & (lanes * 0 + i > j), other=0.0
+            )
+        passed += tl.load(inputs.through + group.to(tl.int64) * ITEMS + item, in_h, 0.0)
+        of_pair = (group.to(tl.int64) * PAIRS + pairs) * ITEMS + item[:, None]
+        over = in_h[:, None] & (early < i) & (late > i) & (late < count)
+        flow = tl.load(inputs.flow_totals + of_pair, mask=over, other=0.0)
+        passed += add_up(flow, 1)
+        of_tile = (first + tiles) * ITEMS + item[:, None]
+        over = in_h[:, None] & (tiles < i)
+        passed += add_up(tl.load(inputs.dropped + of_tile, mask=over, other=0.0), 1)
+        over = in_h[:, None] & (tiles > i) & (tiles < count)
+        flow = tl.load(inputs.arriving_totals + of_tile, mask=over, other=0.0)
+        passed += add_up(flow, 1)
+    slope = (
+        inside
+        + _sum_later(arriving)
+        + tl.associative_scan(before, 1, tl.standard._sum_combine)
+    )
+    slope += passed[:, None]
+    # From here on the chain rule, for one token after another.
+    A = tl.load(inputs.A + heads, mask=in_h, other=0.0).to(tl.float32)
+    bias = load_bias(inputs, heads, C)
+    own = tile_of(inputs, row, place + i, C)
+    real = own.real[None, :] & in_h[:, None]
+    at = (own.first + lanes) * C.H + heads[:, None]
+    given = tl.load(inputs.dt + at, mask=real, other=0.0)
+    if inputs.dt_bias is not None:
+        bias = bias[:, None]
+    counted = real
+    dt, inner = step_and_slope(given, bias, C)
+    if inputs.run_start is not None:
+        counted = real & (load_starts(inputs, own, C) >= 0)[None, :] & finite(dt)
+    dA = tl.where(counted, slope * dt, 0.0)
+    ddt = tl.where(counted, (slope * A[:, None] + direct) * inner, 0.0)
+    tl.store(outputs.ddt + at, ddt.to(outputs.ddt.dtype.element_ty), mask=real)
+    at = (first + i) * C.H + heads
+    tl.store(outputs.dA + at, add_up(dA, 1), mask=in_h)
+    tl.store(outputs.ddt_bias + at, add_up(ddt, 1), mask=in_h)
+
+
+@triton.jit
+def step_and_slope(dt, bias, C: tl.constexpr):
+    """A step size, and its derivative in what was given."""
+    given = dt.to(tl.float32) + bias
+    slope = given * 0.0 + 1.0
+    free = given
+    if C.SOFTPLUS:
+        small = tl.exp(-tl.abs(given))
+        slope = tl.where(given > 0, 1.0, small) / (1.0 + small)
+        free = softplus(given)
+    # At a limit the derivative is that of both sides, by halves.
+    if C.LOW is not None:
+        slope = tl.where(free < C.LOW, 0.0, tl.where(free == C.LOW, slope / 2, slope))
+    if C.HIGH is not None:
+        slope = tl.where(free > C.HIGH, 0.0, tl.where(free == C.HIGH, slope / 2, slope))
+    return step_size(dt, bias, C), slope
+
+
+# Sums of blocks, and all of dB and dC of a tile (B·V x G x n x 2 programs); or ddt of
+# one for a block of heads (B·V x n x blocks).
+@triton.jit
+def backward_finish_kernel(inputs, outputs, C: tl.constexpr):
+    program = tl.program_id(0)
+    GROUPS: tl.constexpr = C.G * C.TILES * 2
+    BLOCKS: tl.constexpr = (C.H + C.FINISH_HEADS - 1) // C.FINISH_HEADS
+    sizes = inputs.rows * inputs.groups * GROUPS
+    if program < sizes:
+        group = program // GROUPS
+        i = program // 2 % C.TILES
+        heads = program // (2 * C.TILES) % C.G
+        if i < _tiles_in(inputs, group, C):
+            if program % 2 == 0:
+                _finish_sizes(inputs, outputs, group, heads, i, C, True)
+            else:
+                _finish_sizes(inputs, outputs, group, heads, i, C, False)
+    else:
+        program -= sizes
+        i = program // BLOCKS % C.TILES
+        group = program // (BLOCKS * C.TILES)
+        if i < _tiles_in(inputs, group, C):
+            _finish_steps(inputs, outputs, group, i, program % BLOCKS, C)

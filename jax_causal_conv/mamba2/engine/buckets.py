@@ -1,0 +1,74 @@
+"""The few shapes that a step may have, each of which is compiled once."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Bucket(NamedTuple):
+    """The static shape of a step.
+
+    Attributes:
+        tokens: T, how many tokens it has room for.
+        sequences: N, how many rows it has room for.
+        prefills: how many of the rows may have more than one token.
+    """
+
+    tokens: int
+    sequences: int
+    prefills: int
+
+
+def sizes_of(
+    name: str, sizes: Iterable[int] | None, largest: int, smallest: int
+) -> list[int]:
+    """The given sizes, sorted; by default `largest` and its halves (rounded up)."""
+    if sizes is None:
+        sizes = [largest]
+        while sizes[-1] > smallest:
+            sizes.append(max(-(-sizes[-1] // 2), smallest))
+    sizes = sorted(set(sizes))
+    if not sizes or sizes[0] < 1 or sizes[-1] != largest:
+        raise ValueError(f"{name} must be in [1, {largest}] and end there, got {sizes}")
+    return sizes
+
+
+class Buckets:
+    """The shapes of an engine: decodes alone, decodes with drafts, and mixed ones.
+
+    Attributes:
+        all: of these, in the order in which they are tried.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_tokens_per_step: int,
+        max_prefills_per_step: int,
+        token_buckets: Iterable[int] | None,
+        decode_buckets: Iterable[int] | None,
+        max_drafts: int,
+    ):
+        decode_sizes = sizes_of("decode_buckets", decode_buckets, num_slots, 1)
+        mixed_sizes = sizes_of("token_buckets", token_buckets, max_tokens_per_step, 16)
+        decodes = [Bucket(n, n, 0) for n in decode_sizes]
+        prefills = max_prefills_per_step
+        if max_drafts:  # Rows with drafts have several tokens as well.
+            prefills += num_slots
+        mixed = {
+            Bucket(t, min(t, num_slots), min(t // 2, num_slots, prefills))
+            for t in mixed_sizes
+            if t > 1
+        }
+        if max_drafts:
+            mixed |= {Bucket(n * (1 + 2 * max_drafts), n, n) for n in decode_sizes}
+        self.all = (*decodes, *sorted(mixed))
+
+    def fit(self, lengths: list[int]) -> Bucket:
+        """The first bucket that holds rows of these lengths."""
+        prefills = sum(length > 1 for length in lengths)
+        need = Bucket(sum(lengths), len(lengths), prefills)
+        return next(
+            bucket
+            for bucket in self.all
+            if all(has >= needs for has, needs in zip(bucket, need, strict=True))
+        )

@@ -1,0 +1,194 @@
+"""Who has a slot, who waits for one, and who takes part in the next step."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ...operands import PAD_SLOT_ID
+from .batches import Row
+from .prefixes import Prefixes, Snapshot
+from .requests import Generation
+
+
+class Schedule:
+    """The queue, the slots and the plan of each step.
+
+    Requests get slots in the order of their arrival. In each step, decoding requests
+    come first, with one token each and its drafts, so that no prompt holds them up;
+    prompts share the rest of the budget, the oldest first, in chunks. A prompt that
+    begins with what another one is just reading waits until that has left a snapshot.
+
+    With drafts every slot has a twin. The states that a row with guesses starts from
+    stay where they are until it is known which guesses are right; those after what was
+    certain at the time go to the twin, which takes the slot's place. What was accepted
+    is read again with the next guesses, and so nothing is ever taken back.
+
+    Attributes:
+        free: slots that nobody has.
+        waiting: requests without a slot, in the order of their arrival.
+        running: requests with one by their number, in the order of admission.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        budget: int,
+        max_prefills: int,
+        prefixes: Prefixes,
+        tokens_on_host: bool,
+    ):
+        self._num_slots = num_slots
+        self._budget = budget
+        self._max_prefills = max_prefills
+        self._prefixes = prefixes
+        self._tokens_on_host = tokens_on_host
+        self.free = deque(range(num_slots))
+        self.waiting: deque[Generation] = deque()
+        self.running: dict[int, Generation] = {}
+
+    def wait(self, generation: Generation) -> None:
+        """Puts it into the queue, where the order of arrival wants it."""
+        later = []
+        while self.waiting and self.waiting[-1].id > generation.id:
+            later.append(self.waiting.pop())
+        self.waiting.append(generation)
+        self.waiting.extend(reversed(later))
+
+    def admit(self, now: float) -> list[Generation]:
+        """Gives the free slots to requests that wait, and says to which."""
+        admitted = []
+        while self.free and self.waiting:
+            generation = self.waiting.popleft()
+            generation.slot = self.free.popleft()
+            if generation.admitted is None:
+                generation.admitted = now
+            self.running[generation.id] = generation
+            admitted.append(generation)
+        return admitted
+
+    def plan(self, guesses: Mapping[int, Sequence[int]]) -> list[Row]:
+        """Who takes part in the step, with how many tokens.
+
+        Args:
+            guesses: drafts of decoding requests, by number.
+        """
+        rows, prompts = [], []
+        for generation in self.running.values():
+            if generation.prompt_left:
+                prompts.append(generation)
+            else:
+                rows.append(self._decode(generation, guesses.get(generation.id, ())))
+        # The budget has a token and its drafts for every slot, and each prompt holds a
+        # slot that takes no part in decoding: if there are prompts, there are tokens
+        # left for them.
+        left = self._budget - sum(row.length for row in rows)
+        prefills = 0
+        reading: set[int] = set()
+        for generation in prompts:
+            start, source = generation.scheduled, None
+            if start == 0 and self._prefixes.enabled:
+                source = self._prefixes.find(generation)
+                if source is not None and not source.ready:
+                    if not self._prefixes.has_begun(generation):
+                        continue  # It waits for that snapshot.
+                    source = None
+                if source is not None:
+                    start = len(source.tokens)
+            length = min(len(generation.text) - start, left)
+            if length > 1 and prefills == self._max_prefills:
+                continue
+            if length == 0:
+                break
+            if source is not None:
+                reading.add(source.slot)
+            length, leaves = self._leaves(generation, start, length, reading)
+            rows.append(
+                Row(
+                    generation,
+                    start,
+                    length,
+                    draws=start + length == len(generation.text),
+                    tokens=generation.text[start : start + length],
+                    slot=generation.slot,
+                    source=source,
+                    leaves=leaves,
+                )
+            )
+            left -= length
+            prefills += length > 1
+        return rows
+
+    def _decode(self, generation: Generation, guess: Sequence[int]) -> Row:
+        """A row of the newest tokens and what is guessed to follow them."""
+        start, slot = generation.scheduled, generation.slot
+        if not self._tokens_on_host:
+            return Row(generation, start, 1, True, slot=slot)
+        new = generation.tokens[start - len(generation.prompt) :]
+        tokens = np.array([*new, *guess], np.int32)
+        if guess:
+            slot = (slot + self._num_slots) % (2 * self._num_slots)
+        return Row(generation, start, len(tokens), True, tokens, len(guess), slot)
+
+    def _leaves(
+        self, generation: Generation, start: int, length: int, reading: set[int]
+    ) -> tuple[int, Snapshot | None]:
+        """The snapshot that a chunk of a prompt leaves.
+
+        Returns:
+            The length of the chunk, shorter if a second snapshot would be due in it,
+            and the snapshot if there is one.
+        """
+        if not self._prefixes.enabled:
+            return length, None
+        if generation.scheduled == 0:
+            self._prefixes.promise(generation, start)
+        due = [len(s.tokens) for s in self._prefixes.due(generation)]
+        self._prefixes.drop(generation, sum(end <= start for end in due))
+        due = [end for end in due if start < end <= start + length]
+        if not due:
+            return length, None
+        snapshot = self._prefixes.due(generation)[0]
+        if not self._prefixes.place(snapshot, reading):
+            self._prefixes.drop(generation, 1)
+            return length, None
+        return (due[0] - start if len(due) > 1 else length), snapshot
+
+    def took(self, rows: list[Row]) -> None:
+        """The device has been given these."""
+        for row in rows:
+            generation = row.generation
+            generation.scheduled = row.start + row.length - row.num_drafts
+            generation.slot = row.slot
+            if row.source is not None:
+                generation.reused = row.start
+                self._prefixes.used(row.source)
+            if row.leaves is not None:
+                self._prefixes.keep(generation, row.leaves)
+            # Its last token is on its way, so the next step may give the slot away.
+            if generation.draws_scheduled == generation.terms.max_new_tokens:
+                self.release(generation)
+
+    def remove(self, generation: Generation) -> None:
+        """The request has ended or is paused: it waits no more, and has no slot."""
+        if generation in self.waiting:
+            self.waiting.remove(generation)
+        self.release(generation)
+
+    def release(self, generation: Generation) -> None:
+        """Frees the slot, if there is one.
+
+        A step that is still under way may write to it. That does no harm: the device
+        takes the steps in turn, and a new request does not read what it finds there.
+        """
+        if self.running.pop(generation.id, None) is not None:
+            self.free.append(generation.slot % self._num_slots)
+            generation.slot = PAD_SLOT_ID
+            self._prefixes.drop(generation)
+
+    def reset(self, waiting: list[Generation]) -> None:
+        """All slots are free, no snapshot is left, and these requests wait."""
+        self.running.clear()
+        self.free = deque(range(self._num_slots))
+        self.waiting = deque(waiting)
+        self._prefixes.clear()

@@ -1,0 +1,83 @@
+"""What the engine has done: its most recent steps and finished requests."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .buckets import Bucket
+from .requests import Generation
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step was made of, and how long it took.
+
+    Attributes:
+        bucket: the shape it ran in.
+        decode_tokens: rows of one drawn token each, not counting drafts.
+        draft_tokens: drafts in these rows.
+        accepted_tokens: drafts that turned out right.
+        reread_tokens: drafts accepted in the step before, which are read again.
+        prefill_tokens: tokens of prompts.
+        prefill_rows: the rows that these came in.
+        prefix_hits: prompts that started from a snapshot.
+        prefix_tokens: tokens that these did not have to read.
+        running: requests with a slot.
+        waiting: requests without one.
+        start: when the host began to plan it (`time.perf_counter`).
+        host_seconds: planning, packing and dispatching.
+        seconds: until its tokens were on the host, counted from `start` or from the end
+            of the step before it, whichever is later: these add up to the busy time.
+    """
+
+    bucket: Bucket
+    decode_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
+    reread_tokens: int
+    prefill_tokens: int
+    prefill_rows: int
+    prefix_hits: int
+    prefix_tokens: int
+    running: int
+    waiting: int
+    start: float
+    host_seconds: float
+    seconds: float
+
+    @property
+    def padding(self) -> int:
+        """Tokens of the bucket that belong to nobody."""
+        decode = self.decode_tokens + self.draft_tokens + self.reread_tokens
+        return self.bucket.tokens - decode - self.prefill_tokens
+
+
+class Stats(NamedTuple):
+    """The most recent steps and finished requests, oldest first."""
+
+    steps: deque[StepStats]
+    requests: deque[Generation]
+
+    @property
+    def prefix_hits(self) -> int:
+        """Prompts that started from a snapshot."""
+        return sum(step.prefix_hits for step in self.steps)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of prompts that snapshots spared."""
+        return sum(step.prefix_tokens for step in self.steps)
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that turned out right; NaN if there were none."""
+        drafts = sum(step.draft_tokens for step in self.steps)
+        accepted = sum(step.accepted_tokens for step in self.steps)
+        return accepted / drafts if drafts else float("nan")
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a decoding request drew in a step; NaN if none decoded."""
+        rows = sum(step.decode_tokens for step in self.steps)
+        accepted = sum(step.accepted_tokens for step in self.steps)
+        return (rows + accepted) / rows if rows else float("nan")
