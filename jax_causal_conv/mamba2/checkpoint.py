@@ -56,6 +56,16 @@ _EMBEDDING = "backbone.embeddings.weight"
 _ORIGINAL_EMBEDDING = "backbone.embedding.weight"
 _HEAD = "lm_head.weight"
 
+# What torch raises for files that it cannot read, or that hold code.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+
 # How a file begins that stands for another in a git repository.
 _LFS = b"version https://git-lfs"
 
@@ -297,7 +307,7 @@ def _unpickle(path: Path) -> dict[str, weights.Tensor]:
     how = {"map_location": "cpu", "weights_only": True}
     try:
         state = torch.load(path, mmap=zipfile.is_zipfile(path), **how)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is not a whole torch checkpoint: {reason}") from None
     if not isinstance(state, dict) or not all(

@@ -360,23 +360,9 @@ def test_bridge_makes_linen_modules_of_mixers(mixer):
     shapes = jax.tree.map(jnp.shape, params)
     assert jax.tree.map(jnp.shape, linen.unbox(dict(fresh["params"]))) == shapes
 
-    def loss(params):
-        return jnp.square(twin.apply({"params": params}, u, segment_ids=ids)).sum()
-
-    def own_loss(own):
-        return jnp.square(own(u, segment_ids=ids)).sum()
-
-    got, grads = quick.jit(jax.value_and_grad(loss))(params)
-    graph, state = nnx.split(own)
-    expected, own_grads = quick.jit(
-        jax.value_and_grad(lambda state: own_loss(nnx.merge(graph, state)))
-    )(state)
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        grads,
-        nnx.to_pure_dict(own_grads),
-    )
+    got = quick.jit(lambda p: twin.apply({"params": p}, u, segment_ids=ids))(params)
+    expected = quick.jit(lambda: own(u, segment_ids=ids))()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
     shell = nnx.eval_shape(lambda: mixer(DIM, rngs=nnx.Rngs(0), **sizes))
     cache = getattr(shell, "init_cache", getattr(shell, "init_state", None))(3)
@@ -410,4 +396,8 @@ def test_bridge_makes_a_submodule_of_a_mixer():
     u = jnp.ones((BATCH, TOKENS, DIM))
     variables = Block().init(jax.random.key(0), u)
     assert variables["params"]["mixer"]["conv"]["kernel"].shape == (DIM, 3)
-    assert Block().apply(variables, u).shape == u.shape
+    grads = quick.jit(jax.grad(lambda v: jnp.square(Block().apply(v, u)).sum()))(
+        variables
+    )
+    for place, grad in jax.tree.leaves_with_path(grads):
+        assert np.isfinite(grad).all() and np.any(grad), place

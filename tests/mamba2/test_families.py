@@ -16,7 +16,7 @@ pytest.importorskip("flax")
 
 from flax import nnx
 
-from jax_causal_conv.nnx import Mamba2Mixer, ShortConvMixer
+from jax_causal_conv.nnx import GatedRMSNorm, Mamba2Mixer, ShortConvMixer
 from tests.support import make_family_goldens as goldens
 from tests.support import quick
 
@@ -168,6 +168,34 @@ def test_inner_size_that_a_product_would_truncate():
     assert (mixer.d_inner, mixer.num_heads) == (960, 15)
     with pytest.raises(ValueError, match="headdim must divide d_inner"):
         Mamba2Mixer(704, expand=960 / 704, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("gate_activation", ["silu", "sigmoid"])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_gates_of_the_norm(gate_activation, norm_before_gate):
+    norm = GatedRMSNorm(
+        6,
+        groups=2,
+        norm_before_gate=norm_before_gate,
+        gate_activation=gate_activation,
+        eps=1e-2,
+    )
+    rng = np.random.default_rng(5)
+    y, z = rng.normal(size=(2, 4, 6))
+    scale = rng.normal(size=6)
+    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    gate = (z if gate_activation == "silu" else 1) / (1 + np.exp(-z))
+    inner = y if norm_before_gate else y * gate
+    square = np.square(inner.reshape(4, 2, 3)).mean(-1).repeat(3, axis=-1)
+    expected = inner / np.sqrt(square + 1e-2) * scale
+    expected = expected * gate if norm_before_gate else expected
+    got = norm(jnp.asarray(y, jnp.float32), jnp.asarray(z, jnp.float32))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_gate_is_refused():
+    with pytest.raises(ValueError, match="gate_activation must be 'silu' or 'sigmoid'"):
+        GatedRMSNorm(6, gate_activation="gelu")
 
 
 @pytest.mark.parametrize(
