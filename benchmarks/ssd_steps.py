@@ -48,7 +48,7 @@ def training_case(name: str, work: SsdWorkload, options: Options) -> Case:
             y = function(arrays)
             return (y * cotangent.astype(y.dtype)).sum(dtype=jnp.float32)
 
-        step = jax.jit(jax.grad(loss))
+        step = jax.jit(jax.value_and_grad(loss))  # with the value: nothing is dead
         given = arrays | dt
         by = programs.implementation(step.lower(given))
         return Prepared(functools.partial(step, given), implementation=by)

@@ -7,14 +7,11 @@ Nothing is downloaded.
 
 import argparse
 import codecs
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from safetensors import SafetensorError
 
 from .checkpoint import CONFIG, load
 from .config import Mamba2Config
@@ -155,12 +152,7 @@ def stream(options: argparse.Namespace, write: Callable[[str], object]) -> None:
     sampling = SamplingParams(
         options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )
-    try:
-        model = load(folder)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder} has a file that is no JSON: {error}") from None
-    except SafetensorError as error:
-        raise ValueError(f"{folder} has weights that cannot be read: {error}") from None
+    model = load(folder)
     text = text_of(folder, model.config, options.prompt)
 
     def on_event(event: Event) -> None:

@@ -130,8 +130,12 @@ def broken(folder, name, text):
     [
         ((), None, "no folder"),
         ((), lambda f: f.mkdir(), "has no config.json"),
-        ((), lambda f: broken(f, "config.json", "{"), "is no JSON"),
-        ((), lambda f: broken(f, "model.safetensors", "x"), "weights that cannot be"),
+        ((), lambda f: broken(f, "config.json", "{"), "is not JSON"),
+        (
+            (),
+            lambda f: broken(f, "model.safetensors", "x"),
+            "is not a whole safetensors",
+        ),
         ((), lambda f: checkpoint(f, 4), "has no tokenizer.json"),
         ((), lambda f: broken(f, "tokenizer.json", "{"), "is no tokenizer"),
         ((), lambda f: write_tokenizer(checkpoint(f, 3), WORDS), "has 4 tokens"),

@@ -101,7 +101,8 @@ def operands_of(op, x_dtype, state_dtype, columns, optional: bool):
 
 
 def ssd_operands(op, x_dtype, state_dtype, optional: bool):
-    rows = (T,) if op is SSD_PACKED else (B, T)
+    packed = op in (SSD_PACKED, SSD_REPLAY)
+    rows = (T,) if packed else (B, T)
     groups = array(*rows, G, K, dtype=x_dtype)
     needed = {
         "x": array(*rows, H, P, dtype=x_dtype),
@@ -117,7 +118,7 @@ def ssd_operands(op, x_dtype, state_dtype, optional: bool):
     if op is SSD_BACKWARD:
         needed["dy"] = needed["x"]
         options["dfinal"] = array(B, H, P, K, dtype=state_dtype)
-    if op is not SSD_PACKED:
+    if not packed:
         options["states"] = array(B, H, P, K, dtype=state_dtype)
         options["segment_ids"] = array(B, T)
     else:
