@@ -8,7 +8,6 @@ import importlib.metadata
 import re
 
 import jax
-from jaxlib import gpu_triton
 
 __version__ = "0.2.0"
 """That of this package."""
@@ -63,7 +62,7 @@ def require_jax_triton() -> None:
     0.4 can, and fails in the middle of a lowering; as it does if Triton is too old.
     """
     importlib.import_module("jax_triton")
-    if not hasattr(gpu_triton, "TritonKernel"):
+    if not hasattr(importlib.import_module("jaxlib.gpu_triton"), "TritonKernel"):
         raise ImportError("jaxlib finds no CUDA plugin of its version")
     versions = kernel_compilers()
     if jax_triton_wants_newer(versions["jax-triton"], versions["triton"]):

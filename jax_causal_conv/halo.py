@@ -11,9 +11,11 @@ from jax.typing import ArrayLike
 
 from . import batch as batches
 from . import checks
+from .operands import SSDSpec
 from .promotion import promoting
+from .replay import step_sizes
 
-__all__ = ["halo_state"]
+__all__ = ["halo_state", "ssd_halo_state"]
 
 
 @promoting
@@ -92,6 +94,7 @@ def halo_state(
     return halo
 
 
+@promoting
 def ssd_halo_state(
     x: ArrayLike,
     dt: ArrayLike,
@@ -169,10 +172,7 @@ def ssd_halo_state(
         )
     wide = batches.accumulator(x)
     x, dt, A, B = (array.astype(wide) for array in (x, dt, A, B))
-    if dt_bias is not None:
-        dt = dt + dt_bias.astype(wide)
-    dt = jax.nn.softplus(dt) if softplus else dt
-    dt = jnp.clip(dt, *limits) if limits != (0.0, math.inf) else dt
+    dt = step_sizes(SSDSpec(1, dt_softplus=softplus, dt_limit=limits), dt, dt_bias)
 
     joins = _Joins(None, None)
     if segment_ids is not None:

@@ -80,7 +80,7 @@ def text_of(folder: Path, config: Mamba2Config, prompt: str) -> Text:
 
 def _tokenized(file: Path, config: Mamba2Config, prompt: str) -> Text:
     try:
-        import tokenizers  # noqa: PLC0415 (models over bytes do without)
+        import tokenizers  # noqa: PLC0415 (needs the extra `generate`) (models over bytes do without)
         from tokenizers import decoders  # noqa: PLC0415
     except ModuleNotFoundError:
         raise ImportError(

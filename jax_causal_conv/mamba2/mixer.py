@@ -723,10 +723,8 @@ class Mamba2Mixer(nnx.Module):
             ValueError: it is negative.
         """
         drafts = checks.static_int("max_drafts", max_drafts, minimum=0)
-        heads, of_group = (
-            (self.num_heads, self.headdim),
-            (self._stored_groups, self.d_state),
-        )
+        heads = self.num_heads, self.headdim
+        of_group = self._stored_groups, self.d_state
         rows = self.conv.kernel_size - 1 + drafts
         conv = self.conv.init_state(num_slots, state_len=rows, dtype=dtype)
         place = functools.partial(place_like, self.conv.kernel.get_value())
@@ -734,7 +732,7 @@ class Mamba2Mixer(nnx.Module):
         ssm: Any = place(jnp.zeros(states, ssm_dtype), 1)
         if drafts:
             recent = num_slots, drafts
-            wide = jnp.promote_types(conv.dtype, jnp.float32)
+            wide = batch.accumulator(conv)
             ssm = DraftStates(
                 ssm,
                 place(jnp.zeros((*recent, *heads), conv.dtype), 2),

@@ -19,6 +19,7 @@ import numpy as np
 from ..batch import (
     Sequences,
     Stores,
+    accumulator,
     last_runs,
     row_by_row,
     runs_of,
@@ -203,7 +204,7 @@ def _packed_backward(implementation, spec, residuals, cotangents):
     if len(stores) > 1:
         snapshot_ends = stores[0].end
         dsnapshots = _slots_of(dstates, stores[0])
-        wide = jnp.promote_types(dstates.dtype, jnp.float32)
+        wide = accumulator(dstates)
         through = through.astype(wide)
         through += _through_roll(dsnapshots.astype(wide), seqs, snapshot_ends)
         implementation = "xla"

@@ -123,7 +123,7 @@ def compiled_gradient(capability, rows=8, tokens=2048, heads=HEADS):
     return list(machine_code.compile_kernels(gradient, (operands, x), capability))
 
 
-@pytest.mark.parametrize("capability", [90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_gradient_stays_in_registers(capability):
     kernels = {code.name: code for code in compiled_gradient(capability)}
     assert kernels.keys() == set(BACKWARD)

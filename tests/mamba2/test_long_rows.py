@@ -314,8 +314,10 @@ def test_checkpoint_policies_keep_what_they_say():
     """Temporary memory of a gradient: everything > the conv's output > nothing."""
     layers, tokens, mixer = 24, 256, make_mixer()
     graphdef, params = nnx.split(mixer)
-    stacked = jax.tree.map(lambda a: jnp.stack([a] * layers), params)
     u = jnp.ones((2, tokens, 16))
+
+    def stacked(layers):
+        return jax.tree.map(lambda a: jnp.stack([a] * layers), params)
 
     def block(u, params):
         return u + 0.05 * nnx.merge(graphdef, params)(u), None
@@ -324,8 +326,11 @@ def test_checkpoint_policies_keep_what_they_say():
         def loss(stacked, u):
             return jnp.square(jax.lax.scan(block, u, stacked)[0]).sum()
 
-        compiled = jax.jit(jax.grad(loss)).lower(stacked, u).compile()
-        return compiled.memory_analysis().temp_size_in_bytes, compiled(stacked, u)
+        gradient = jax.jit(jax.grad(loss))
+        memory = gradient.lower(stacked(layers), u).compile().memory_analysis()
+        # Few layers: what is computed again may be rounded otherwise, and each layer
+        # makes more of it.
+        return memory.temp_size_in_bytes, gradient(stacked(2), u)
 
     policies = jax.checkpoint_policies
     policy = policies.save_only_these_names("conv")
@@ -335,9 +340,8 @@ def test_checkpoint_policies_keep_what_they_say():
     kept = layers * 2 * tokens * sum(mixer.column_sizes[1:4]) * 4
     assert kept / 2 < conv - nothing < 2 * kept, (conv - nothing, kept)
     assert everything > conv + kept, (nothing, conv, everything)
-    # What is computed again may be rounded otherwise, and 24 layers make more of it.
-    assert_close(one, want, 1e-3)
-    assert_close(other, want, 1e-3)
+    assert_close(one, want, 1e-4)
+    assert_close(other, want, 1e-4)
 
 
 def test_the_conv_is_computed_once_on_cpus_in_float32():

@@ -51,12 +51,17 @@ def stack(cases):
     ]
 
 
-def weights_of(case, seed=0):
-    """Weights of the results, for a sum that gradients are taken of."""
+def weights_of(case, seed=0, dtype=np.float64):
+    """Weights of the results, for a sum that gradients are taken of.
+
+    Numbers of `dtype`: where XLA may, it does not round a cotangent to the result's.
+    """
     rng = np.random.default_rng(seed)
     y = case.arrays["x"].shape
     lead = case.shape.num_slots if case.packed else case.shape.num_rows
-    return [rng.standard_normal(s) for s in (y, (lead, *case.shape.state_shape))]
+    shapes = y, (lead, *case.shape.state_shape)
+    drawn = [rng.standard_normal(shape) for shape in shapes]
+    return [np.float64(w.astype(dtype)) for w in drawn]
 
 
 def weighted(results, weights):
@@ -131,7 +136,7 @@ def test_gradients_are_slopes(name):
 @functools.cache
 def gradient_of_xla(kind, dtype):
     case = GRADIENT_CASES[kind](**dict.fromkeys(("x", "B", "C"), dtype))
-    weights = [np.float32(w) for w in weights_of(case)]
+    weights = [np.float32(w) for w in weights_of(case, dtype=dtype)]
     return checks.to_host(gradient(case, "xla")(*split(case), weights)[0])
 
 
@@ -141,7 +146,7 @@ def test_gradients_are_the_same_whoever_computes_forward(implementation, kind, d
     """Those of rows by kernels too, those of packed batches by XLA."""
     kinds = dict.fromkeys(("x", "B", "C"), dtype)
     case = GRADIENT_CASES[kind](**kinds)
-    weights = [np.float32(w) for w in weights_of(case)]
+    weights = [np.float32(w) for w in weights_of(case, dtype=dtype)]
     want = gradient_of_xla(kind, dtype)
     got, results = checks.to_host(gradient(case, implementation)(*split(case), weights))
     compare(case, results, Expected(case), implementation)
