@@ -1,8 +1,8 @@
 """What XLA's GPU compiler makes of steps with the SSD, without a GPU.
 
 A decode step is one launch, a mixed batch two, whatever the ratio of slots to
-sequences, and drafts one more; the tables of a batch are computed once for all layers; a donated cache is
-never copied; and nothing of the XLA implementation runs.
+sequences, and drafts one more; the tables of a batch are computed once for all layers;
+a donated cache is never copied; and nothing of the XLA implementation runs.
 """
 
 import math

@@ -17,6 +17,7 @@ from tests.support.platforms import KERNEL_CALLS, exported, needs_triton
 from tests.support.ssd_cases import (
     BFLOAT16,
     FLOAT32,
+    RECENT,
     Expected,
     batch,
     compare,
@@ -25,6 +26,7 @@ from tests.support.ssd_cases import (
 )
 
 FLOATS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "ssm_states", "initial_state")
+FLOATS = (*FLOATS, *RECENT)
 
 
 def split(case):
@@ -39,7 +41,12 @@ def function(case, implementation=None):
     options = case.shape.options() | {"implementation": implementation}
     absent = {n: None for n, a in case.arrays.items() if a is None}
     if case.packed:
-        return lambda floats, rest: ssd_packed(**floats, **rest, **absent, **options)
+
+        def packed(floats, rest):
+            given = case.replace(**floats, **rest).arguments
+            return tuple(jax.tree.leaves(ssd_packed(**given, **options)))
+
+        return packed
     options["return_final_state"] = True
     return lambda floats, rest: ssd(**floats, **rest, **absent, **options)
 
@@ -59,7 +66,8 @@ def weights_of(case, seed=0, dtype=np.float64):
     rng = np.random.default_rng(seed)
     y = case.arrays["x"].shape
     lead = case.shape.num_slots if case.packed else case.shape.num_rows
-    shapes = y, (lead, *case.shape.state_shape)
+    shapes = [y, (lead, *case.shape.state_shape)]
+    shapes += [case.arrays[name].shape for name in RECENT if name in case.arrays]
     drawn = [rng.standard_normal(shape) for shape in shapes]
     return [np.float64(w.astype(dtype)) for w in drawn]
 
@@ -86,6 +94,9 @@ GRADIENT_CASES = {
     "packed": functools.partial(draw_packed, 0, bias=FLOAT32, dt_softplus=True),
     "packed, as many slots": functools.partial(draw_packed, 3, num_slots=5),
     "decode": functools.partial(batch, [1, 1, 1, 2], max_prefills=0),
+    "drafts": functools.partial(
+        batch, [1, 3, 0, 20], bias=FLOAT32, dt_softplus=True, drafts=2
+    ),
     "rows": functools.partial(draw_rows, 1, d_by_channel=True),
     "rows without documents": functools.partial(
         draw_rows, 2, segment_ids=False, bias=FLOAT32, dt_limit=(0.01, 0.4)
@@ -107,7 +118,7 @@ def slope_of(case, arrays, direction, weights):
         moved = {
             name: arrays[name] + sign * step * direction[name] for name in direction
         }
-        outs = exact(**(arrays | moved), **options)
+        outs = jax.tree.leaves(exact(**(arrays | moved), **options))
         sums.append(sum((w * o).sum() for w, o in zip(weights, outs, strict=True)))
     return (sums[0] - sums[1]) / (2 * step)
 
@@ -504,7 +515,7 @@ def test_how_many_prefills_must_be_said_where_sizes_are_symbolic():
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["packed", "decode", "rows"])
+@pytest.mark.parametrize("kind", ["packed", "decode", "drafts", "rows"])
 def test_export_for_a_cpu_and_a_gpu_carries_the_kernels(kind):
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     case = GRADIENT_CASES[kind]()
