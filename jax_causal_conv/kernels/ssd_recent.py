@@ -167,9 +167,10 @@ def recent_kernel(inputs, outputs, C: tl.constexpr):
     X: tl.constexpr = C.H * C.P
     H: tl.constexpr = C.H
     B: tl.constexpr = C.G * C.K
-    blocks = tl.num_programs(0) // inputs.num_seqs
-    first = tl.program_id(0) % blocks * C.COLUMNS
-    seq = tl.program_id(0) // blocks
+    WIDEST: tl.constexpr = X if X > B else B
+    BLOCKS: tl.constexpr = (WIDEST + C.COLUMNS - 1) // C.COLUMNS
+    first = tl.program_id(0) % BLOCKS * C.COLUMNS
+    seq = tl.program_id(0) // BLOCKS
     slot, valid, known = slot_of(inputs, seq, C)
     begin, end = own_tokens(inputs, seq, C)
     served = valid & (begin < end)

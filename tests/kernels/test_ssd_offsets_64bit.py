@@ -156,11 +156,13 @@ def programs_for(stretches, chunks, sequences, prefills):
             return of_head(C, sequences)
         if launch.kernel is ssd_recent.recent_kernel:
             blocks = launch.grid // inputs.num_seqs
-            ends = {HEADS * DIM, HEADS, GROUPS * SIZE}  # columns of the last head
-            last = [
-                blocks * i + (end - 1) // C.COLUMNS for i in sequences for end in ends
-            ]
-            return sorted(last)
+            last = ((HEADS, DIM), (HEADS, 1), (GROUPS, SIZE))  # of which the last one
+            columns = {
+                column // C.COLUMNS
+                for count, width in last
+                for column in range((count - 1) * width, count * width)
+            }
+            return sorted(blocks * i + block for i in sequences for block in columns)
         if launch.kernel is ssd_chunks.chunks_kernel:
             return of_head(C, stretches if C.STRETCH else prefills)
         blocks = -(-C.H // C.H_BLOCK)
