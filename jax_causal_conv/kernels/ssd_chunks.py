@@ -242,9 +242,8 @@ def _store_within(inputs, work, state, i, store, when, channels, C: tl.constexpr
 
 
 @triton.jit
-def _later(stores, tokens):
+def _later(last, early, tokens):
     """Those `Store`s of states after so many tokens or more, counted from there."""
-    last, early = stores
     return (
         Store(last.slot, last.end - tokens, last.live & (last.end >= tokens)),
         Store(early.slot, early.end - tokens, early.live & (early.end >= tokens)),
@@ -361,11 +360,18 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
             stores = stores_of(inputs, seq, slot, length, C)
             if C.DRAFTS > 0:
                 kept = kept_of(inputs, seq, known, C)
-                stores = without(stores, C.DRAFTS - kept)
-                here = tl.where(low == 0, kept, 0)
+                latest, early = without(stores, C.DRAFTS - kept)
                 A = tl.load(inputs.A + head).to(tl.float32)
-                state = replay(inputs, state, slot, here, stores, A, head, channels, C)
-                stores = _later(stores, kept)
+                here = tl.where(low == 0, kept, 0)
+                done = here * 0
+                if C.STORES > 1:
+                    done = tl.minimum(early.end, here)
+                    state = replay(inputs, state, slot, 0, done, A, head, channels, C)
+                    store_state(
+                        inputs.states, early, early.end < here, state, head, channels, C
+                    )
+                state = replay(inputs, state, slot, done, here, A, head, channels, C)
+                stores = _later(latest, early, kept)
             stops = (
                 whole,
                 _on_the_way(stores[0], length, low, high, C),

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .ssd_device import (
+    Store,
     add_up,
     load_bias,
     load_skip,
@@ -19,7 +20,7 @@ from .ssd_device import (
     stores_of,
     zero_tokens,
 )
-from .ssd_recent import kept_of, replay, store_at, without
+from .ssd_recent import kept_of, replay, without
 
 
 class Token(NamedTuple):
@@ -125,15 +126,30 @@ def serve_drafts(
     common = load_head(inputs, head, channels, C)
     kept = kept_of(inputs, seq, known, C)
     stores = stores_of(inputs, seq, slot, length, C)
-    stores = without(stores, C.DRAFTS - kept)
-    state = replay(inputs, state, slot, kept, stores, common.A, head, channels, C)
-    for i in range(length):
-        token = ahead
-        following = begin + tl.minimum(i + 1, length - 1)
-        ahead = load_token(inputs, following, head, channels, C)
-        store_at(inputs, stores, kept + i, state, head, channels, C)
-        state, y = advance(inputs, state, token, common, C)
-        _store_output(outputs, y, begin + i, head, channels, C)
+    last, early = without(stores, C.DRAFTS - kept)
+    # Up to the first state that is stored, to the second if there are two, to the end.
+    early_first = (C.STORES > 1) & (early.end <= last.end)
+    done = kept * 0
+    for part in range(C.STORES + 1):
+        is_early = (part == 0) == early_first
+        upto = tl.where(is_early, early.end, last.end)
+        upto = tl.where(part == C.STORES, kept + length, upto)
+        recent = tl.minimum(upto, kept)
+        state = replay(inputs, state, slot, done, recent, common.A, head, channels, C)
+        for i in range(tl.maximum(done, kept), upto):
+            token = ahead
+            following = begin + tl.minimum(i - kept + 1, length - 1)
+            ahead = load_token(inputs, following, head, channels, C)
+            state, y = advance(inputs, state, token, common, C)
+            _store_output(outputs, y, begin + (i - kept), head, channels, C)
+        store = Store(
+            tl.where(is_early, early.slot, last.slot),
+            upto,
+            tl.where(is_early, early.live, last.live),
+        )
+        when = part < C.STORES
+        store_state(inputs.states, store, when, state, head, channels, C)
+        done = upto
 
 
 # One program advances one sequence of one token, or of a token and up to DRAFTS drafts,

@@ -177,7 +177,7 @@ def _write_stretch(inputs, outputs, number, head, block, C: tl.constexpr):
                     seq = prefill_sequence(inputs, prefill)
                     kept = kept_of(inputs, seq, known, C)
                     A = load_head(inputs, head, channels, C).A
-                    old = replay(inputs, old, slot, kept, None, A, head, channels, C)
+                    old = replay(inputs, old, slot, 0, kept, A, head, channels, C)
                 state += tl.where(through, old * power(forget, 0.0), 0.0)
         at, mask = state_tile(number, head, channels, C)
         tl.store(outputs.carried + at, state, mask=mask)

@@ -17,7 +17,6 @@ from .ssd_device import (
     own_tokens,
     slot_of,
     step_size,
-    store_state,
     stores_of,
 )
 
@@ -42,17 +41,6 @@ def without(stores, tokens):
 
 
 @triton.jit
-def store_at(inputs, stores, number, state, head, channels, C: tl.constexpr):
-    """Stores the state after `number` tokens where it is wanted."""
-    last, early = stores
-    if last.end == number:
-        store_state(inputs.states, last, number >= 0, state, head, channels, C)
-    if C.STORES > 1:
-        if early.end == number:
-            store_state(inputs.states, early, number >= 0, state, head, channels, C)
-
-
-@triton.jit
 def _load_recent(inputs, slot, i, head, channels, C: tl.constexpr):
     """x, dt and B of a recent token, for one head."""
     size = tl.arange(0, C.K_BLOCK)
@@ -67,21 +55,14 @@ def _load_recent(inputs, slot, i, head, channels, C: tl.constexpr):
 
 
 @triton.jit
-def replay(inputs, state, slot, kept, stores, A, head, channels, C: tl.constexpr):
-    """The state after the first `kept` of a slot's recent tokens.
-
-    Args:
-        state: before them.
-        stores: of states on the way, without the tokens that do nothing; or None.
-        A: the head's.
-    """
-    ahead = _load_recent(inputs, slot, 0, head, channels, C)
-    for i in range(kept):
+def replay(inputs, state, slot, first, end, A, head, channels, C: tl.constexpr):
+    """The state after a slot's recent tokens `first` up to `end`, given that before."""
+    nearest = tl.minimum(first, C.DRAFTS - 1)
+    ahead = _load_recent(inputs, slot, nearest, head, channels, C)
+    for i in range(first, end):
         x, dt, B = ahead
         following = tl.minimum(i + 1, C.DRAFTS - 1)
         ahead = _load_recent(inputs, slot, following, head, channels, C)
-        if stores is not None:
-            store_at(inputs, stores, i, state, head, channels, C)
         # As those of the batch, if the slots have wider ones.
         x = x.to(inputs.x.dtype.element_ty).to(tl.float32)
         B = B.to(inputs.B.dtype.element_ty)
