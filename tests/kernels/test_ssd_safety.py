@@ -142,7 +142,8 @@ def test_no_interleaving_of_threads_matters(name):
     decode_step = case.packed and case.shape.max_prefills == 0
     drafts = case.packed and case.shape.drafts > 0
     assert len(stores) == (1 if decode_step else 2) + drafts
-    assert all(stores[-1 - drafts :])
+    assert any(stores)
+    assert stores[-1] or not drafts
 
 
 @pytest.mark.parametrize("tile", [{}, STRETCHES], ids=["", "stretches"])
