@@ -102,7 +102,7 @@ class Training:
         return jax.random.randint(jax.random.key(0), shape, 0, self._config.vocab_size)
 
     def step(self, graphdef: Any) -> Callable:
-        """What is compiled: from the state and tokens to the loss and the next state."""
+        """From the state and tokens to the loss and the next state."""
 
         def loss(params, tokens):
             logits, targets = nnx.merge(graphdef, params)(tokens[:, :-1]), tokens[:, 1:]
