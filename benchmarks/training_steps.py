@@ -155,8 +155,9 @@ def case(shape: str, dtype: str, options: Options) -> Case:
         prepare[f"{OURS}, by XLA"] = functools.partial(
             training.prepared, "nothing", "xla"
         )
-    prepare[f"{OURS}, everything kept"] = functools.partial(
-        training.prepared, "everything"
-    )
+    if shape != "780m":  # 119 GiB, which XLA tries in vain to make fewer
+        prepare[f"{OURS}, everything kept"] = functools.partial(
+            training.prepared, "everything"
+        )
     name = f"Mamba2 {shape}, {rows} x {length:,} tokens"
     return Case("training_step", name, rows * length, dtype, prepare)
