@@ -26,6 +26,7 @@ Op = Literal["forward", "gradient", "prefill"]
 OPS: tuple[Op, ...] = ("forward", "gradient", "prefill")
 
 PEER = "mamba2-jax"
+_CHUNK = 64  # tokens, as our mixer's default
 # What mamba2-jax calls the parameters that have another name here.
 _PEER_NAMES = {
     "conv.kernel": "conv1d.conv.kernel",
@@ -211,10 +212,14 @@ def ours(work: MixerWorkload) -> Prepared:
     return Prepared(call, wait, view, implementation=by)
 
 
-def mamba2_jax(work: MixerWorkload, path: Path | None) -> Prepared:
-    """The mixer of mamba2-jax, with its own size of chunks."""
+def mamba2_jax(
+    work: MixerWorkload, path: Path | None, chunk: int | None = None
+) -> Prepared:
+    """The mixer of mamba2-jax, with its own size of chunks if none is given."""
     modeling = imports.load("mamba2_jax.modeling", path)
     config = modeling.Mamba2Config(hidden_size=work.d_model)
+    if chunk is not None:
+        config = dataclasses.replace(config, chunk_size=chunk)
     mixer = modeling.Mamba2Mixer(config, 0, rngs=nnx.Rngs(0))
     params = {
         _PEER_NAMES.get(name, name): array.T[:, None]
@@ -253,5 +258,8 @@ def case(work: MixerWorkload, options: Options) -> Case:
     if options.with_peers:
         path = options.paths.get(PEER)
         prepare[PEER] = functools.partial(mamba2_jax, work, path)
+        prepare[f"{PEER}, chunks of {_CHUNK}"] = functools.partial(
+            mamba2_jax, work, path, _CHUNK
+        )
     name = f"{work.op}, {work.rows} x {work.length:,}"
     return Case("mixer", name, work.tokens, work.dtype, prepare, work)
