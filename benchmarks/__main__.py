@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import machine, tune
-from benchmarks.cases import Options, Row, run_case
+from benchmarks.cases import FALLBACK, Options, Row, run_case
 from benchmarks.machine_code import expect_no_gpu
 from benchmarks.suites import PACKAGES, PEERS, SUITES
 
@@ -33,7 +33,10 @@ _COLUMNS = ("us", "p10-p90", "GB/s", "{}", "x ours", "error", "kernels")
 
 def table(suite: str, rows: list[Row]) -> Table:
     """The rows of a suite, cases apart from each other."""
-    made = Table(title=suite, title_justify="left")
+    title = suite
+    if warning := fallbacks(rows):
+        title = f"{suite} [bold red]{warning}[/bold red]"
+    made = Table(title=title, title_justify="left")
     for heading in ("case", "dtype", "who"):
         made.add_column(heading, no_wrap=True)
     yardstick = next((r.candidate for r in rows if r.of_yardstick == 1), "yardstick")
@@ -48,6 +51,17 @@ def table(suite: str, rows: list[Row]) -> Table:
         made.add_row(*(key if key != last else ("", "")), *_cells(row))
         last = key
     return made
+
+
+def fallbacks(rows: list[Row]) -> str:
+    """What is to be said, loudly, where XLA stood in for kernels; else nothing."""
+    count = sum(row.fell_back for row in rows)
+    if not count:
+        return ""
+    return (
+        f"{FALLBACK} in {count} of {len(rows)} rows: is jax-triton installed? "
+        "(python -m jax_causal_conv says what is missing)"
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -178,6 +192,11 @@ def run(arguments: list[str], console: Console) -> dict[str, Any]:
     summary = _summary(rows)
     if summary.row_count:
         console.print(summary)
+    result["warning"] = fallbacks(rows)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1))
+    if result["warning"]:
+        console.print(f"[bold red]{result['warning']}[/bold red]")
     if given.plots:
         _draw(result, given.plots, console)
     return result
@@ -201,7 +220,8 @@ def _cases(name: str, suite, options) -> list | str:
 def _line(rows: list[Row]) -> str:
     """All times of a case."""
     times = [
-        f"{r.candidate} {r.microseconds:,.1f}" if r.microseconds else r.candidate
+        (f"{r.candidate} {r.microseconds:,.1f}" if r.microseconds else r.candidate)
+        + (f" ({FALLBACK})" if r.fell_back else "")
         for r in rows
     ]
     where = f"{rows[0].suite}, {rows[0].case}, {rows[0].dtype}: " if rows else ""

@@ -15,6 +15,9 @@ from benchmarks.timing import Prepared
 from benchmarks.workload import WrongResult
 
 OURS = "jax-causal-conv"
+BY_XLA = f"{OURS}, by XLA"
+FALLBACK = "XLA, NOT OUR KERNELS"
+"""What a row says that should have run kernels and did not."""
 
 
 class Work(Protocol):
@@ -112,6 +115,8 @@ class Row:
         of_ours: time over this package's, likewise.
         note: what else there is to say; why it failed.
         implementation: of a program of JAX: "Triton", "Mosaic" or "XLA".
+        fell_back: whether XLA computed what this package's kernels should have, as
+            where jax-triton is missing.
     """
 
     suite: str
@@ -132,6 +137,7 @@ class Row:
     of_ours: float | None = None
     note: str = ""
     implementation: str = ""
+    fell_back: bool = False
 
     @property
     def gigabytes_per_second(self) -> float | None:
@@ -149,6 +155,7 @@ class Case:
         work: what their results are compared with; None: nothing to compare.
         yardstick: the candidate that times are compared with.
         rows: to be reported beside the timed ones.
+        ours: candidates of this package that are not named after it.
     """
 
     suite: str
@@ -159,6 +166,11 @@ class Case:
     work: Work | None = None
     yardstick: str = ""
     rows: tuple[Row, ...] = ()
+    ours: tuple[str, ...] = ()
+
+    def wants_kernels(self, name: str) -> bool:
+        """Whether a candidate is to run this package's kernels on a GPU."""
+        return name in self.ours or (name.startswith(OURS) and name != BY_XLA)
 
 
 def run_case(case: Case, options: Options) -> list[Row]:
@@ -182,6 +194,11 @@ def run_case(case: Case, options: Options) -> list[Row]:
             nbytes = one.nbytes
             if nbytes is None:
                 nbytes = case.work.nbytes if case.work else 0
+            fell_back = (
+                options.on_gpu
+                and case.wants_kernels(name)
+                and one.implementation != "Triton"
+            )
             # The candidates' place in the table, whether or not timing succeeds.
             rows[name] = blank(
                 name,
@@ -189,7 +206,8 @@ def run_case(case: Case, options: Options) -> list[Row]:
                 error=max(errors.values(), default=None),
                 state_error=state_error,
                 implementation=one.implementation,
-                note=one.note,
+                note=", ".join(filter(None, (FALLBACK * fell_back, one.note))),
+                fell_back=fell_back,
             )
             prepared[name] = one
         except Absent:

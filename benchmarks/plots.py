@@ -26,6 +26,11 @@ _LINES = {
         "us",
         f"batches of {TOKENS:,} tokens, decodes and prompts, {_OF_LAYER}",
     ),
+    "layer": (
+        "share of prefill tokens, %",
+        "us",
+        f"conv and SSD of a Mamba2-2.7B layer, batches of {TOKENS:,} tokens",
+    ),
     "prefill": ("tokens of the prompt", "GB/s", f"one prompt, {_OF_LAYER}"),
     "widths": ("channels", "GB/s", f"one prompt, width {WIDTH}"),
     "metadata": ("sequences", "us", "build_metadata, 8 tokens per sequence"),
@@ -125,7 +130,7 @@ def _lines(axis, suite: str, rows: list[dict], style) -> None:
             linewidth=0,
             zorder=0 if name in _YARDSTICKS else 1,
         )
-    if suite != "mixed":
+    if suite not in ("mixed", "layer"):
         axis.set_xscale("log", base=2)
         axis.set_xticks(_apart(sorted({row["axis"] for row in rows})))
         axis.xaxis.set_major_formatter("{x:,.0f}")
