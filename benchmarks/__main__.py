@@ -42,13 +42,16 @@ def table(suite: str, rows: list[Row]) -> Table:
     yardstick = next((r.candidate for r in rows if r.of_yardstick == 1), "yardstick")
     for heading in _COLUMNS:
         made.add_column(heading.format(f"x {yardstick}"), justify="right")
+    serves = any(row.tokens_per_second for row in rows)
+    if serves:
+        made.add_column("tokens/s", justify="right")
     made.add_column("note", overflow="fold")
     last = None
     for row in rows:
         key = (row.case, row.dtype)
         if last not in (None, key):
             made.add_section()
-        made.add_row(*(key if key != last else ("", "")), *_cells(row))
+        made.add_row(*(key if key != last else ("", "")), *_cells(row, serves))
         last = key
     return made
 
@@ -64,7 +67,7 @@ def fallbacks(rows: list[Row]) -> str:
     )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, serves: bool) -> tuple[str, ...]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
@@ -82,6 +85,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         number(row.of_ours, ".2f"),
         ", ".join(filter(None, errors)),
         number(row.kernels, ".1f"),
+        *([number(row.tokens_per_second, ",.0f")] if serves else []),
         ", ".join(filter(None, (row.note, _clock(row)))),
     )
 

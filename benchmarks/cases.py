@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -117,6 +117,7 @@ class Row:
         implementation: of a program of JAX: "Triton", "Mosaic" or "XLA".
         fell_back: whether XLA computed what this package's kernels should have, as
             where jax-triton is missing.
+        tokens_per_second: of a server's step.
     """
 
     suite: str
@@ -138,6 +139,7 @@ class Row:
     note: str = ""
     implementation: str = ""
     fell_back: bool = False
+    tokens_per_second: float | None = None
 
     @property
     def gigabytes_per_second(self) -> float | None:
@@ -154,7 +156,7 @@ class Case:
         prepare: by the candidates' names.
         work: what their results are compared with; None: nothing to compare.
         yardstick: the candidate that times are compared with.
-        rows: to be reported beside the timed ones.
+        measure: makes rows that are not about candidates in turns.
         ours: candidates of this package that are not named after it.
     """
 
@@ -165,7 +167,7 @@ class Case:
     prepare: Mapping[str, Callable[[], Prepared]]
     work: Work | None = None
     yardstick: str = ""
-    rows: tuple[Row, ...] = ()
+    measure: Callable[[], Sequence[Row]] = tuple
     ours: tuple[str, ...] = ()
 
     def wants_kernels(self, name: str) -> bool:
@@ -232,7 +234,7 @@ def run_case(case: Case, options: Options) -> list[Row]:
             of_yardstick=over(name, case.yardstick),
             of_ours=over(name, OURS),
         )
-    return [*rows.values(), *case.rows]
+    return [*rows.values(), *case.measure()]
 
 
 def _summary(error: Exception) -> str:

@@ -369,7 +369,7 @@ def engine(options: Options) -> Iterator[Case]:
     """A Mamba2 model with random weights, served by the example's engine."""
     from benchmarks import serving  # noqa: PLC0415 (needs flax)
 
-    yield serving.case(options)
+    yield from serving.cases(options)
 
 
 _ALL = (
