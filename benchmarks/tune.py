@@ -57,6 +57,8 @@ BATCHES: dict[str, Batch] = {
     "mixed": _batch("packed", *[1] * 252, *[449] * 4, slots=512),
     "mixed, 25 %": _batch("packed", *[1] * 1536, *[128] * 4, slots=2048),
     "many decodes": _batch("packed", *[1] * 1792, *[64] * 4, slots=2048),
+    "256 x 5": _batch("packed", *[5] * 256, slots=512),
+    "64 x 32": _batch("packed", *[32] * 64, slots=512),
     **{
         f"packed decode {n:,}": _batch("packed", *[1] * n, slots=2048)
         for n in (1, 16, 256, 2000)
@@ -88,31 +90,37 @@ class Change:
         num_warps: warps a program.
         group: rows of an unrolled step of the token loop.
         block_m: tokens of a chunk.
+        ahead: 0 or 1, whether a group's rows are loaded before the one before it.
     """
 
     block_n: int | None = None
     num_warps: int | None = None
     group: int | None = None
     block_m: int | None = None
+    ahead: int | None = None
 
     def of(self, chosen: Tiles) -> Tiles:
         """These tiles, changed."""
-        changes = {name: v for name, v in dataclasses.asdict(self).items() if v}
+        every = dataclasses.asdict(self).items()
+        changes = {name: value for name, value in every if value is not None}
         changed = dataclasses.replace(chosen, **changes)
         return dataclasses.replace(changed, slot_n=min(changed.slot_n, changed.block_n))
 
     def __str__(self) -> str:
         named = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        changed = ", ".join(f"{name} {value}" for name, value in named if value)
+        changed = ", ".join(f"{n} {value}" for n, value in named if value is not None)
         return changed or "as chosen now"
 
     @classmethod
     def parsed(cls, text: str) -> "Change":
-        """Of "128x1x8": block_n, num_warps and group; the last may be left out."""
-        sizes = [int(size) for size in text.split("x")]
+        """Of "128x1x8": block_n, num_warps and group; the last may be left out.
+
+        Behind them, "+" loads a group's rows ahead, and "-" does not.
+        """
+        sizes = [int(size) for size in text.rstrip("+-").split("x")]
         if len(sizes) not in (2, 3) or min(sizes) < 1:
             raise ValueError(f"want BLOCK_NxWARPS or BLOCK_NxWARPSxGROUP, got {text!r}")
-        return cls(*sizes)
+        return cls(*sizes, ahead={"+": 1, "-": 0}.get(text[-1]))
 
 
 _BLOCK_M = (8, 16, 32, 64, 128)
@@ -305,7 +313,7 @@ def main(arguments: list[str], console: Console) -> None:
         "--tiles",
         nargs="+",
         type=Change.parsed,
-        metavar="BLOCK_NxWARPS[xGROUP]",
+        metavar="BLOCK_NxWARPS[xGROUP][+-]",
         help="try these alone, beside what is chosen now",
     )
     parser.add_argument("--seconds", type=float, default=0.5, help="for each change")
@@ -349,7 +357,8 @@ def _try(
 
 def _table(title: str, chosen: Tiles, found: dict[Change, Outcome]) -> Table:
     """The fastest first; what failed at the end."""
-    now = f"{chosen.block_n}x{chosen.num_warps}x{chosen.group}, chunks {chosen.block_m}"
+    now = f"{chosen.block_n}x{chosen.num_warps}x{chosen.group}"
+    now += f"{'+' if chosen.ahead else '-'}, chunks {chosen.block_m}"
     title = f"{title} (now {now})"
     made = Table(title=title, title_justify="left")
     made.add_column("tiles")

@@ -110,6 +110,7 @@ class _Layout:
             ACTIVATION=spec.activation,
             DILATION=spec.dilation,
             RESIDUAL=spec.residual,
+            AHEAD=tiles.ahead,
             **more,
         )
 

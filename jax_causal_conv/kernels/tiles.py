@@ -24,6 +24,7 @@ class Tiles:
         group: rows per unrolled step of the token loop.
         l_block: L rounded up to a power of two.
         slot_n: channels whose L rows are moved at once, a power of two.
+        ahead: whether a group's rows are loaded while the one before it is filtered.
     """
 
     block_n: int
@@ -32,6 +33,7 @@ class Tiles:
     group: int
     l_block: int
     slot_n: int
+    ahead: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -357,6 +357,8 @@ def test_kernels_with_changed_tiles_compute_the_workload(op):
 def test_tiles_are_named_on_the_command_line():
     assert Change.parsed("128x1x8") == Change(128, 1, 8)
     assert Change.parsed("64x2") == Change(64, 2)
+    assert Change.parsed("64x2+") == Change(64, 2, ahead=1)
+    assert Change.parsed("64x2x8-") == Change(64, 2, 8, ahead=0)
     for text in ("64", "64x0", "64x1x2x3", "64xa"):
         with pytest.raises(ValueError, match=text if text == "64x0" else None):
             Change.parsed(text)
