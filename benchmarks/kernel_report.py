@@ -182,7 +182,7 @@ _ONE_MODEL = tuple(m for m in MODELS if m.name == "Mamba2-2.7B")
 _THREE_MODELS = tuple(
     m for m in MODELS if m.name in ("Mamba2-130M", "Mamba2-2.7B", "LFM2-1.2B")
 )
-_FORWARD = {"loops": True, "max_per_output": 14}
+_FORWARD = {"loops": True, "max_per_output": 14, "access": 8}
 _BACKWARD = {"loops": True, "max_per_output": 27, "goal": 26, "access": 8}
 _DECODE = {"loops": False, "max_per_output": 48}
 _packed_drafts = functools.partial(packed, drafts=4)
@@ -237,6 +237,7 @@ KERNELS = (
         _dense_segments,
         loops=True,
         max_per_output=24,
+        access=8,
         models=_ONE_MODEL,
     ),
 )

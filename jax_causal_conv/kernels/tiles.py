@@ -129,11 +129,19 @@ def _forward(
     `num_warps` share a program's channels, if these are enough.
     """
     # As many channels a thread as one access moves; fewer where rows are not aligned
-    # and every channel is an access of its own, with registers for its address.
+    # and every channel is an access of its own, with registers for its address. Fewer
+    # for long rows, too: larger groups of them, whose loads need not be issued ahead,
+    # and more warps at a time are worth more than wide accesses: benchmarks/NOTES.md.
     per_thread = _ACCESS // filters.itemsize
-    if filters.alignment % per_thread:
+    in_large_groups = (filters.width, filters.itemsize) == (
+        4,
+        2,
+    ) and rows >= 2 * filters.width * filters.dilation
+    if in_large_groups or filters.alignment % per_thread:
         per_thread = 4
     tile = _tiles(filters, state_len, block_m, rows, per_thread)
+    if in_large_groups:
+        tile = dataclasses.replace(tile, group=2 * filters.width, ahead=False)
     if tile.block_n >= 4 * num_warps * _WARP:
         tile = dataclasses.replace(tile, num_warps=num_warps)
     return tile
