@@ -156,7 +156,7 @@ def default_tiles(work: Workload) -> Tiles:
         case "packed":
             return tiles.packed(filters, work.width - 1, work.tokens, batch)
         case "update":
-            return tiles.update(filters, work.width - 1, length)
+            return tiles.update(filters, work.width - 1, length, batch)
         case "dense":
             return tiles.dense(filters, batch, length)
         case "gradient":
