@@ -14,6 +14,7 @@ import functools
 import gc
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -205,7 +206,14 @@ class Serving:
         """What the next steps' time goes to; serves what is left to the end."""
         for _ in range(3):
             engine.step()
-        kernels = timing.device_kernels(Prepared(engine.step, lambda _: None), count)[1]
+
+        # The step that is under way must end before the profile begins, and the last
+        # one in it.
+        def wait(_: Any = None) -> None:
+            time.sleep(0.3)
+
+        wait()
+        kernels = timing.device_kernels(Prepared(engine.step, wait), count)[1]
         engine.run()
         logits = jnp.zeros((self.load.slots, self.config.vocab_size), jnp.float32)
         none = jnp.zeros(self.load.slots)
@@ -219,19 +227,19 @@ class Serving:
         found = parts(kernels, count, sampling, of.microseconds or 0.0)
         whole = sum(time for time, _ in found.values())
         rows = []
-        for part, (time, names) in found.items():
+        for part, (spent, names) in found.items():
             ours = part in ("conv", "SSD")
-            share = f"{time / whole:.1%} of the step"
+            share = f"{spent / whole:.1%} of the step"
             rows.append(
                 row(
                     f"{of.candidate}: {part}",
-                    time,
-                    time,
-                    time,
+                    spent,
+                    spent,
+                    spent,
                     count,
                     note=", ".join(filter(None, (share, names))),
-                    implementation=("Triton" if time else "XLA") if ours else "",
-                    fell_back=ours and not time,
+                    implementation=("Triton" if spent else "XLA") if ours else "",
+                    fell_back=ours and not spent,
                 )
             )
         return rows
@@ -268,10 +276,10 @@ class Serving:
             return outs
 
         timing.median_seconds(call, 3)
-        time = timing.median_seconds(call, 50) * 1e6
-        share = time / (step.microseconds or time)
+        spent = timing.median_seconds(call, 50) * 1e6
+        share = spent / (step.microseconds or spent)
         note = f"run alone, {share:.1%} of a decode step's time"
-        return row("convs of a decode step", time, time, time, 50, "wall", note=note)
+        return row("convs of a decode step", spent, spent, spent, 50, "wall", note=note)
 
     # ---- Texts that begin alike, and drafts ------------------------------------------
 
@@ -332,7 +340,7 @@ class Serving:
                 steps = np.arange(2 * _CYCLE)
                 prompt = _in_cycle(rng.integers(self.config.vocab_size), steps)
                 running.append(engine.submit(Request(prompt, max_new_tokens=10**6)))
-            for _ in range(4):
+            for _ in range(8):  # until all prompts are read
                 engine.step()
             engine.stats.steps.clear()
             for _ in range(load.steps):

@@ -408,11 +408,27 @@ SERVED = serving.Serving(
 ENGINE_ROW = functools.partial(Row, "engine", "some states", 4, "float32")
 
 
-def test_the_engine_is_timed_in_steps():
-    decode, convs = SERVED.steps("bfloat16", ENGINE_ROW)  # without prompts, so soonest
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_engine_is_timed_in_steps(on_gpu, monkeypatch):
+    kernels = {"update_kernel": [1.0] * 20, "loop_fusion": [3.0] * 20}
+    seen = "profiler", kernels
+    monkeypatch.setattr(timing, "device_kernels", lambda *_: seen)
+    served = serving.Serving(SERVED.config, SERVED.load, "float32", on_gpu)
+    # Without prompts, so soonest compiled.
+    decode, *rest = served.steps("bfloat16", ENGINE_ROW)
     assert decode.candidate == "decode step" and decode.note.startswith("4 tokens;")
     assert decode.tokens_per_second == pytest.approx(4e6 / decode.microseconds)
-    assert convs.microseconds > 0
+    if not on_gpu:
+        (convs,) = rest
+        assert convs.candidate == "convs of a decode step" and convs.microseconds > 0
+        return
+    assert [row.candidate for row in rest] == [
+        f"decode step: {part}" for part in serving.PARTS
+    ]
+    conv, ssd = rest[:2]
+    assert conv.microseconds == 1 and conv.implementation == "Triton"
+    assert ssd.microseconds == 0 and ssd.implementation == "XLA"
+    assert [row.fell_back for row in rest] == [False, True, *[False] * 4]
 
 
 def test_the_engine_has_hits_and_misses_in_its_prefix_cache():
