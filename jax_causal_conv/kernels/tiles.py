@@ -74,7 +74,8 @@ def packed_chunks(
     """Tiles of the packed forward kernel for chunks of block_m tokens."""
     if few_rows(num_tokens, num_seqs):
         return _forward(filters, state_len, block_m, rows=1, num_warps=2)
-    return _forward(filters, state_len, block_m, rows=block_m)
+    tile = _forward(filters, state_len, block_m, rows=block_m)
+    return _ahead(tile, num_tokens // max(num_seqs, 1))
 
 
 def update(filters: Filters, state_len: int, num_tokens: int, batch: int) -> Tiles:
@@ -92,7 +93,7 @@ def update(filters: Filters, state_len: int, num_tokens: int, batch: int) -> Til
 def dense(filters: Filters, batch: int, length: int) -> Tiles:
     """Tiles of the dense forward kernel for B rows of T tokens."""
     block_m = packed_block_m(filters, batch * length, batch)
-    return _forward(filters, filters.reach, block_m, rows=block_m)
+    return _ahead(_forward(filters, filters.reach, block_m, rows=block_m), length)
 
 
 def packed_backward(filters: Filters, block_m: int) -> Tiles:
@@ -138,21 +139,25 @@ def _forward(
     """
     # As many channels a thread as one access moves; fewer where rows are not aligned
     # and every channel is an access of its own, with registers for its address. Fewer
-    # for long rows, too: larger groups of them, whose loads need not be issued ahead,
-    # and more warps at a time are worth more than wide accesses: benchmarks/NOTES.md.
+    # for loops, too: larger groups of rows and more warps at a time are worth more than
+    # wide accesses (benchmarks/NOTES.md).
     per_thread = _ACCESS // filters.itemsize
-    in_large_groups = (filters.width, filters.itemsize) == (
-        4,
-        2,
-    ) and rows >= 2 * filters.width * filters.dilation
+    group = 2 * filters.width
+    pairs = filters.width == 4 and filters.itemsize == 2
+    in_large_groups = pairs and rows >= group * filters.dilation
     if in_large_groups or filters.alignment % per_thread:
         per_thread = 4
     tile = _tiles(filters, state_len, block_m, rows, per_thread)
     if in_large_groups:
-        tile = dataclasses.replace(tile, group=2 * filters.width, ahead=False)
+        tile = dataclasses.replace(tile, group=group, ahead=False)
     if tile.block_n >= 4 * num_warps * _WARP:
         tile = dataclasses.replace(tile, num_warps=num_warps)
     return tile
+
+
+def _ahead(tile: Tiles, mean: int) -> Tiles:
+    """Loads ahead in sequences of many groups; with few, more warps are worth more."""
+    return dataclasses.replace(tile, ahead=tile.ahead or mean >= 128)
 
 
 def _backward(filters: Filters, block_m: int, rows: int) -> Tiles:
