@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import imports, programs
-from benchmarks.cases import OURS, Candidate
+from benchmarks.cases import BY_XLA, OURS, Candidate
 from benchmarks.tensors import Torch
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
@@ -479,7 +479,7 @@ def _vllm(work: Workload, path: Path | None) -> Prepared:
         return torch.prepared(update, view)
     offsets = torch.tensor(work.offsets)
     seen = torch.tensor(work.has_initial_state)
-    metadata = _vllm_metadata(torch, work, block_m=8)
+    metadata = vllm_metadata(torch, work.lengths)
 
     def packed():
         return module.causal_conv1d_fn(
@@ -537,9 +537,9 @@ def _vllm_names() -> dict[str, Any]:
     }
 
 
-def _vllm_metadata(torch: _Tensors, work: Workload, block_m: int) -> Any:
+def vllm_metadata(torch: Torch, lengths: Sequence[int], block_m: int = 8) -> Any:
     """Which program owns which chunk, in the form that its launcher takes."""
-    chunks = [-(-length // block_m) for length in work.lengths]
+    chunks = [-(-length // block_m) for length in lengths]
     owners = np.repeat(np.arange(len(chunks), dtype=np.int32), chunks)
     offsets = np.concatenate([np.arange(n, dtype=np.int32) for n in chunks])
     arrays = {
@@ -672,7 +672,7 @@ _GPU = ("gpu",)
 CANDIDATES = (
     Candidate(OURS, ours, ("packed", "update", *_ROWS)),
     Candidate(
-        f"{OURS}, by XLA",
+        BY_XLA,
         functools.partial(ours, implementation="xla"),
         ("packed", "update", *_ROWS),
         platforms=_GPU,

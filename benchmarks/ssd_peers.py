@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import imports, programs
-from benchmarks.cases import OURS, Candidate
+from benchmarks.cases import BY_XLA, OURS, Candidate
 from benchmarks.peers import vllm_ops
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.tensors import Torch
@@ -141,7 +141,7 @@ def _keeps_float32_state(work: SsdWorkload) -> bool:
     return keeps
 
 
-class _Tensors(Torch):
+class Tensors(Torch):
     """A workload's inputs as tensors, and the way back."""
 
     def __init__(self, work: SsdWorkload):
@@ -207,14 +207,14 @@ def _vllm(work: SsdWorkload, path: Path | None) -> Prepared:
     As its mixer calls them, for a batch that its scheduler has put in order: decodes
     come first.
     """
-    torch = _Tensors(work)
+    torch = Tensors(work)
     states = torch.states()
     out = torch.torch.empty_like(torch.x)
     decodes = len(work.lengths) - work.prompts
     if any(work.lengths[i] > 1 for i in range(decodes)):
         raise ValueError("decodes do not come first")
     decode = torch.decode_arguments(decodes)
-    prompts = _vllm_prompts(torch, decodes)
+    prompts = vllm_prompts(torch, decodes)
     if decodes:
         update = vllm_ops("mamba_ssm", path).selective_state_update
     if work.prompts:
@@ -230,7 +230,7 @@ def _vllm(work: SsdWorkload, path: Path | None) -> Prepared:
     return torch.cached(call, states)
 
 
-def _vllm_prompts(torch: _Tensors, decodes: int) -> dict[str, Any]:
+def vllm_prompts(torch: Tensors, decodes: int) -> dict[str, Any]:
     """What its scan takes for the prompts behind the decodes, and its metadata."""
     work = torch.work
     lengths = np.array(work.lengths[decodes:], np.int32)
@@ -264,7 +264,7 @@ def _vllm_prompts(torch: _Tensors, decodes: int) -> dict[str, Any]:
 
 def _mamba_ssm(work: SsdWorkload, path: Path | None) -> Prepared:
     """The Triton kernels of mamba_ssm: decodes, or fresh rows of one length."""
-    torch = _Tensors(work)
+    torch = Tensors(work)
     if "ssd_decode" in work.ops:
         module = _mamba_ssm_ops("selective_state_update", path)
         states, arguments = torch.states(), torch.decode_arguments(len(work.lengths))
@@ -343,7 +343,6 @@ def _mamba_ssm_ops(name: str, path: Path | None) -> types.ModuleType:
 
 _GPU = ("gpu",)
 
-BY_XLA = f"{OURS}, by XLA"
 ROUNDING = f"{OURS}, rounding"
 CANDIDATES = (
     Candidate(OURS, ours, ("ssd_packed", "ssd")),

@@ -139,4 +139,12 @@ def moves_case(name: str, work: SsdWorkload, drafts: int) -> Case:
         prepare[f"{drafts} drafts, some rejected"] = functools.partial(
             prepared, slots, 1 + drafts, drafts, num_rejected_tokens=rejected
         )
-    return Case("moves", name, work.tokens, work.dtype, prepare, yardstick="plain")
+    return Case(
+        "moves",
+        name,
+        work.tokens,
+        work.dtype,
+        prepare,
+        yardstick="plain",
+        ours=tuple(prepare),
+    )
