@@ -2,8 +2,9 @@
 
 jax finds out late. What it pushes forward it may yet pull back (so it differentiates
 a scan), and within jit it first compiles what was never pulled back: there it raises an
-error of its own that names no op, with nobody to add to it. So tangents pass a primitive
-of ours on their way in, which vanishes when they are transposed and raises otherwise.
+error of its own that names no op, with nobody to add to it. So tangents pass a
+primitive of ours on their way in, which vanishes when they are transposed and raises
+otherwise.
 """
 
 from typing import Any
