@@ -68,6 +68,11 @@ CASES = {
         TypeError,
         ["conv_states must be one array", "(S, L, D)", "tuple of 2"],
     ),
+    "a traced activation": (
+        lambda: jax.jit(causal_conv1d)(ones(1, 5, D), WEIGHT, activation=True),
+        ValueError,
+        ["activation must be None", "functools.partial", "static_argnames"],
+    ),
     "features of a layer": (
         lambda: CONV(ones(2, 9, 5)),
         ValueError,
