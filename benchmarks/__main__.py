@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,16 @@ def _cells(row: Row) -> tuple[str, ...]:
         number(row.of_ours, ".2f"),
         ", ".join(filter(None, errors)),
         number(row.kernels, ".1f"),
-        ", ".join(filter(None, (row.note, _clock(row)))),
+        ", ".join(filter(None, (*_of_step(row), row.note, _clock(row)))),
     )
+
+
+def _of_step(row: Row) -> Iterator[str]:
+    """What a step of a model does and takes."""
+    if row.tokens_per_second:
+        yield f"{row.tokens_per_second:,.0f} tokens/s"
+    if row.memory:
+        yield f"{row.memory / 2**30:,.2f} GiB"
 
 
 def _clock(row: Row) -> str:
@@ -164,7 +173,10 @@ def run(arguments: list[str], console: Console) -> dict[str, Any]:
                 own += found
                 result["rows"] += [
                     dataclasses.asdict(r)
-                    | {"gigabytes_per_second": r.gigabytes_per_second}
+                    | {
+                        "gigabytes_per_second": r.gigabytes_per_second,
+                        "tokens_per_second": r.tokens_per_second,
+                    }
                     for r in found
                 ]
                 if given.json:  # after each case: what is there stays

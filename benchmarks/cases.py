@@ -105,6 +105,8 @@ class Row:
         clock: how it was timed, see `timing`.
         kernels: device activities of a call.
         nbytes: what must be moved once; 0 where that says nothing.
+        tokens: of a step; 0 where that says nothing.
+        memory: bytes that a step takes; likewise.
         error: largest difference from float64 over the largest value, if compared:
             of all results but the states, and of those `state_error`.
         of_yardstick: time over that of the yardstick in the same case, see
@@ -126,6 +128,8 @@ class Row:
     clock: str = ""
     kernels: float | None = None
     nbytes: int = 0
+    tokens: int = 0
+    memory: int = 0
     error: float | None = None
     state_error: float | None = None
     of_yardstick: float | None = None
@@ -138,6 +142,12 @@ class Row:
         if not (self.nbytes and self.microseconds):
             return None
         return self.nbytes / self.microseconds / 1e3
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        if not (self.tokens and self.microseconds):
+            return None
+        return self.tokens / self.microseconds * 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +196,8 @@ def run_case(case: Case, options: Options) -> list[Row]:
             rows[name] = blank(
                 name,
                 nbytes=nbytes,
+                tokens=one.tokens,
+                memory=one.memory,
                 error=max(errors.values(), default=None),
                 state_error=state_error,
                 implementation=one.implementation,

@@ -320,6 +320,23 @@ def _tpu_inference(work: Workload, path: Path | None) -> Prepared:
     )
 
 
+def _jax_linear_attention(work: Workload, path: Path | None) -> Prepared:
+    """The short conv of jax-linear-attention: its kernels on a GPU, else plain JAX."""
+    module = imports.load("jla.layers.conv", path)
+    equinox = imports.load("equinox", None)
+    # By name, since it would else fall back in silence.
+    impl = "mosaic_gpu" if jax.default_backend() == "gpu" else "xla"
+    layer = module.ShortConv(work.dim, work.width, use_bias=True, impl=impl)
+
+    def forward(x, weight, bias):
+        def parameters(layer):
+            return layer.weight, layer.bias
+
+        return equinox.tree_at(parameters, layer, (weight, bias))(x)[0]
+
+    return _jax_rows(work, forward)
+
+
 # ---- PyTorch peers -----------------------------------------------------------------
 
 
@@ -664,6 +681,12 @@ CANDIDATES = (
     Candidate("mamba2-jax", _mamba2_jax, ("update", *_ROWS), package="mamba2-jax"),
     Candidate(
         "tpu-inference", _tpu_inference, ("packed", "update"), package="tpu-inference"
+    ),
+    Candidate(
+        "jax-linear-attention",
+        _jax_linear_attention,
+        _ROWS,
+        package="jax-linear-attention",
     ),
     Candidate("torch F.conv1d + silu", _torch_conv, _ROWS),
     Candidate("torch, padded or rolled", _torch_roll, ("update", "dense")),

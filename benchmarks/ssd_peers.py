@@ -5,6 +5,7 @@ All but jax-linear-attention apply bias and softplus of dt themselves, to dt as 
 projection leaves it; that one gets `SsdWorkload.steps`.
 """
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -300,6 +301,33 @@ def _mamba_ssm(work: SsdWorkload, path: Path | None) -> Prepared:
         return seen
 
     return torch.prepared(call, view)
+
+
+def mamba_ssm_gradients(
+    work: SsdWorkload, path: Path | None, arrays: dict[str, jax.Array], dy: jax.Array
+) -> Prepared:
+    """Its scan of equal rows and, from y's cotangent, the gradients of all arrays."""
+    torch = _Tensors(work)
+    module = _mamba_ssm_ops("ssd_combined", path)
+    inputs = {k: torch.tensor(array).requires_grad_() for k, array in arrays.items()}
+    names = ("x", "dt", "A", "B", "C")
+    cotangent = torch.tensor(dy)
+
+    def call():
+        y = module.mamba_chunk_scan_combined(
+            *(inputs[name] for name in names),
+            _CHUNK,
+            D=inputs["D"],
+            dt_bias=inputs["dt_bias"],
+            dt_softplus=True,
+        )
+        return y, *torch.torch.autograd.grad(y, tuple(inputs.values()), cotangent)
+
+    def view(result):
+        return {"y": torch.pick(result[0].detach().reshape(work.x.shape))}
+
+    one = torch.prepared(call, view, gradient=True)
+    return dataclasses.replace(one, nbytes=0)
 
 
 def _mamba_ssm_ops(name: str, path: Path | None) -> types.ModuleType:

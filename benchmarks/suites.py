@@ -131,13 +131,18 @@ def widths(options: Options) -> Iterator[Case]:
 
 
 def training(options: Options) -> Iterator[Case]:
-    """Forward and backward of the dense op, of rows of 2,048 tokens."""
-    batches = [1, 8, 32] if options.on_gpu else [1]
-    for dtype, batch in itertools.product(options.all_dtypes, batches):
-        work = Workload("gradient", (TOKENS,) * batch, DIM, WIDTH, dtype)
-        yield _workload_case(
-            "training", f"{batch} x {TOKENS:,} tokens", batch, work, options
-        )
+    """Forward and backward of the dense op, of rows of 2,048 tokens and of 8,192."""
+    rows = {f"{n} x {TOKENS:,} tokens": ((TOKENS,) * n, DIM) for n in (1, 8, 32)}
+    for count, length in ((1, 8192), (4, TOKENS)):
+        name = f"{count} x {length:,} tokens of 2,048 channels"
+        rows[name] = (length,) * count, 2048
+    if not options.on_gpu:
+        rows = dict(itertools.islice(rows.items(), 1))
+    for dtype, (name, (lengths, dim)) in itertools.product(
+        options.all_dtypes, rows.items()
+    ):
+        work = Workload("gradient", lengths, dim, WIDTH, dtype)
+        yield _workload_case("training", name, len(lengths), work, options)
 
 
 # ---- Suites of what surrounds the ops ----------------------------------------------
@@ -330,6 +335,23 @@ def ssd_training(options: Options) -> Iterator[Case]:
                 yield ssd_steps.training_case(f"{rows} x {length:,}", work, options)
 
 
+def training_step(options: Options) -> Iterator[Case]:
+    """Whole training steps of Mamba2 models, by what `jax.checkpoint` keeps."""
+    from benchmarks import training_steps  # noqa: PLC0415 (needs flax and optax)
+
+    shapes = ("130m", "780m") if options.on_gpu else ("tiny",)
+    for shape in shapes:
+        yield training_steps.case(shape, options.all_dtypes[0], options)
+
+
+def mixer(options: Options) -> Iterator[Case]:
+    """A whole Mamba2 mixer in float32: forward, gradients, and packed prefill."""
+    from benchmarks import mixers  # noqa: PLC0415 (needs flax)
+
+    for op, length in itertools.product(mixers.OPS, (512, TOKENS)):
+        yield mixers.case(mixers.MixerWorkload(op, 2, length), options)
+
+
 def moves(options: Options) -> Iterator[Case]:
     """Forks, snapshots and rollback of SSM states, beside a plain step."""
     heads = 80 if options.on_gpu else 4
@@ -357,6 +379,8 @@ _ALL = (
     layers,
     ssd,
     ssd_training,
+    training_step,
+    mixer,
     moves,
     engine,
 )

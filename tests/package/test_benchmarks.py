@@ -18,6 +18,7 @@ from benchmarks import (
     peers,
     programs,
     ssd_peers,
+    ssd_steps,
     timing,
     tune,
 )
@@ -126,6 +127,50 @@ def test_the_ssd_computes_its_workload(name):
     errors = SSD[name].errors(one.view(one.call()))
     assert max(errors.values()) < 1e-6 and one.implementation == "XLA"
     assert ("states" in errors) == ("unused" in errors) == (name != "dense")
+
+
+def test_gradients_of_the_ssd_are_timed_with_what_they_belong_to():
+    work = SSD["dense"]
+    case = ssd_steps.training_case("case", work, replace(QUICK, with_peers=False))
+    assert set(case.prepare) == {OURS, ssd_peers.ROUNDING}
+    one = case.prepare[OURS]()
+    result = one.call()
+    assert max(work.errors(one.view(result)).values()) < 1e-6
+    gradients = result[1]
+    assert set(gradients) == {"x", "dt", "A", "B", "C", "D", "dt_bias"}
+    assert all(np.abs(array).max() > 0 for array in gradients.values())
+
+
+@pytest.mark.parametrize("op", ["gradient", "prefill"])
+def test_the_mixer_computes_its_workload(op):
+    mixers = pytest.importorskip("benchmarks.mixers")
+    work = mixers.MixerWorkload(op, 2, 5, d_model=32)
+    one = mixers.ours(work)
+    found = one.view(one.call())
+    assert max(work.errors(found).values()) < 1e-5
+    parameters = set(mixers.named(mixers.nnx.state(work.mixer)))
+    results = {"gradient": {"u"} | parameters, "prefill": {"conv", "ssm"}}
+    assert set(found) == {"out"} | results[op]
+
+
+def test_steps_of_training_are_those_of_the_model():
+    """With its layers scanned."""
+    steps = pytest.importorskip("benchmarks.training_steps")
+    sizes = {"d_state": 4, "headdim": 8, "chunk_size": 4}
+    config = steps.Mamba2Config(vocab_size=11, d_model=8, n_layers=2, **sizes)
+    training = steps.Training(config, "float32", rows=2, length=6)
+    one = training.prepared("conv")
+    losses = [float(one.call()) for _ in range(3)]
+    assert one.tokens == 12 and one.memory > 0
+    model = steps.Mamba2LM(replace(config, n_layers=1), rngs=steps.nnx.Rngs(0))
+    model.layers = steps.nnx.List([model.layers[0]] * 2)
+    logits = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))(
+        training.tokens[:, :-1]
+    )
+    targets = np.asarray(training.tokens)[:, 1:, None]
+    want = -np.take_along_axis(np.asarray(logits), targets, axis=-1).mean()
+    assert losses[0] == pytest.approx(want, rel=1e-5)
+    assert losses[2] < losses[0]
 
 
 def test_the_bytes_of_the_ssd_are_counted():
