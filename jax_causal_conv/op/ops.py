@@ -173,6 +173,7 @@ def _ssd_gradients(spec: SSDSpec, operands: SSDBackwardOperands) -> list:
 
 PACKED = Op(
     name="packed",
+    public="causal_conv1d_fn",
     xla=forward.packed,
     launches=lambda: _kernels().packed,
     dims=PackedOperands(
@@ -195,6 +196,7 @@ PACKED = Op(
 
 UPDATE = Op(
     name="update",
+    public="causal_conv1d_update",
     xla=forward.update,
     launches=lambda: _kernels().update,
     dims=UpdateOperands(
@@ -214,6 +216,7 @@ UPDATE = Op(
 
 DENSE = Op(
     name="dense",
+    public="causal_conv1d",
     xla=forward.dense,
     launches=lambda: _kernels().dense,
     dims=DenseOperands(
@@ -226,6 +229,7 @@ DENSE = Op(
 
 PACKED_BACKWARD = Op(
     name="packed_backward",
+    public="causal_conv1d_fn",
     xla=backward.packed_backward,
     launches=lambda: _kernels().packed_backward,
     dims=PackedBackwardOperands(
@@ -247,6 +251,7 @@ PACKED_BACKWARD = Op(
 
 ROWS_BACKWARD = Op(
     name="rows_backward",
+    public="causal_conv1d and causal_conv1d_update",
     xla=backward.rows_backward,
     launches=lambda: _kernels().rows_backward,
     dims=RowsBackwardOperands(
@@ -265,6 +270,7 @@ ROWS_BACKWARD = Op(
 
 SSD = Op(
     name="ssd",
+    public="ssd",
     xla=ssd.dense,
     launches=lambda: _ssd_kernels().dense,
     dims=SSDOperands(
@@ -286,6 +292,7 @@ SSD = Op(
 
 SSD_BACKWARD = Op(
     name="ssd_backward",
+    public="ssd",
     xla=ssd.dense_backward,
     launches=lambda: _ssd_backward_kernels().backward,
     dims=SSDBackwardOperands(
@@ -317,6 +324,7 @@ SSD_BACKWARD = Op(
 
 SSD_PACKED = Op(
     name="ssd_packed",
+    public="ssd_packed",
     xla=ssd.packed,
     launches=lambda: _ssd_kernels().packed,
     dims=SSDPackedOperands(
@@ -343,6 +351,7 @@ SSD_PACKED = Op(
 
 SSD_REPLAY = Op(
     name="ssd_replay",
+    public="ssd_packed",
     xla=ssd.replay,
     launches=lambda: _ssd_kernels().replay,
     dims=SSDReplayOperands(
