@@ -144,7 +144,7 @@ def _with_state(function, arguments, at, state, _):
     return state, out.sum()
 
 
-@pytest.mark.parametrize("width", [1, 2, 5, 9, 17])
+@pytest.mark.parametrize("width", [1, 5, 9, 17])
 def test_kernels_of_any_width_compile_forward_and_backward(width):
     x, weight, bias = jnp.ones((2, 9, 64)), jnp.ones((64, width)), jnp.ones(64)
     states = jnp.ones((2, width + 1, 64))

@@ -313,7 +313,7 @@ def test_a_model_in_pieces_is_the_model():
 
 def test_checkpoint_policies_keep_what_they_say():
     """Temporary memory of a gradient: everything > the conv's output > nothing."""
-    layers, tokens, mixer = 24, 256, make_mixer()
+    layers, tokens, mixer = 24, 64, make_mixer()
     graphdef, params = nnx.split(mixer)
     u = jnp.ones((2, tokens, 16))
 
@@ -327,7 +327,7 @@ def test_checkpoint_policies_keep_what_they_say():
         def loss(stacked, u):
             return jnp.square(jax.lax.scan(block, u, stacked)[0]).sum()
 
-        gradient = jax.jit(jax.grad(loss))
+        gradient = quick.jit(jax.grad(loss))
         memory = gradient.lower(stacked(layers), u).compile().memory_analysis()
         # Few layers: what is computed again may be rounded otherwise, and each layer
         # makes more of it.
