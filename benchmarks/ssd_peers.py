@@ -307,7 +307,7 @@ def mamba_ssm_gradients(
     work: SsdWorkload, path: Path | None, arrays: dict[str, jax.Array], dy: jax.Array
 ) -> Prepared:
     """Its scan of equal rows and, from y's cotangent, the gradients of all arrays."""
-    torch = _Tensors(work)
+    torch = Tensors(work)
     module = _mamba_ssm_ops("ssd_combined", path)
     inputs = {k: torch.tensor(array).requires_grad_() for k, array in arrays.items()}
     names = ("x", "dt", "A", "B", "C")
