@@ -182,7 +182,7 @@ _ONE_MODEL = tuple(m for m in MODELS if m.name == "Mamba2-2.7B")
 _THREE_MODELS = tuple(
     m for m in MODELS if m.name in ("Mamba2-130M", "Mamba2-2.7B", "LFM2-1.2B")
 )
-_FORWARD = {"loops": True, "max_per_output": 14}
+_FORWARD = {"loops": True, "max_per_output": 14, "access": 8}
 _BACKWARD = {"loops": True, "max_per_output": 27, "goal": 26, "access": 8}
 _DECODE = {"loops": False, "max_per_output": 48}
 _packed_drafts = functools.partial(packed, drafts=4)
@@ -190,9 +190,13 @@ _update_drafts = functools.partial(update, tokens=4, drafts=4)
 _update_circular = functools.partial(update, drafts=4, circular=True)
 _dense_segments = functools.partial(dense, segments=True)
 
+# Long rows, whose loads are issued ahead, take 12.06; 11.3 without, which is slower
+# (benchmarks/NOTES.md).
+_PACKED_GOAL = 12.1
+
 # A new kernel needs a line here, and nothing else.
 KERNELS = (
-    KernelCase("packed", "packed_kernel", packed, **_FORWARD, goal=12),
+    KernelCase("packed", "packed_kernel", packed, **_FORWARD, goal=_PACKED_GOAL),
     KernelCase("update", "update_kernel", update, **_DECODE),
     KernelCase("dense", "dense_kernel", dense, **_FORWARD, models=_THREE_MODELS),
     KernelCase(
@@ -214,7 +218,7 @@ KERNELS = (
         "packed_kernel",
         _packed_drafts,
         **_FORWARD,
-        goal=12,
+        goal=_PACKED_GOAL,
         models=_ONE_MODEL,
     ),
     KernelCase(
@@ -237,6 +241,7 @@ KERNELS = (
         _dense_segments,
         loops=True,
         max_per_output=24,
+        access=8,
         models=_ONE_MODEL,
     ),
 )
