@@ -15,11 +15,11 @@ from ..operands import SSDBackwardOperands, SSDSpec
 from . import tiles
 from .record import Launch, Launches
 from .ssd_backward import (
-    backward_finish_kernel,
     backward_heads_kernel,
     backward_pairs_kernel,
     backward_tokens_kernel,
 )
+from .ssd_backward_finish import backward_finish_kernel
 from .ssd_backward_record import (
     SsdBackwardConstants,
     SsdBackwardInputs,

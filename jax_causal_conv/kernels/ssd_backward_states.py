@@ -47,6 +47,12 @@ def tile_of(inputs, row, tile, C: tl.constexpr):
 
 
 @triton.jit
+def tiles_in(inputs, group, C: tl.constexpr):
+    """How many tiles a group has."""
+    return tl.minimum(inputs.tiles - group % inputs.groups * C.TILES, C.TILES)
+
+
+@triton.jit
 def load_channels(ptr, tile, head, channels, C: tl.constexpr):
     """`[c, P_BLOCK]` of x or dy."""
     PART: tl.constexpr = C.PART or C.P_BLOCKS * C.P_BLOCK != C.P
