@@ -66,6 +66,22 @@ def training_case(name: str, work: SsdWorkload, options: Options) -> Case:
     return Case("ssd_training", name, work.tokens, work.dtype, prepare)
 
 
+def _prepared_copies(work: SsdWorkload, copies: int) -> Prepared:
+    """What a cache with a state after each token would move, and nothing else.
+
+    That is the other way to take drafts back: a step writes as many states as tokens.
+    """
+    shape = len(work.lengths), work.heads, work.dim, work.state_size
+    states = jnp.ones(shape, work.state_dtype)
+
+    def copied(states):
+        return jnp.broadcast_to(states[:, None], (shape[0], copies, *shape[1:]))
+
+    step = jax.jit(copied)
+    by = programs.implementation(step.lower(states))
+    return Prepared(functools.partial(step, states), implementation=by)
+
+
 def moves_case(name: str, work: SsdWorkload, drafts: int) -> Case:
     """What a fork, a snapshot and a rollback cost beside a plain step of the SSD."""
     count = len(work.lengths)
@@ -123,5 +139,8 @@ def moves_case(name: str, work: SsdWorkload, drafts: int) -> Case:
         )
         prepare[f"{drafts} drafts, some rejected"] = functools.partial(
             prepared, slots, 1 + drafts, drafts, num_rejected_tokens=rejected
+        )
+        prepare[f"copy: a state read, {1 + drafts} written"] = functools.partial(
+            _prepared_copies, work, 1 + drafts
         )
     return Case("moves", name, work.tokens, work.dtype, prepare, yardstick="plain")

@@ -268,6 +268,25 @@ def ssd_decode(
     return SsdTiles(p_block, k_block, 8 // itemsize, scan=scan(num_seqs))
 
 
+def ssd_few_tokens(
+    head_shape: tuple[int, int], state_size: int, num_seqs: int
+) -> SsdTiles:
+    """Tiles of the decode kernel for sequences of a few tokens.
+
+    What a token takes beside the state is the same for any program: one warp, which
+    waits at no barrier, holds 64 elements of a state a thread.
+    """
+    _, dim = head_shape
+    k_block = power_of_two(state_size)
+    p_block = max(1, min(power_of_two(dim), 2048 // k_block))
+    return SsdTiles(p_block, k_block, 1, scan=scan(num_seqs))
+
+
+def ssd_recent(drafts: int) -> int:
+    """Columns of so many rows that a program renews: 4,096 elements, or one column."""
+    return max(1, 4096 // power_of_two(drafts))
+
+
 def ssd_chunks(
     head_shape: tuple[int, int],
     state_size: int,

@@ -1,5 +1,6 @@
 """The ops, one record each: all that jax knows of an op stands here."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -19,14 +20,13 @@ from ..operands import (
     SSDBackwardOperands,
     SSDOperands,
     SSDPackedOperands,
-    SSDReplayOperands,
     SSDSpec,
     UpdateOperands,
 )
 from ..xla import backward, forward, ssd
 from .record import Op
 
-_SSDRecords = SSDOperands | SSDBackwardOperands | SSDPackedOperands | SSDReplayOperands
+_SSDRecords = SSDOperands | SSDBackwardOperands | SSDPackedOperands
 
 
 def _kernels() -> ModuleType:
@@ -141,13 +141,9 @@ def _ssd_results(spec: SSDSpec, operands: SSDOperands) -> list:
 
 def _ssd_packed_results(spec: SSDSpec, operands: SSDPackedOperands) -> list:
     del spec
-    return [_like(operands.x), _like(operands.states)]
-
-
-def _ssd_replay_results(spec: SSDSpec, operands: SSDReplayOperands) -> list:
-    del spec
     recent = operands.recent_x, operands.recent_dt, operands.recent_B
-    return [*map(_like, (operands.x, operands.states, *recent))]
+    results = operands.x, operands.states, *(recent if operands.num_drafts else ())
+    return [*map(_like, results)]
 
 
 def _ssd_gradients(spec: SSDSpec, operands: SSDBackwardOperands) -> list:
@@ -334,40 +330,21 @@ SSD_PACKED = Op(
         write_slots="n",
         snapshot_slots="n",
         snapshot_ends="n",
-        write_ends="n",
     ),
     result_dims=("t H p", "s H p k"),
     result_shapes=_ssd_packed_results,
     rename=_groups,
 )
 
-SSD_REPLAY = Op(
+# The same with drafts: the records then have what belongs to these.
+SSD_REPLAY = dataclasses.replace(
+    SSD_PACKED,
     name="ssd_replay",
     xla=ssd.replay,
-    launches=lambda: _ssd_kernels().replay,
-    dims=SSDReplayOperands(
-        x="t H p",
-        dt="t H",
-        A="H",
-        B="t G k",
-        C="t G k",
-        D="H p",
-        dt_bias="H",
-        states="s H p k",
-        query_start_loc="q",
-        recent_x="s r H p",
-        recent_dt="s r H",
-        recent_B="s r G k",
-        slots="n",
-        has_initial_state="n",
-        num_rejected="n",
-        write_slots="n",
-        snapshot_slots="n",
-        snapshot_ends="n",
+    dims=SSD_PACKED.dims._replace(
+        recent_x="s r H p", recent_dt="s r H", recent_B="s r G k", num_rejected="n"
     ),
-    result_dims=("t H p", "s H p k", "s r H p", "s r H", "s r G k"),
-    result_shapes=_ssd_replay_results,
-    rename=_groups,
+    result_dims=(*SSD_PACKED.result_dims, "s r H p", "s r H", "s r G k"),
 )
 
 OPS = (

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_causal_conv as jcc
+from jax_causal_conv.mamba2 import DraftStates
 from tests.support import gpu_compiler
 
 # Kernels of one call are compiled once.
@@ -43,13 +44,15 @@ def compiled(name, states, capability):
 
 
 @functools.cache
-def compiled_step(tokens, seqs, prefills, states, capability):
+def compiled_step(tokens, seqs, prefills, states, capability, drafts=0):
     """The machine code of all kernels of a call."""
 
     def struct(shape, dtype):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    def step(x, dt, A, B, C, D, bias, states, offsets, slots, known):
+    def step(x, dt, A, B, C, D, bias, states, offsets, slots, known, recent):
+        if drafts:
+            states = DraftStates(states, *recent)
         return jcc.ssd_packed(
             x,
             dt,
@@ -81,6 +84,11 @@ def compiled_step(tokens, seqs, prefills, states, capability):
         struct((seqs + 1,), "int32"),
         struct((seqs,), "int32"),
         struct((seqs,), "bool"),
+        (
+            struct((SLOTS, drafts, HEADS, DIM), "bfloat16"),
+            struct((SLOTS, drafts, HEADS), "float32"),
+            struct((SLOTS, drafts, GROUPS, SIZE), "bfloat16"),
+        ),
     )
     return list(machine_code.compile_kernels(step, arguments, capability))
 
@@ -154,6 +162,16 @@ def test_kernel_stays_in_registers(name, states, capability):
         stack = AMPERE_STACK.get(name, stack)
     assert code.registers <= registers
     assert code.stack <= stack, f"{code.stack} bytes at {code.registers} registers"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_drafts_stay_in_registers(capability):
+    """Three drafts a sequence: a program holds 64 elements of a state a thread."""
+    kernels = compiled_step(512, 128, 0, "float32", capability, drafts=3)
+    assert [code.name for code in kernels] == ["decode_kernel", "recent_kernel"]
+    for code in kernels:
+        assert code.registers <= 168
+        assert code.stack == 0, f"{code.stack} bytes at {code.registers} registers"
 
 
 @pytest.mark.parametrize("states", ["float32", "bfloat16"])
