@@ -8,6 +8,7 @@ scans over layers, exports and several processes.
 
 import contextlib
 import functools
+from unittest import mock
 
 import jax
 
@@ -41,9 +42,18 @@ def jit(function, **how):
 
 @contextlib.contextmanager
 def compilation():
-    """For what is jitted elsewhere, by an engine or a program: a part of the above."""
+    """For what is jitted elsewhere, by an engine or a program.
+
+    What it lowers and compiles itself, as an engine its steps, gets the options above.
+    """
+    compile_lowered, usual = jax.stages.Lowered.compile, options()
+
+    def compile_quickly(lowered, compiler_options=None):
+        return compile_lowered(lowered, usual | (compiler_options or {}))
+
     jax.config.update("jax_disable_most_optimizations", ON_CPU)
     try:
-        yield
+        with mock.patch.object(jax.stages.Lowered, "compile", compile_quickly):
+            yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
