@@ -72,8 +72,8 @@ def told(counts: collections.Counter) -> str:
 
 
 def assert_close(got, want) -> None:
-    for one, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        one, other = map(np.asarray, (one, other))
+    for pair in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        one, other = map(np.asarray, pair)
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 

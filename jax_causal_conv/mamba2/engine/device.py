@@ -51,7 +51,9 @@ class Device:
         # takes 60 us for an nnx.State of 38 arrays, and 2 us for a list.
         graph, params = nnx.split(model)
         leaves, params_tree = jax.tree.flatten(params)
-        self.placement = placement = Placement.of(leaves, mesh, data_axis)
+        self.placement = placement = Placement.of(
+            leaves, getattr(model, "implementation", None), mesh, data_axis
+        )
         self._params = placement.params(leaves)
         self._features = features
         self.executables: dict[Bucket, jax.stages.Compiled] = {}

@@ -65,9 +65,10 @@ class Engine:
     On a mesh of devices, a model that `tensor_parallel` has divided is served by all of
     them together. With a `data_axis` each device along it has the model, and slots and
     requests of its own. One call a step serves all devices, and nothing crosses that
-    axis. The mesh may have both kinds of axes. Where several processes share a mesh,
-    each must have an engine like the others', and make the same calls in the same
-    order: each gets all tokens. An exception in one of them alone parts them for good.
+    axis. The mesh may have both kinds of axes (on GPUs not with kernels). Where several
+    processes share a mesh, each must have an engine like the others', and make the same
+    calls in the same order: each gets all tokens. An exception in one of them alone
+    parts them for good.
 
     Example:
         >>> engine = Engine(model, num_slots=16, max_tokens_per_step=256)
@@ -134,14 +135,16 @@ class Engine:
                 request goes to a device that has no more than its share of them; of
                 such, to the one with the longest snapshot of its prompt, or the fewest
                 requests. The model is on this mesh and not divided over the axis, or on
-                a single device, from which it is copied to all.
+                a single device, from which it is copied to all. On GPUs a model that is
+                divided over other axes needs `implementation="xla"`.
 
         Raises:
             TypeError: a size is not an integer, `draft` is neither callable nor a
                 model, or `mesh` is no mesh.
             ValueError: a size is out of its range, the draft's vocabulary is not the
                 model's, `mesh` or `data_axis` is missing beside the other, the mesh has
-                no such axis, or the model is on another mesh or divided over the axis.
+                no such axis, or the model is on another mesh, divided over the axis, or
+                divided where kernels cannot be.
         """
         if min(num_slots, max_prefills_per_step) < 1 or min(max_waiting, history) < 0:
             raise ValueError(

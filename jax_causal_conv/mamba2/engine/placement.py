@@ -32,13 +32,17 @@ class Placement:
     Attributes:
         mesh: the mesh; None is a single device.
         axis: its axis along which each device has its own slots; None: all share them.
+        divided: whether the model is divided over other axes.
     """
 
     mesh: Mesh | None
     axis: str | None
+    divided: bool = False
 
     @classmethod
-    def of(cls, params: Sequence[Any], mesh: Any, axis: str | None) -> "Placement":
+    def of(
+        cls, params: Sequence[Any], implementation: Any, mesh: Any, axis: str | None
+    ) -> "Placement":
         """The given mesh, or that of a model's parameters.
 
         Raises:
@@ -76,8 +80,16 @@ class Placement:
                     f"the model must not be divided over data_axis={axis!r}, got "
                     f"parameters of {sharding.spec}"
                 )
+        is_divided = any(map(any, (sharding.spec for sharding in divided)))
+        on_gpus = mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+        if axis and is_divided and on_gpus and implementation != "xla":
+            # XLA has no custom partitioning where some axes of a mesh are manual.
+            raise ValueError(
+                "on GPUs a data_axis and a divided model need implementation='xla', "
+                f"got {implementation!r}: give each group of devices an engine instead"
+            )
         # Explicit axes would have every intermediate say where it is.
-        return cls(Mesh(mesh.devices, mesh.axis_names), axis)
+        return cls(Mesh(mesh.devices, mesh.axis_names), axis, is_divided)
 
     @property
     def shares(self) -> int:
@@ -124,10 +136,13 @@ class Placement:
         if self.axis is None:
             return function
         own, same = P(self.axis), P()
+        # XLA divides what a function does among the devices along the other axes. If
+        # there is nothing to divide, all axes are manual, as kernels need it.
+        manual = {self.axis} if self.divided else set(self.mesh.axis_names)
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            axis_names={self.axis},
+            axis_names=manual,
             in_specs=tuple(own if has else same for has in specs),
             out_specs=jax.tree.map(lambda has: own if has else same, out),
             check_vma=False,
