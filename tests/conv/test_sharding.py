@@ -76,6 +76,12 @@ BY_CHANNELS = {
     "update": small_update,
     "ring": small_ring,
     "dense": dense_with_segments,
+    "dilated": functools.partial(
+        dense_with_segments, state_len=6, dilation=2, residual=True
+    ),
+    "dilated ring": functools.partial(
+        small_ring, state_len=9, dilation=2, residual=True
+    ),
 }
 BY_ROWS = {
     "update": own_update,
