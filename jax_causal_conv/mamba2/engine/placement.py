@@ -35,7 +35,7 @@ class Placement:
         divided: whether the model is divided over other axes.
     """
 
-    mesh: Mesh | None
+    mesh: Any  # a Mesh or None
     axis: str | None
     divided: bool = False
 
@@ -96,7 +96,7 @@ class Placement:
         """How many devices, or groups of them, have slots of their own."""
         return 1 if self.axis is None else self.mesh.shape[self.axis]
 
-    def sharding(self, *spec: Any) -> NamedSharding | None:
+    def sharding(self, *spec: Any) -> Any:
         """Of an array with these axes; nothing is said on a single device."""
         return None if self.mesh is None else NamedSharding(self.mesh, P(*spec))
 
@@ -165,6 +165,7 @@ class Placement:
         """The batch of one device, in the jitted step."""
         if self.mesh is None:
             return batch
+        tree: Any
         leaves, tree = jax.tree.flatten(like)
         ends = np.cumsum([leaf.size for leaf in leaves])
         parts = jnp.split(batch[0], ends[:-1])

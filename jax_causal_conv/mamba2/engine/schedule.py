@@ -236,7 +236,7 @@ class Schedule:
         """Who takes part in the step on each device; see `Slots.plan`."""
         return [slots.plan(guesses) for slots in self.shares]
 
-    def took(self, rows: Sequence[Sequence[Row]]) -> None:
+    def took(self, rows: Sequence[list[Row]]) -> None:
         """The devices have been given these."""
         for slots, own in zip(self.shares, rows, strict=True):
             slots.took(own)
