@@ -365,7 +365,7 @@ def test_a_slot_of_almost_two_to_the_31_elements(circular):
 def update_wide_row(rng, width, state_len, dim, query, circular):
     """Decodes the last of two requests, in the last block of channels."""
     filters = tiles.Filters(dim, width, itemsize=2, alignment=dim)
-    block_n = tiles.update(filters, state_len, query).block_n
+    block_n = tiles.update(filters, state_len, query, batch=2).block_n
     blocks = -(-dim // block_n)
     last = slice((blocks - 1) * block_n, dim)
     x, out = (sparse((2, query, dim), BFLOAT16) for _ in range(2))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_causal_conv as jcc
+from jax_causal_conv.mamba2 import DraftStates
 from tests.support import gpu_compiler
 
 # Kernels of one call are compiled once.
@@ -41,13 +42,15 @@ def compiled(name, states, capability):
 
 
 @functools.cache
-def compiled_step(tokens, seqs, prefills, states, capability):
+def compiled_step(tokens, seqs, prefills, states, capability, drafts=0):
     """The machine code of all kernels of a call."""
 
     def struct(shape, dtype):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    def step(x, dt, A, B, C, D, bias, states, offsets, slots, known):
+    def step(x, dt, A, B, C, D, bias, states, offsets, slots, known, recent):
+        if drafts:
+            states = DraftStates(states, *recent)
         return jcc.ssd_packed(
             x,
             dt,
@@ -79,6 +82,11 @@ def compiled_step(tokens, seqs, prefills, states, capability):
         struct((seqs + 1,), "int32"),
         struct((seqs,), "int32"),
         struct((seqs,), "bool"),
+        (
+            struct((SLOTS, drafts, HEADS, DIM), "bfloat16"),
+            struct((SLOTS, drafts, HEADS), "float32"),
+            struct((SLOTS, drafts, GROUPS, SIZE), "bfloat16"),
+        ),
     )
     return list(machine_code.compile_kernels(step, arguments, capability))
 
@@ -98,7 +106,7 @@ BACKWARD_STACK = {80: 64, 90: 0, 100: 16}
 
 
 @functools.cache
-def compiled_gradient(capability, rows=8, tokens=2048, heads=HEADS):
+def compiled_gradient(capability, rows=8, tokens=2048, heads=HEADS, dim=DIM, size=SIZE):
     """The machine code of all kernels of the gradient of dense rows."""
 
     def struct(shape, dtype):
@@ -116,8 +124,8 @@ def compiled_gradient(capability, rows=8, tokens=2048, heads=HEADS):
         return jax.vjp(outputs, *operands)[1](dy)
 
     of_head = struct((heads,), "float32")
-    of_group = struct((rows, tokens, GROUPS, SIZE), "bfloat16")
-    x = struct((rows, tokens, heads, DIM), "bfloat16")
+    of_group = struct((rows, tokens, GROUPS, size), "bfloat16")
+    x = struct((rows, tokens, heads, dim), "bfloat16")
     dt = struct((rows, tokens, heads), "bfloat16")
     operands = (x, dt, of_head, of_group, of_group, of_head, of_head)
     return list(machine_code.compile_kernels(gradient, (operands, x), capability))
@@ -135,7 +143,7 @@ def test_gradient_stays_in_registers(capability):
 
 def test_gradient_compiles_where_sizes_are_one():
     """A number that is 1 (rows, tokens, tiles, groups) is a constant to the kernels."""
-    kernels = compiled_gradient(90, rows=1, tokens=1, heads=1)
+    kernels = compiled_gradient(90, rows=1, tokens=1, heads=1, dim=16, size=16)
     assert [code.name for code in kernels] == list(BACKWARD)
 
 
@@ -150,6 +158,16 @@ def test_kernel_stays_in_registers(name, states, capability):
     *_, registers, stack = BATCHES[name]
     assert code.registers <= registers
     assert code.stack <= stack, f"{code.stack} bytes at {code.registers} registers"
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_drafts_stay_in_registers(capability):
+    """Three drafts a sequence: a program holds 64 elements of a state a thread."""
+    kernels = compiled_step(512, 128, 0, "float32", capability, drafts=3)
+    assert [code.name for code in kernels] == ["decode_kernel", "recent_kernel"]
+    for code in kernels:
+        assert code.registers <= 168
+        assert code.stack == 0, f"{code.stack} bytes at {code.registers} registers"
 
 
 @pytest.mark.parametrize("states", ["float32", "bfloat16"])

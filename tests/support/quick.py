@@ -8,9 +8,9 @@ scans over layers, exports and several processes.
 
 import contextlib
 import functools
-from unittest import mock
 
 import jax
+from jax._src import compiler
 
 from tests.support.platforms import ON_CPU
 
@@ -42,18 +42,21 @@ def jit(function, **how):
 
 @contextlib.contextmanager
 def compilation():
-    """For what is jitted elsewhere, by an engine or a program.
+    """The same for what is jitted elsewhere, by an engine or a program.
 
-    What it lowers and compiles itself, as an engine its steps, gets the options above.
+    jax takes compiler options at `jax.jit` alone. So they are put in where it makes its
+    own of them, which is not public: tests of everything else go without.
     """
-    compile_lowered, usual = jax.stages.Lowered.compile, options()
+    make, less = compiler.get_compile_options, options()
 
-    def compile_quickly(lowered, compiler_options=None):
-        return compile_lowered(lowered, usual | (compiler_options or {}))
+    def make_options(*args, env_options_overrides=None, **how):
+        own = less | (env_options_overrides or {})
+        return make(*args, env_options_overrides=own, **how)
 
     jax.config.update("jax_disable_most_optimizations", ON_CPU)
+    compiler.get_compile_options = make_options
     try:
-        with mock.patch.object(jax.stages.Lowered, "compile", compile_quickly):
-            yield
+        yield
     finally:
+        compiler.get_compile_options = make
         jax.config.update("jax_disable_most_optimizations", False)
