@@ -95,8 +95,8 @@ def stores_of(seqs: Sequences, operands, pad_slot_id: int) -> tuple[Stores, ...]
 
     Args:
         seqs: the sequences.
-        operands: a record with `states`, `write_slots`, and perhaps `write_ends`,
-            `snapshot_slots` and `snapshot_ends`.
+        operands: a record with `states`, `write_slots`, and perhaps `snapshot_slots`
+            and `snapshot_ends`.
         pad_slot_id: the slot number that means "none".
     """
     num_slots = operands.states.shape[0]
@@ -104,8 +104,6 @@ def stores_of(seqs: Sequences, operands, pad_slot_id: int) -> tuple[Stores, ...]
     if operands.write_slots is not None:
         slot, named = _named_slots(operands.write_slots, num_slots, pad_slot_id)
         last = Stores(slot, seqs.length, seqs.live & named)
-    if getattr(operands, "write_ends", None) is not None:
-        last = last._replace(end=jnp.clip(operands.write_ends, 0, seqs.length))
     snapshot_slots = getattr(operands, "snapshot_slots", None)
     if snapshot_slots is None:
         return (last,)

@@ -188,9 +188,8 @@ class SSDSpec:
         dt_softplus: whether step sizes are softplus of what is given.
         dt_limit: the least and the largest step size.
         exact: whether products have float32 operands, or those of x's dtype may do.
-        max_prefills: how many live sequences of more than `most_steps` tokens the
-            packed op serves.
-        most_steps: the most tokens of a sequence that kernels serve one by one.
+        max_prefills: how many live sequences of more than one token the packed op
+            serves, beside those of one token and drafts.
         pad_slot_id: the slot number that means "skip", in the packed op.
         final_state: whether the dense op returns one.
     """
@@ -200,7 +199,6 @@ class SSDSpec:
     dt_limit: tuple[float, float] = (0.0, math.inf)
     exact: bool = True
     max_prefills: int = 0
-    most_steps: int = 1
     pad_slot_id: int = PAD_SLOT_ID
     final_state: bool = False
 
@@ -279,34 +277,9 @@ class SSDPackedOperands(NamedTuple):
         write_slots: `(N,)` int32, where the new states go; None is `slots`.
         snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
         snapshot_ends: `(N,)` int32, after how many tokens they are.
-        write_ends: `(N,)` int32, after how many tokens the new states are; None is all.
-    """
-
-    x: Any
-    dt: Any
-    A: Any
-    B: Any
-    C: Any
-    D: Any
-    dt_bias: Any
-    states: Any
-    query_start_loc: Any
-    slots: Any = None
-    has_initial_state: Any = None
-    write_slots: Any = None
-    snapshot_slots: Any = None
-    snapshot_ends: Any = None
-    write_ends: Any = None
-
-
-class SSDReplayOperands(NamedTuple):
-    """Arrays of `ssd_packed` with a cache from which drafts can be taken back.
-
-    Those of `SSDPackedOperands`, where `states` are those before the last q tokens, and
-
-    Attributes:
-        recent_x: `(S, q, H, P)`, x of these tokens, oldest first; zeros before the
-            first token of a request.
+        recent_x: `(S, q, H, P)`, x of the last q tokens of each slot's request, oldest
+            first, zeros before its first token; states are those before these tokens,
+            which can be taken back. None: none can.
         recent_dt: `(S, q, H)`, likewise their dt, as it takes part in the recurrence.
         recent_B: `(S, q, G, K)`, likewise.
         num_rejected: `(N,)` int32, how many of them are taken back; None is 0.
@@ -321,12 +294,17 @@ class SSDReplayOperands(NamedTuple):
     dt_bias: Any
     states: Any
     query_start_loc: Any
-    recent_x: Any
-    recent_dt: Any
-    recent_B: Any
     slots: Any = None
     has_initial_state: Any = None
-    num_rejected: Any = None
     write_slots: Any = None
     snapshot_slots: Any = None
     snapshot_ends: Any = None
+    recent_x: Any = None
+    recent_dt: Any = None
+    recent_B: Any = None
+    num_rejected: Any = None
+
+    @property
+    def num_drafts(self) -> int:
+        """q, how many tokens can be taken back."""
+        return 0 if self.recent_x is None else self.recent_x.shape[1]

@@ -5,7 +5,7 @@ the recurrence takes of them: x, dt and B, oldest first. Where the request had f
 zeros stand in front, which change no state. A step puts those that were not rejected
 in front of its new tokens, and leaves the state q tokens behind: that is the packed SSD
 of a batch in which each sequence is longer by q tokens, with states before the last q.
-So a state is read and written as often as without drafts.
+XLA makes that batch, as here; the kernels read the tokens where they are.
 
 The alternative is a state after each of q drafts: a step then writes q more states. For
 a layer of Mamba2-2.7B one has 2.6 MB in float32, and what the recurrence takes of a
@@ -15,6 +15,7 @@ token 11 KB: with q = 4 a step moves 5.3 MB a sequence here, and 15.7 MB there.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from .batch import (
     take_rows,
     tokens_of,
 )
-from .operands import PAD_SLOT_ID, SSDPackedOperands, SSDReplayOperands, SSDSpec
+from .operands import PAD_SLOT_ID, SSDPackedOperands, SSDSpec
 from .slots import store_rows
 
 
@@ -45,15 +46,15 @@ def step_sizes(spec: SSDSpec, dt, bias):
 
 
 def replayed(
-    spec: SSDSpec, operands: SSDReplayOperands
-) -> tuple[SSDSpec, SSDPackedOperands, Callable]:
-    """The longer batch of the packed SSD that an op with drafts is.
+    spec: SSDSpec, operands: SSDPackedOperands
+) -> tuple[SSDSpec, SSDPackedOperands, Any, Callable]:
+    """The longer batch without drafts that a batch with drafts is.
 
     Returns:
-        Its spec and operands; and a function that makes the results of the op with
-        drafts from those of the packed SSD.
+        Its spec and operands; after how many tokens its sequences leave their states;
+        and a function that makes the results of the one from those of the other.
     """
-    num_tokens, drafts = operands.x.shape[0], operands.recent_x.shape[1]
+    num_tokens, drafts = operands.x.shape[0], operands.num_drafts
     num_slots = operands.states.shape[0]
     offsets = sanitize_offsets(operands.query_start_loc, num_tokens)
     seqs = sequences(
@@ -83,10 +84,13 @@ def replayed(
     # Nobody looks at the outputs of tokens that are replayed.
     C = extended(operands.C, jnp.zeros_like(kept[2]))
     stores = stores_of(seqs, operands, spec.pad_slot_id)
-    packed_spec = dataclasses.replace(
-        spec, dt_softplus=False, dt_limit=(0.0, math.inf), most_steps=1 + 2 * drafts
+    longer_spec = dataclasses.replace(
+        spec,
+        dt_softplus=False,
+        dt_limit=(0.0, math.inf),
+        max_prefills=seqs.live.shape[0],  # surplus ones are not live
     )
-    packed_operands = SSDPackedOperands(
+    longer_operands = SSDPackedOperands(
         x,
         dt,
         operands.A,
@@ -101,7 +105,6 @@ def replayed(
         write_slots=operands.write_slots,
         snapshot_slots=operands.snapshot_slots,
         snapshot_ends=None if len(stores) == 1 else stores[0].end,
-        write_ends=stores[-1].end,
     )
 
     def results_of(y, states):
@@ -117,7 +120,7 @@ def replayed(
                 new[i] = store_rows(new[i], store, row, last)
         return y, states, *new
 
-    return packed_spec, packed_operands, results_of
+    return longer_spec, longer_operands, stores[-1].end, results_of
 
 
 def _kept(rows, seqs: Sequences, drafts: int):

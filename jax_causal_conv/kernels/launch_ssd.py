@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from ..batch import first_after, runs_of, sanitize_offsets, sequences
-from ..operands import SSDOperands, SSDPackedOperands, SSDReplayOperands, SSDSpec
-from ..replay import replayed
+from ..operands import SSDOperands, SSDPackedOperands, SSDSpec
 from . import tiles
 from .record import Launch, Launches
 from .ssd_chunks import chunks_kernel
 from .ssd_decode import decode_kernel
 from .ssd_prepare import prepare_kernel
+from .ssd_recent import recent_kernel
 from .ssd_record import DECODE, SKIP, SsdConstants, SsdInputs, SsdOutputs
 from .tiles import SsdTiles
 
@@ -100,7 +100,7 @@ def _packed_table(spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles) ->
         shape,
         spec.pad_slot_id,
     )
-    long = seqs.live & (seqs.length > spec.most_steps)
+    long = seqs.live & (seqs.length > 1 + operands.num_drafts)
     many = jnp.cumsum(long, dtype=jnp.int32)
     served = long & (many <= limit)
     role = jnp.where(seqs.live & ~long, DECODE, SKIP)
@@ -124,7 +124,7 @@ def _num_stores(operands: SSDPackedOperands) -> int:
     """`SsdConstants.STORES`."""
     if operands.snapshot_slots is not None:
         return 2
-    return int(operands.write_slots is not None or operands.write_ends is not None)
+    return int(operands.write_slots is not None or operands.num_drafts > 0)
 
 
 def _dense_table(rows: int, length: int, tile: SsdTiles) -> _Table:
@@ -169,7 +169,6 @@ def _constants(
         HIGH=high if spec.limits_dt and high != math.inf else None,
         D_BY_CHANNEL=D is not None and D.ndim == 2,
         PAD_SLOT_ID=spec.pad_slot_id,
-        STEPS=spec.most_steps,
         EXACT=spec.exact,
         Y_PARTS=(3 if x.dtype == jnp.float32 else 2) if spec.exact else 1,
         STATE_PARTS=(3 if wide_state else 2) if spec.exact else 1,
@@ -190,8 +189,11 @@ def _constants(
 def packed(
     spec: SSDSpec, operands: SSDPackedOperands, tile: SsdTiles | None = None
 ) -> Launches[tuple[jax.Array, ...]]:
-    """Launches of `ssd_packed`: one for a batch without prefills, else two."""
-    x, states = operands.x, operands.states
+    """Launches of `ssd_packed`: one for a batch without prefills, else two.
+
+    One more renews what a cache with drafts knows of the last tokens.
+    """
+    x, states, size = operands.x, operands.states, operands.B.shape[-1]
     num_tokens, num_seqs = x.shape[0], operands.query_start_loc.shape[0] - 1
     inputs = SsdInputs(
         x=x,
@@ -205,71 +207,79 @@ def packed(
         slots=operands.slots,
         known=operands.has_initial_state,
         write_slots=operands.write_slots,
-        write_ends=operands.write_ends,
         snapshot_slots=operands.snapshot_slots,
         snapshot_ends=operands.snapshot_ends,
+        recent_x=operands.recent_x,
+        recent_dt=operands.recent_dt,
+        recent_B=operands.recent_B,
+        rejected=operands.num_rejected,
+        offsets=operands.query_start_loc,
         num_tokens=num_tokens,
         num_seqs=num_seqs,
         num_slots=states.shape[0],
     )
-    y = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    outputs = SsdOutputs(y=jax.ShapeDtypeStruct(x.shape, x.dtype))
+    if spec.max_prefills == 0 and operands.num_drafts:
+        tile = tile or tiles.ssd_few_tokens(x.shape[1:], size, num_seqs)
+    elif spec.max_prefills == 0:
+        itemsize = states.dtype.itemsize
+        tile = tile or tiles.ssd_decode(x.shape[1:], size, itemsize, num_seqs)
+    else:
+        itemsize, most = _itemsize(operands), spec.max_prefills
+        tile = tile or tiles.ssd_chunks(x.shape[1:], size, itemsize, num_tokens, most)
+        table = _packed_table(spec, operands, tile)
+        inputs = _with_table(inputs, table)
+    C = _constants(spec, operands, tile)
+    C = dataclasses.replace(C, STORES=_num_stores(operands), DRAFTS=operands.num_drafts)
     if spec.max_prefills == 0:
-        tile = tile or tiles.ssd_decode(
-            x.shape[1:], operands.B.shape[-1], states.dtype.itemsize, num_seqs
-        )
-        C = _constants(spec, operands, tile)
-        C = dataclasses.replace(C, STORES=_num_stores(operands))
-        results = yield Launch(
+        y, states = yield Launch(
             decode_kernel,
-            inputs._replace(offsets=operands.query_start_loc),
-            SsdOutputs(y=y),
+            inputs,
+            outputs,
             grid=num_seqs * C.H * C.P_BLOCKS,
             num_warps=tile.num_warps,
             constants=C,
             in_place=("states",),
         )
-        return tuple(results)
-    tile = tile or tiles.ssd_chunks(
-        x.shape[1:],
-        operands.B.shape[-1],
-        _itemsize(operands),
-        num_tokens,
-        spec.max_prefills,
-    )
-    C = _constants(spec, operands, tile)
-    C = dataclasses.replace(C, STORES=_num_stores(operands))
-    table = _packed_table(spec, operands, tile)
-    inputs = _with_table(inputs, table)
-    outputs = _intermediates(table, C)._replace(y=y)
-    *left, states = yield Launch(
-        prepare_kernel,
-        inputs,
-        outputs,
-        grid=_prepare_grid(table, C) + num_seqs * C.H * C.P_BLOCKS,
-        num_warps=tile.num_warps,
-        constants=C,
-        in_place=("states",),
-    )
-    results = yield Launch(
-        chunks_kernel,
-        _with_intermediates(inputs, outputs, left)._replace(states=states),
+    else:
+        outputs = _intermediates(table, C)._replace(y=outputs.y)
+        *left, states = yield Launch(
+            prepare_kernel,
+            inputs,
+            outputs,
+            grid=_prepare_grid(table, C) + num_seqs * C.H * C.P_BLOCKS,
+            num_warps=tile.num_warps,
+            constants=C,
+            in_place=("states",),
+        )
+        y, states = yield Launch(
+            chunks_kernel,
+            _with_intermediates(inputs, outputs, left)._replace(states=states),
+            SsdOutputs(),
+            grid=_chunks_grid(table, C),
+            num_warps=tile.num_warps,
+            older_num_warps=tile.older_num_warps,
+            constants=dataclasses.replace(C, IN_PLACE=True),
+            in_place=("y", "states"),
+        )
+    if not operands.num_drafts:
+        return y, states
+    columns, widest = tiles.ssd_recent(operands.num_drafts), max(C.H * C.P, C.G * C.K)
+    recent = yield Launch(
+        recent_kernel,
+        # That of the states which the other launches leave makes it the last one.
+        inputs._replace(states=states),
         SsdOutputs(),
-        grid=_chunks_grid(table, C),
-        num_warps=tile.num_warps,
-        older_num_warps=tile.older_num_warps,
-        constants=dataclasses.replace(C, IN_PLACE=True),
-        in_place=("y", "states"),
+        grid=num_seqs * -(-widest // columns),
+        num_warps=4,
+        constants=dataclasses.replace(
+            C,
+            COLUMNS=columns,
+            RECENT_BLOCK=tiles.power_of_two(operands.num_drafts),
+        ),
+        in_place=("recent_x", "recent_dt", "recent_B"),
     )
-    return tuple(results)
-
-
-def replay(
-    spec: SSDSpec, operands: SSDReplayOperands, tile: SsdTiles | None = None
-) -> Launches[tuple[jax.Array, ...]]:
-    """Launches of `ssd_packed` with drafts: those of a longer batch."""
-    spec, packed_operands, results_of = replayed(spec, operands)
-    results = yield from packed(spec, packed_operands, tile)
-    return results_of(*results)
+    return y, states, *recent
 
 
 def dense(

@@ -26,6 +26,7 @@ from .ssd_device import (
     load_tile,
     power,
     power_of_sum,
+    prefill_sequence,
     running_sum,
     state_tile,
     step_size,
@@ -33,6 +34,7 @@ from .ssd_device import (
     store_tile,
     stores_of,
 )
+from .ssd_recent import kept_of, replay, without
 
 
 class Work(NamedTuple):
@@ -240,6 +242,15 @@ def _store_within(inputs, work, state, i, store, when, channels, C: tl.constexpr
 
 
 @triton.jit
+def _later(last, early, tokens):
+    """Those `Store`s of states after so many tokens or more, counted from there."""
+    return (
+        Store(last.slot, last.end - tokens, last.live & (last.end >= tokens)),
+        Store(early.slot, early.end - tokens, early.live & (early.end >= tokens)),
+    )
+
+
+@triton.jit
 def _on_the_way(store, length, low, high, C: tl.constexpr):
     """The `Store`, if it ends in chunks `low` up to `high`, before the last token."""
     chunk = store.end // C.CHUNK
@@ -345,9 +356,22 @@ def chunks_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
             for i in tl.range(low, whole, num_stages=C.STAGES):
                 state = _chunk(inputs, y_ptr, work, state, i, C, True)
         else:
-            seq = tl.load(inputs.prefills + prefill * 6 + 5)
-            seq = tl.minimum(tl.maximum(seq, 0), inputs.num_seqs - 1)
+            seq = prefill_sequence(inputs, prefill)
             stores = stores_of(inputs, seq, slot, length, C)
+            if C.DRAFTS > 0:
+                kept = kept_of(inputs, seq, known, C)
+                latest, early = without(stores, C.DRAFTS - kept)
+                A = tl.load(inputs.A + head).to(tl.float32)
+                here = tl.where(low == 0, kept, 0)
+                done = here * 0
+                if C.STORES > 1:
+                    done = tl.minimum(early.end, here)
+                    state = replay(inputs, state, slot, 0, done, A, head, channels, C)
+                    store_state(
+                        inputs.states, early, early.end < here, state, head, channels, C
+                    )
+                state = replay(inputs, state, slot, done, here, A, head, channels, C)
+                stores = _later(latest, early, kept)
             stops = (
                 whole,
                 _on_the_way(stores[0], length, low, high, C),

@@ -5,20 +5,22 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import Offsets, offset_bound
 from .ssd_device import (
-    LOG2E,
+    Store,
     add_up,
     load_bias,
     load_skip,
     load_state,
-    power,
+    next_state,
+    own_tokens,
+    slot_of,
     state_tile,
     step_size,
     store_state,
     stores_of,
     zero_tokens,
 )
+from .ssd_recent import kept_of, replay, without
 
 
 class Token(NamedTuple):
@@ -36,19 +38,6 @@ class Head(NamedTuple):
     A: Any
     bias: Any
     skip: Any
-
-
-@triton.jit
-def slot_of(inputs, seq, C: tl.constexpr):
-    """The slot of a sequence, whether it names one, and whether it holds a state."""
-    slot = seq
-    if inputs.slots is not None:
-        slot = tl.load(inputs.slots + seq)
-    valid = (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID)
-    if inputs.known is not None:
-        return slot, valid, valid & tl.load(inputs.known + seq)
-    else:
-        return slot, valid, slot < slot * 0  # none does
 
 
 @triton.jit
@@ -82,8 +71,7 @@ def advance(inputs, state, token, head, C: tl.constexpr):
     """
     x = token.x.to(tl.float32)
     dt = step_size(token.dt, head.bias, C)
-    decay = power(dt * head.A * LOG2E, 0.0)
-    state = state * decay + (x * dt)[:, None] * token.B.to(tl.float32)[None, :]
+    state = next_state(state, x, dt, token.B, head.A)
     y = add_up(state * token.C.to(tl.float32)[None, :], 1)
     if inputs.D is not None:
         y += head.skip * x
@@ -112,47 +100,68 @@ def store_step(
             store_state(inputs.states, early, length > 0, then, head, channels, C)
         then = tl.where(last.end > 0, state, old)
         store_state(inputs.states, last, length > 0, then, head, channels, C)
+    _store_output(outputs, y, token, head, channels, C)
+
+
+@triton.jit
+def _store_output(outputs, y, token, head, channels, C: tl.constexpr):
     row = token.to(tl.int64) * (C.H * C.P) + head * C.P
     y = y.to(outputs.y.dtype.element_ty)
     tl.store(outputs.y + row + channels, y, mask=channels < C.P)
 
 
 @triton.jit
-def serve_steps(inputs, outputs, state, its, begin, head, channels, C: tl.constexpr):
-    """Advances a sequence by a few tokens, one after another, and writes all of it.
+def serve_drafts(
+    inputs, outputs, state, known, its, begin, head, channels, C: tl.constexpr
+):
+    """Advances a sequence by recent tokens, then by a few of its own; writes all of it.
 
     Args:
-        state: that it starts from.
+        state: that in its slot, if that is `known` to hold one.
         its: number, slot and length of the sequence.
         begin: its first token.
     """
     seq, slot, length = its
-    last, early = stores_of(inputs, seq, slot, length, C)
+    ahead = load_token(inputs, begin, head, channels, C)
     common = load_head(inputs, head, channels, C)
-    states_ptr = inputs.states
-    for i in range(length + 1):
-        if last.end == i:
-            store_state(states_ptr, last, length > 0, state, head, channels, C)
-        if C.STORES > 1:
-            if early.end == i:
-                store_state(states_ptr, early, length > 0, state, head, channels, C)
-        if i < length:
-            token = load_token(inputs, begin + i, head, channels, C)
+    kept = kept_of(inputs, seq, known, C)
+    stores = stores_of(inputs, seq, slot, length, C)
+    last, early = without(stores, C.DRAFTS - kept)
+    # Up to the first state that is stored, to the second if there are two, to the end.
+    early_first = (C.STORES > 1) & (early.end <= last.end)
+    done = kept * 0
+    for part in range(C.STORES + 1):
+        is_early = (part == 0) == early_first
+        upto = tl.where(is_early, early.end, last.end)
+        upto = tl.where(part == C.STORES, kept + length, upto)
+        recent = tl.minimum(upto, kept)
+        state = replay(inputs, state, slot, done, recent, common.A, head, channels, C)
+        for i in range(tl.maximum(done, kept), upto):
+            token = ahead
+            following = begin + tl.minimum(i - kept + 1, length - 1)
+            ahead = load_token(inputs, following, head, channels, C)
             state, y = advance(inputs, state, token, common, C)
-            row = (begin + i).to(tl.int64) * (C.H * C.P) + head * C.P
-            y = y.to(outputs.y.dtype.element_ty)
-            tl.store(outputs.y + row + channels, y, mask=channels < C.P)
+            _store_output(outputs, y, begin + (i - kept), head, channels, C)
+        store = Store(
+            tl.where(is_early, early.slot, last.slot),
+            upto,
+            tl.where(is_early, early.live, last.live),
+        )
+        when = part < C.STORES
+        store_state(inputs.states, store, when, state, head, channels, C)
+        done = upto
 
 
-# One program advances one sequence of one token by it, or one of up to C.STEPS tokens
-# by these, for P_BLOCK channels of one head; the grid is 1-D, sequences x heads x
-# blocks of channels, blocks fastest.
+# One program advances one sequence of one token, or of a token and up to DRAFTS drafts,
+# for P_BLOCK channels of one head; the grid is 1-D, sequences x heads x blocks of
+# channels, blocks fastest.
 #
 # Reads: the sequence's offsets (and those before it: cummax), slot, tokens, and its
-# part of the slot. Writes: its part of the slot, in place, or of others, and of the
-# tokens' outputs. A sequence of more tokens is surplus here: they are zeroed and its
-# slot is left alone, as with one that is skipped. The first sequence zeroes the tokens
-# before it, the last one those behind it, so that y needs no memset.
+# part of the slot; with drafts also recent tokens, which nobody writes here. Writes:
+# its part of the slot's state, in place, or of others', and of the tokens' outputs. A
+# sequence of more tokens is surplus here: they are zeroed and its slot is left alone,
+# as with one that is skipped. The first sequence zeroes the tokens before it, the last
+# one those behind it, so that y needs no memset.
 #
 # Race-free in a donated cache: live sequences write different slots, none of which
 # another one reads, and of a slot each program owns other elements. What it writes is
@@ -170,23 +179,19 @@ def decode_kernel(inputs, outputs, C: tl.constexpr):
     channels = program % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
     head = program // C.P_BLOCKS % C.H
     seq = program // (C.P_BLOCKS * C.H)
-    num_tokens = inputs.num_tokens
-    num_seqs = inputs.num_seqs
     slot, valid, known = slot_of(inputs, seq, C)
     state = load_state(inputs.states, slot, known, head, channels, C)
-    likely = tl.minimum(seq, num_tokens - 1)
+    likely = tl.minimum(seq, inputs.num_tokens - 1)
     token = load_token(inputs, likely, head, channels, C)
     its = load_head(inputs, head, channels, C)
-    end = tl.load(inputs.offsets + seq + 1)
-    begin = offset_bound(Offsets(inputs.offsets, num_tokens, num_seqs), seq, C)
-    end = tl.maximum(tl.minimum(end, num_tokens), begin)
+    begin, end = own_tokens(inputs, seq, C)
     own = seq, slot, end - begin
     served = end - begin == 1
-    if C.STEPS > 1:
-        served = (end - begin > 0) & (end - begin <= C.STEPS)
+    if C.DRAFTS > 0:
+        served = (end - begin > 0) & (end - begin <= 1 + C.DRAFTS)
     if valid & served:
-        if C.STEPS > 1:
-            serve_steps(inputs, outputs, state, own, begin, head, channels, C)
+        if C.DRAFTS > 0:
+            serve_drafts(inputs, outputs, state, known, own, begin, head, channels, C)
         else:
             if begin != likely:
                 token = load_token(inputs, begin, head, channels, C)
@@ -196,5 +201,5 @@ def decode_kernel(inputs, outputs, C: tl.constexpr):
         zero_tokens(outputs.y, begin, end - begin, head, channels, C)
     if seq == 0:
         zero_tokens(outputs.y, 0, begin, head, channels, C)
-    if seq == num_seqs - 1:
-        zero_tokens(outputs.y, end, num_tokens - end, head, channels, C)
+    if seq == inputs.num_seqs - 1:
+        zero_tokens(outputs.y, end, inputs.num_tokens - end, head, channels, C)

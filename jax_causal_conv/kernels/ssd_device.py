@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .device import Offsets, offset_bound
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # LOG2E minus its float32: together they have the precision of two float32.
 LOG2E_REST: tl.constexpr = tl.constexpr(1.9259629911e-08)
@@ -195,6 +197,33 @@ def initial_state(inputs, slot, known, head, channels, C: tl.constexpr):
         return tl.full([channels.shape[0], C.K_BLOCK], 0, tl.float32)
 
 
+@triton.jit
+def slot_of(inputs, seq, C: tl.constexpr):
+    """The slot of a sequence, whether it names one, and whether it holds a state."""
+    slot = seq
+    if inputs.slots is not None:
+        slot = tl.load(inputs.slots + seq)
+    valid = (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID)
+    if inputs.known is not None:
+        return slot, valid, valid & tl.load(inputs.known + seq)
+    else:
+        return slot, valid, slot < slot * 0  # none does
+
+
+@triton.jit
+def own_tokens(inputs, seq, C: tl.constexpr):
+    """Where the tokens of a sequence begin and end."""
+    num_tokens = inputs.num_tokens
+    end = tl.load(inputs.offsets + seq + 1)
+    if inputs.role is None:  # offsets are as the caller gave them
+        offsets = Offsets(inputs.offsets, num_tokens, inputs.num_seqs)
+        begin = offset_bound(offsets, seq, C)
+    else:
+        begin = tl.load(inputs.offsets + seq)
+        begin = tl.minimum(tl.maximum(begin, 0), num_tokens)
+    return begin, tl.maximum(tl.minimum(end, num_tokens), begin)
+
+
 class Store(NamedTuple):
     """A state that a sequence leaves: where, after how many tokens, and whether."""
 
@@ -215,9 +244,6 @@ def stores_of(inputs, seq, slot, length, C: tl.constexpr):
     if inputs.write_slots is not None:
         slot = tl.load(inputs.write_slots + seq)
         live = (slot >= 0) & (slot < inputs.num_slots) & (slot != C.PAD_SLOT_ID)
-    if inputs.write_ends is not None:
-        end = tl.load(inputs.write_ends + seq)
-        end = tl.minimum(tl.maximum(end, 0), length)
     last = Store(slot, end, live)
     if inputs.snapshot_slots is not None:
         early = tl.load(inputs.snapshot_slots + seq)
@@ -228,6 +254,13 @@ def stores_of(inputs, seq, slot, length, C: tl.constexpr):
         return last, Store(early, end, free)
     else:
         return last, Store(slot, end, length < 0)
+
+
+@triton.jit
+def next_state(state, x, dt, B, A):
+    """The state after a token: of a head, `[P_BLOCK, K_BLOCK]`; x and dt float32."""
+    decay = power(dt * A * LOG2E, 0.0)
+    return state * decay + (x * dt)[:, None] * B.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -356,11 +389,17 @@ def dot_narrow(a, b, C: tl.constexpr):
 
 @triton.jit
 def add_tokens(state, x, weight, B, C: tl.constexpr):
-    """`state + (weight * x)ᵀ @ B`."""
+    """`state + (weight * x)ᵀ @ B`.
+
+    The product is summed up from zero. Tensor cores cut off what a sum has no room for,
+    always towards zero: summed up in the state, each would take a little of all that a
+    head remembers.
+    """
     PARTS: tl.constexpr = C.STATE_PARTS
     FAST: tl.constexpr = C.FAST
     weighted = x.to(tl.float32) * weight[:, None]
-    return dot_left(tl.trans(weighted), B, state, PARTS, FAST)
+    added = tl.full([x.shape[1], B.shape[1]], 0, tl.float32)
+    return state + dot_left(tl.trans(weighted), B, added, PARTS, FAST)
 
 
 # --- prefills and runs ------------------------------------------------------------
@@ -381,6 +420,13 @@ def load_prefill(inputs, number, C: tl.constexpr):
     fits = fits & (chunk >= 0) & (chunks <= inputs.num_chunks - chunk)
     fits = fits & (slot >= 0) & (slot < inputs.num_slots)
     return begin, tl.where(fits, length, 0), slot, known, chunk
+
+
+@triton.jit
+def prefill_sequence(inputs, number):
+    """The number of a prefill's sequence, which there is where `C.STORES`."""
+    seq = tl.load(inputs.prefills + number * 6 + 5)
+    return tl.minimum(tl.maximum(seq, 0), inputs.num_seqs - 1)
 
 
 @triton.jit

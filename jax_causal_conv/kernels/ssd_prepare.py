@@ -7,8 +7,7 @@ from .ssd_decode import (
     advance,
     load_head,
     load_token,
-    serve_steps,
-    slot_of,
+    serve_drafts,
     store_step,
 )
 from .ssd_device import (
@@ -24,13 +23,17 @@ from .ssd_device import (
     load_runs,
     load_state,
     load_tile,
+    own_tokens,
     power,
     power_of_sum,
+    prefill_sequence,
     running_sum,
+    slot_of,
     state_tile,
     step_size,
     zero_tokens,
 )
+from .ssd_recent import kept_of, replay
 
 
 @triton.jit
@@ -170,6 +173,11 @@ def _write_stretch(inputs, outputs, number, head, block, C: tl.constexpr):
             tl.store(outputs.forget + row, forget)
             if place == 0:
                 old = initial_state(inputs, slot, known, head, channels, C)
+                if C.DRAFTS > 0:
+                    seq = prefill_sequence(inputs, prefill)
+                    kept = kept_of(inputs, seq, known, C)
+                    A = load_head(inputs, head, channels, C).A
+                    old = replay(inputs, old, slot, 0, kept, A, head, channels, C)
                 state += tl.where(through, old * power(forget, 0.0), 0.0)
         at, mask = state_tile(number, head, channels, C)
         tl.store(outputs.carried + at, state, mask=mask)
@@ -179,18 +187,16 @@ def _write_stretch(inputs, outputs, number, head, block, C: tl.constexpr):
 def _serve(inputs, outputs, seq, head, channels, C: tl.constexpr):
     """A decode, or zeros for the tokens of a sequence that is skipped or of nobody."""
     role = tl.load(inputs.role + seq)
-    begin = tl.load(inputs.offsets + seq)
-    end = tl.load(inputs.offsets + seq + 1)
-    num_tokens = inputs.num_tokens
-    begin = tl.minimum(tl.maximum(begin, 0), num_tokens)
-    end = tl.maximum(tl.minimum(end, num_tokens), begin)
+    begin, end = own_tokens(inputs, seq, C)
     if role == -1:
         slot, valid, known = slot_of(inputs, seq, C)
         if valid & (begin < end):
             state = load_state(inputs.states, slot, known, head, channels, C)
             own = seq, slot, end - begin
-            if C.STEPS > 1:
-                serve_steps(inputs, outputs, state, own, begin, head, channels, C)
+            if C.DRAFTS > 0:
+                serve_drafts(
+                    inputs, outputs, state, known, own, begin, head, channels, C
+                )
             else:
                 token = load_token(inputs, begin, head, channels, C)
                 its = load_head(inputs, head, channels, C)
@@ -203,7 +209,7 @@ def _serve(inputs, outputs, seq, head, channels, C: tl.constexpr):
     if seq == 0:
         zero_tokens(outputs.y, 0, begin, head, channels, C)
     if seq == inputs.num_seqs - 1:
-        zero_tokens(outputs.y, end, num_tokens - end, head, channels, C)
+        zero_tokens(outputs.y, end, inputs.num_tokens - end, head, channels, C)
 
 
 # The first launch of a batch with prompts, and of dense rows. A program has one of
@@ -212,7 +218,7 @@ def _serve(inputs, outputs, seq, head, channels, C: tl.constexpr):
 # - what a stretch adds to the state, for P_BLOCK channels of a head (Q x H x P_BLOCKS
 #   programs; only where few long sequences are cut into stretches),
 # - the running sums of dt·A of a chunk for H_BLOCK heads (M x H / H_BLOCK),
-# - a sequence of one token, as in `decode_kernel` (N x H x P_BLOCKS; not of dense
+# - a sequence of few tokens, as in `decode_kernel` (N x H x P_BLOCKS; not of dense
 #   rows). Those of skipped sequences zero their tokens, the first and the last one also
 #   those of nobody.
 #

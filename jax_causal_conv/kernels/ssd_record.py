@@ -23,12 +23,16 @@ class SsdInputs(NamedTuple):
         slots: `(N,)` int32, the slot of each sequence; None is its number.
         known: `(N,)` bool, does the slot hold a state? None is all False.
         write_slots: `(N,)` int32, where states go; None is `slots`.
-        write_ends: `(N,)` int32, after how many tokens they are; None is all.
         snapshot_slots: `(N,)` int32, where earlier states go; None: there are none.
         snapshot_ends: `(N,)` int32, after how many tokens they are.
-        offsets: `(N+1,)` int32. To `decode_kernel` `query_start_loc` as the caller gave
-            it; to `prepare_kernel` the same sanitised: sequence i owns the tokens
-            `[offsets[i], offsets[i + 1])`.
+        recent_x: `(S, DRAFTS, H, P)`, x of the tokens behind the states, oldest first;
+            None without drafts.
+        recent_dt: `(S, DRAFTS, H)`, their steps; recent_B: `(S, DRAFTS, G, K)`.
+        rejected: `(N,)` int32, how many of these, the last ones, are taken back; None
+            is 0.
+        offsets: `(N+1,)` int32. With `role` sanitised: sequence i owns the tokens
+            `[offsets[i], offsets[i + 1])`. Without it, as for `decode_kernel`, they are
+            `query_start_loc` as the caller gave it.
         role: `(N,)` int32, what becomes of a sequence: `DECODE`, `SKIP`, or it is the
             prefill of this number. None where all sequences are prefills (dense rows);
             `slots`, `known` and `offsets` are then not needed either.
@@ -59,9 +63,12 @@ class SsdInputs(NamedTuple):
     slots: Any = None
     known: Any = None
     write_slots: Any = None
-    write_ends: Any = None
     snapshot_slots: Any = None
     snapshot_ends: Any = None
+    recent_x: Any = None
+    recent_dt: Any = None
+    recent_B: Any = None
+    rejected: Any = None
     offsets: Any = None
     role: Any = None
     prefills: Any = None
@@ -127,7 +134,10 @@ class SsdConstants:
         STORES: 0 where a sequence stores its last state in its slot, and nothing else;
             1, where that may be an earlier state or another slot; 2, where there are
             snapshots too.
-        STEPS: the most tokens of a sequence that are served one by one.
+        DRAFTS: the tokens behind the states, that can be taken back; sequences of one
+            token more are still served token by token. 0 without drafts.
+        COLUMNS: columns of `recent_kernel`'s programs, a power of two; RECENT_BLOCK,
+            DRAFTS rounded up to one.
         P_BLOCK: channels of a head a program, a power of two; from 16 on for products.
         P_BLOCKS: programs a head.
         K_BLOCK: K rounded up to a power of two; from 16 on for products.
@@ -155,7 +165,9 @@ class SsdConstants:
     IN_PLACE: bool = False
     PAD_SLOT_ID: int = -1
     STORES: int = 0
-    STEPS: int = 1
+    DRAFTS: int = 0
+    COLUMNS: int = 0
+    RECENT_BLOCK: int = 0
     P_BLOCK: int = 0
     P_BLOCKS: int = 0
     K_BLOCK: int = 0

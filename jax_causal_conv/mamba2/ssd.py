@@ -22,7 +22,6 @@ from ..operands import (
     PAD_SLOT_ID,
     SSDOperands,
     SSDPackedOperands,
-    SSDReplayOperands,
     SSDSpec,
 )
 from ..promotion import promoting
@@ -356,30 +355,6 @@ def ssd_packed(
     if 0 in inputs.shape or 0 in (num_seqs, num_slots):
         y = jnp.zeros_like(inputs)
         return y, DraftStates(states, *recent) if recent else states
-    if recent and recent[0].shape[1]:
-        checks.token_count("T + N * q", num_tokens + num_seqs * recent[0].shape[1], 1)
-        y, *new = gradients.call(
-            SSD_REPLAY,
-            implementation,
-            spec,
-            SSDReplayOperands(
-                inputs,
-                *parameters,
-                bias,
-                states,
-                offsets,
-                recent_x=recent[0],
-                recent_dt=recent[1],
-                recent_B=recent[2],
-                slots=slots,
-                has_initial_state=has_initial_state,
-                num_rejected=num_rejected,
-                write_slots=write_slots,
-                snapshot_slots=snapshot_slots,
-                snapshot_ends=snapshot_ends,
-            ),
-        )
-        return y, DraftStates(*new)
     operands = SSDPackedOperands(
         inputs,
         *parameters,
@@ -392,6 +367,14 @@ def ssd_packed(
         snapshot_slots=snapshot_slots,
         snapshot_ends=snapshot_ends,
     )
+    if recent and recent[0].shape[1]:
+        checks.token_count("T + N * q", num_tokens + num_seqs * recent[0].shape[1], 1)
+        operands = operands._replace(
+            **dict(zip(("recent_x", "recent_dt", "recent_B"), recent, strict=True)),
+            num_rejected=num_rejected,
+        )
+        y, *new = gradients.call(SSD_REPLAY, implementation, spec, operands)
+        return y, DraftStates(*new)
     y, states = gradients.call(SSD_PACKED, implementation, spec, operands)
     return y, DraftStates(states, *recent) if recent else states
 

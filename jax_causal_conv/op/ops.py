@@ -1,5 +1,6 @@
 """The ops, one record each: all that jax knows of an op stands here."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -19,14 +20,13 @@ from ..operands import (
     SSDBackwardOperands,
     SSDOperands,
     SSDPackedOperands,
-    SSDReplayOperands,
     SSDSpec,
     UpdateOperands,
 )
 from ..xla import backward, forward, ssd
 from .record import Op
 
-_SSDRecords = SSDOperands | SSDBackwardOperands | SSDPackedOperands | SSDReplayOperands
+_SSDRecords = SSDOperands | SSDBackwardOperands | SSDPackedOperands
 
 
 def _kernels() -> ModuleType:
@@ -141,13 +141,9 @@ def _ssd_results(spec: SSDSpec, operands: SSDOperands) -> list:
 
 def _ssd_packed_results(spec: SSDSpec, operands: SSDPackedOperands) -> list:
     del spec
-    return [_like(operands.x), _like(operands.states)]
-
-
-def _ssd_replay_results(spec: SSDSpec, operands: SSDReplayOperands) -> list:
-    del spec
     recent = operands.recent_x, operands.recent_dt, operands.recent_B
-    return [*map(_like, (operands.x, operands.states, *recent))]
+    results = operands.x, operands.states, *(recent if operands.num_drafts else ())
+    return [*map(_like, results)]
 
 
 def _ssd_gradients(spec: SSDSpec, operands: SSDBackwardOperands) -> list:
@@ -173,6 +169,7 @@ def _ssd_gradients(spec: SSDSpec, operands: SSDBackwardOperands) -> list:
 
 PACKED = Op(
     name="packed",
+    public="causal_conv1d_fn",
     xla=forward.packed,
     launches=lambda: _kernels().packed,
     dims=PackedOperands(
@@ -195,6 +192,7 @@ PACKED = Op(
 
 UPDATE = Op(
     name="update",
+    public="causal_conv1d_update",
     xla=forward.update,
     launches=lambda: _kernels().update,
     dims=UpdateOperands(
@@ -214,6 +212,7 @@ UPDATE = Op(
 
 DENSE = Op(
     name="dense",
+    public="causal_conv1d",
     xla=forward.dense,
     launches=lambda: _kernels().dense,
     dims=DenseOperands(
@@ -226,6 +225,7 @@ DENSE = Op(
 
 PACKED_BACKWARD = Op(
     name="packed_backward",
+    public="causal_conv1d_fn",
     xla=backward.packed_backward,
     launches=lambda: _kernels().packed_backward,
     dims=PackedBackwardOperands(
@@ -247,6 +247,7 @@ PACKED_BACKWARD = Op(
 
 ROWS_BACKWARD = Op(
     name="rows_backward",
+    public="causal_conv1d and causal_conv1d_update",
     xla=backward.rows_backward,
     launches=lambda: _kernels().rows_backward,
     dims=RowsBackwardOperands(
@@ -265,6 +266,7 @@ ROWS_BACKWARD = Op(
 
 SSD = Op(
     name="ssd",
+    public="ssd",
     xla=ssd.dense,
     launches=lambda: _ssd_kernels().dense,
     dims=SSDOperands(
@@ -286,6 +288,7 @@ SSD = Op(
 
 SSD_BACKWARD = Op(
     name="ssd_backward",
+    public="ssd",
     xla=ssd.dense_backward,
     launches=lambda: _ssd_backward_kernels().backward,
     dims=SSDBackwardOperands(
@@ -317,6 +320,7 @@ SSD_BACKWARD = Op(
 
 SSD_PACKED = Op(
     name="ssd_packed",
+    public="ssd_packed",
     xla=ssd.packed,
     launches=lambda: _ssd_kernels().packed,
     dims=SSDPackedOperands(
@@ -334,40 +338,22 @@ SSD_PACKED = Op(
         write_slots="n",
         snapshot_slots="n",
         snapshot_ends="n",
-        write_ends="n",
     ),
     result_dims=("t H p", "s H p k"),
     result_shapes=_ssd_packed_results,
     rename=_groups,
 )
 
-SSD_REPLAY = Op(
+# The same with drafts: the records then have what belongs to these.
+SSD_REPLAY = dataclasses.replace(
+    SSD_PACKED,
     name="ssd_replay",
+    public="ssd_packed",
     xla=ssd.replay,
-    launches=lambda: _ssd_kernels().replay,
-    dims=SSDReplayOperands(
-        x="t H p",
-        dt="t H",
-        A="H",
-        B="t G k",
-        C="t G k",
-        D="H p",
-        dt_bias="H",
-        states="s H p k",
-        query_start_loc="q",
-        recent_x="s r H p",
-        recent_dt="s r H",
-        recent_B="s r G k",
-        slots="n",
-        has_initial_state="n",
-        num_rejected="n",
-        write_slots="n",
-        snapshot_slots="n",
-        snapshot_ends="n",
+    dims=SSD_PACKED.dims._replace(
+        recent_x="s r H p", recent_dt="s r H", recent_B="s r G k", num_rejected="n"
     ),
-    result_dims=("t H p", "s H p k", "s r H p", "s r H", "s r G k"),
-    result_shapes=_ssd_replay_results,
-    rename=_groups,
+    result_dims=(*SSD_PACKED.result_dims, "s r H p", "s r H", "s r G k"),
 )
 
 OPS = (

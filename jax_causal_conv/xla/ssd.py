@@ -28,7 +28,6 @@ from ..operands import (
     SSDBackwardOperands,
     SSDOperands,
     SSDPackedOperands,
-    SSDReplayOperands,
     SSDSpec,
 )
 from ..replay import replayed, step_sizes
@@ -478,8 +477,12 @@ def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
     return _chunk_outputs(spec.exact, chunks, entering, None), states, entering
 
 
-def packed(spec: SSDSpec, operands: SSDPackedOperands):  # noqa: PLR0915
+def packed(  # noqa: PLR0915
+    spec: SSDSpec, operands: SSDPackedOperands, write_ends: Any = None
+):
     """`ssd_packed` on checked arguments: y, and the new states.
+
+    These are after all tokens of a sequence, or after so many of `write_ends` `(N,)`.
 
     There are at least one token, one sequence and one slot.
 
@@ -497,10 +500,8 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):  # noqa: PLR0915
     seqs = batch.sequences(
         offsets, slots, has_initial_state, None, (num_slots, 1), spec.pad_slot_id
     )
-    surplus = batch.surplus_prefills(seqs, spec.max_prefills, spec.most_steps)
+    surplus = batch.surplus_prefills(seqs, spec.max_prefills)
     seqs = seqs._replace(live=seqs.live & ~surplus)
-    if spec.most_steps > 1:  # here all but single tokens go by chunks
-        spec = dataclasses.replace(spec, max_prefills=num_seqs)
     prefill = seqs.live & (seqs.length > 1)
     # States of another dtype stay out of the single pass over all slots. It would also
     # convert those that no sequence names, and back; on a CPU not all keep their bits.
@@ -508,6 +509,7 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):  # noqa: PLR0915
         states.dtype == x.dtype
         and _every_slot_may_change(num_slots, num_seqs)
         and not _states_move(operands)
+        and write_ends is None
     )
     if in_one_pass:  # From here on, row s of `seqs` is the sequence in slot s.
         tokens, seqs, prefill = _in_slot_order(seqs, prefill, num_slots, num_tokens)
@@ -521,8 +523,7 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):  # noqa: PLR0915
     )
     stores = batch.stores_of(seqs, operands, spec.pad_slot_id)
     ends: list[Any] = [store.end for store in stores]
-    if operands.write_ends is None:
-        ends[-1] = None  # all tokens
+    ends[-1] = write_ends
     of_prefills: list[Any] = [None] * len(ends)
     if spec.max_prefills:
         many, of_prefills, states = _run_prefills(
@@ -565,10 +566,10 @@ def packed(spec: SSDSpec, operands: SSDPackedOperands):  # noqa: PLR0915
     return y, states
 
 
-def replay(spec: SSDSpec, operands: SSDReplayOperands):
+def replay(spec: SSDSpec, operands: SSDPackedOperands):
     """`ssd_packed` with drafts, on checked arguments; see the package's `replay`."""
-    spec, packed_operands, results_of = replayed(spec, operands)
-    return results_of(*packed(spec, packed_operands))
+    spec, longer, ends, results_of = replayed(spec, operands)
+    return results_of(*packed(spec, longer, ends))
 
 
 def _run_prefills(
@@ -638,7 +639,7 @@ def _state_within(spec: SSDSpec, inputs: _Inputs, chunked: tuple, here, end):
 
 def _states_move(operands: SSDPackedOperands) -> bool:
     """Whether other states than the last ones, or other slots, are written."""
-    what = (operands.write_slots, operands.write_ends, operands.snapshot_slots)
+    what = (operands.write_slots, operands.snapshot_slots)
     return any(field is not None for field in what)
 
 

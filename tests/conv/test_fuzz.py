@@ -83,6 +83,7 @@ def test_configurations_cover_the_ssd():
     assert {shape.state for shape in shapes} == {None, *FLOATS, fuzz.FLOAT64}
     assert {str(shape.index) for shape in packed} == set(fuzz.INDEX_DTYPES)
     assert {shape.max_prefills for shape in packed} == {None, 0, 1, 2}
+    assert {shape.drafts for shape in packed} == {0, 1, 2, 3}
     assert {dict(c.tile).get("stretch") for c in drawn} == {None, 0, 1, 2}
     assert len(packed) < len(shapes)
     for name in ("num_tokens", "num_slots", "num_seqs"):

@@ -1,9 +1,11 @@
 """What XLA's GPU compiler makes of steps with the SSD, without a GPU.
 
 A decode step is one launch, a mixed batch two, whatever the ratio of slots to
-sequences; the tables of a batch are computed once for all layers; a donated cache is
-never copied; and nothing of the XLA implementation runs.
+sequences, and drafts one more; the tables of a batch are computed once for all layers;
+a donated cache is never copied; and nothing of the XLA implementation runs.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +120,13 @@ def moving(most):
     return Program(step, (tokens, HEAD, cache, (*integers, seen), moves), (2,), 1)
 
 
+RECENT = (
+    struct(SLOTS, 3, HEADS, DIM),
+    struct(SLOTS, 3, HEADS, dtype="float32"),
+    struct(SLOTS, 3, 1, SIZE),
+)
+
+
 def drafts(most):
     """A call from whose cache three drafts can be taken back."""
     tokens, (*integers, seen) = batch_of(int(most))
@@ -135,13 +144,8 @@ def drafts(most):
         return y, *new
 
     cache = struct(SLOTS, HEADS, DIM, SIZE, dtype="float32")
-    recent = (
-        struct(SLOTS, 3, HEADS, DIM),
-        struct(SLOTS, 3, HEADS, dtype="float32"),
-        struct(SLOTS, 3, 1, SIZE),
-    )
     integers = (*integers, struct(SEQS, dtype="int32"), seen)
-    return Program(step, (tokens, HEAD, cache, recent, integers), (2,), 1)
+    return Program(step, (tokens, HEAD, cache, RECENT, integers), (2, 3), 1)
 
 
 # Layers, slots (as many as sequences, fewer and many more), most prefills.
@@ -189,11 +193,18 @@ def test_donated_states_are_updated_in_place(compiled, name):
 
 @pytest.mark.parametrize("name", MOVES)
 def test_states_that_move_take_no_launch_more_and_no_copy(compiled, name):
-    program = compiled[name]
-    assert len(program.kernels()) == KERNELS[int(name.split("-")[1])]
+    program, (how, most) = compiled[name], name.split("-")
+    assert len(program.kernels()) == KERNELS[int(most)] + (how == "drafts")
     assert not program.cache_copies(), texts(program.cache_copies())
-    assert program.alias_bytes == program.cache_bytes
+    recent = sum(math.prod(a.shape) * a.dtype.itemsize for a in RECENT)
+    assert program.alias_bytes == program.cache_bytes + (how == "drafts") * recent
     assert program.temp_bytes < program.cache_bytes
+
+
+def test_a_step_with_drafts_has_nothing_but_its_kernels(compiled):
+    """Neither is a longer batch made, nor what slots know of last tokens copied."""
+    launches = compiled["drafts-0"].launches()
+    assert len(launches) == 2, texts(launches)
 
 
 @pytest.mark.parametrize("most", KERNELS)

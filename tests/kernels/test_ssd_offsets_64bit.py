@@ -25,11 +25,13 @@ from jax_causal_conv.kernels import (
     launch_ssd_backward,
     record,
     ssd_backward,
+    ssd_backward_finish,
     ssd_backward_states,
     ssd_chunks,
     ssd_decode,
     ssd_device,
     ssd_prepare,
+    ssd_recent,
 )
 from jax_causal_conv.kernels.entry import arrays, replaced
 from jax_causal_conv.operands import (
@@ -52,11 +54,13 @@ SEEN = 200  # tokens at the end that are not zero
 
 KERNELS = (
     ssd_backward,
+    ssd_backward_finish,
     ssd_backward_states,
     ssd_chunks,
     ssd_decode,
     ssd_device,
     ssd_prepare,
+    ssd_recent,
 )
 
 
@@ -152,6 +156,15 @@ def programs_for(stretches, chunks, sequences, prefills):
         assert C.P_BLOCKS == 1
         if launch.kernel is ssd_decode.decode_kernel:
             return of_head(C, sequences)
+        if launch.kernel is ssd_recent.recent_kernel:
+            blocks = launch.grid // inputs.num_seqs
+            last = ((HEADS, DIM), (HEADS, 1), (GROUPS, SIZE))  # of which the last one
+            columns = {
+                column // C.COLUMNS
+                for count, width in last
+                for column in range((count - 1) * width, count * width)
+            }
+            return sorted(blocks * i + block for i in sequences for block in columns)
         if launch.kernel is ssd_chunks.chunks_kernel:
             return of_head(C, stretches if C.STRETCH else prefills)
         blocks = -(-C.H // C.H_BLOCK)
@@ -187,6 +200,55 @@ def test_decodes_at_the_far_end():
     zeros = np.r_[TOKENS - 4, TOKENS - 2 : TOKENS]
     np.testing.assert_array_equal(y[zeros, HEAD].astype(np.float32), 0)
     np.testing.assert_array_equal(states[-3:-1, HEAD], old[:2])
+    assert not states[:3].any()
+
+
+def test_drafts_at_the_far_end():
+    """Slots know of so many tokens that all of their arrays are large, too."""
+    drafts, offsets = 260, [0, TOKENS - 6, TOKENS - 5, TOKENS - 2]
+    rng = np.random.default_rng(0)
+    operands = packed_operands(rng, offsets, [0, -1, SLOTS - 1])
+    lead = SLOTS, drafts
+    recent = (
+        sparse((*lead, HEADS, DIM), BFLOAT16),
+        sparse((*lead, HEADS), FLOAT32),
+        sparse((*lead, GROUPS, SIZE), BFLOAT16),
+    )
+    kept = 3  # and tokens, three too: 257 of the first do nothing
+    for rows, last in zip(recent, (HEAD, HEAD, GROUP), strict=True):
+        assert rows.size > 2**31
+        some = rng.uniform(0.1, 1, rows[-1, :kept, last].shape)
+        rows[-1, :kept, last] = some
+    before = [rows[-1, :kept].copy() for rows in recent]
+    operands = operands._replace(
+        recent_x=recent[0],
+        recent_dt=recent[1],
+        recent_B=recent[2],
+        num_rejected=np.full(3, drafts - kept, np.int32),
+        snapshot_slots=np.array([-1, -1, SLOTS - 2], np.int32),
+        snapshot_ends=np.array([0, 0, 2], np.int32),
+    )
+    old = operands.states[-3:, HEAD].copy()
+    call = caller(programs_for((), (), (1, 2), ()), {"y": slice(-SEEN, None)})
+    y, states, *new = record.run(launch_ssd.packed(SSDSpec(64), operands), call)
+    at = slice(TOKENS - 5, TOKENS - 2)
+    own = [array[at] for array in (operands.x, operands.dt, operands.B)]
+    x, dt, B = (np.concatenate(pair) for pair in zip(before, own, strict=True))
+    C = np.concatenate([np.zeros_like(own[2]), operands.C[at]])
+    of_head = x[:, HEAD:], dt[:, HEAD:], operands.A[HEAD:], B[:, GROUP:], C[:, GROUP:]
+    want, _ = reference.recurrence(*of_head, operands.D[HEAD:], old[2][None])
+    np.testing.assert_allclose(
+        y[at, HEAD].astype(float), want[kept:, 0], rtol=1e-2, atol=1e-2
+    )
+    # Of 260 + 3 tokens the slots' states leave out 260.
+    np.testing.assert_array_equal(states[-2:, HEAD], old[[2, 2]])
+    np.testing.assert_array_equal(states[-3, HEAD], old[0])
+    for rows, all_of_it, last in zip(new, (x, dt, B), (HEAD, HEAD, GROUP), strict=True):
+        for slot, end in ((-1, 6), (-2, 5)):
+            got = rows[slot, -6:, last].astype(float)
+            ours = all_of_it[:end, last].astype(float)
+            np.testing.assert_array_equal(got[6 - end :], ours)
+            assert not got[: 6 - end].any()
     assert not states[:3].any()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from jax_causal_conv.kernels.ssd_recent import recent_kernel
 from tests.support import checks, guard, ssd_cases, ssd_launches
 from tests.support.draws import ints
 from tests.support.races import Recorder, orders, race
@@ -62,6 +63,22 @@ CASES = {  # and changes to its tiles
         ),
         STRETCHES,
     ),
+    "decode step with drafts": (
+        batch([1, 4, 1, 3, 9, 2], max_prefills=0, head=1, drafts=3, **SIZES).replace(
+            num_rejected_tokens=ints(0, 3, 2, 1, 2, 9)
+        ),
+        {},
+    ),
+    "drafts, forks and snapshots, stretches": (
+        batch([1, 50, 40, 3, 33, 4], num_slots=14, drafts=2, **MOVES).replace(
+            cache_indices=ints(3, 3, 3, 0, 1, 2),
+            write_indices=ints(4, 5, 6, 0, 7, -1),
+            snapshot_indices=ints(8, 9, 10, 11, 1, 2),
+            snapshot_ends=ints(1, 19, 1, 1, 0, 4),
+            num_rejected_tokens=ints(1, 0, 0, 2, 1, 0),
+        ),
+        STRETCHES,
+    ),
     "rows": (draw_rows(0, num_tokens=40, segment_ids=False, **SIZES), {"chunk": 16}),
     "documents": (draw_rows(1, num_tokens=50, **SIZES), STRETCHES),
 }
@@ -80,6 +97,9 @@ def test_adversarial_cases_are_what_they_claim():
     assert any(tile.get("stretch") for _, tile in drawn)
     assert any(case.shape.max_prefills == 0 for case, _ in drawn if case.packed)
     assert any(not case.packed for case, _ in drawn)
+    drafts = [(case, tile) for case, tile in drawn if case.packed and case.shape.drafts]
+    assert any(case.shape.max_prefills == 0 for case, _ in drafts)
+    assert any(tile.get("stretch") for _, tile in drafts)
     far = {-(2**31), 2**31 - 1}
     for name in ("query_start_loc", "cache_indices"):
         arrays = [case.arrays.get(name) for case, _ in drawn]
@@ -111,15 +131,19 @@ def test_no_interleaving_of_threads_matters(name):
         recorder = Recorder()
         results = recorder.caller()(launch)
         stores.append(sum(access.is_store for access in recorder.accesses))
-        # A program of a stretch reads the weights that it has written.
-        hazard = race(recorder.accesses, barriers_needed=False, rereads=True)
+        # A program of a stretch reads the weights that it has written. Recent tokens
+        # move to other places of their slot.
+        moves = launch.kernel is recent_kernel
+        hazard = race(recorder.accesses, barriers_needed=moves, rereads=not moves)
         assert hazard is None, f"{launch.kernel}: {hazard}\n{case}"
         return results
 
     ssd_launches.launch(case, call, **tile)
     decode_step = case.packed and case.shape.max_prefills == 0
-    assert len(stores) == (1 if decode_step else 2)
+    drafts = case.packed and case.shape.drafts > 0
+    assert len(stores) == (1 if decode_step else 2) + drafts
     assert any(stores)
+    assert stores[-1] or not drafts
 
 
 @pytest.mark.parametrize("tile", [{}, STRETCHES], ids=["", "stretches"])

@@ -17,6 +17,7 @@ from tests.support.platforms import KERNEL_CALLS, exported, needs_triton
 from tests.support.ssd_cases import (
     BFLOAT16,
     FLOAT32,
+    RECENT,
     Expected,
     batch,
     compare,
@@ -25,6 +26,7 @@ from tests.support.ssd_cases import (
 )
 
 FLOATS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "ssm_states", "initial_state")
+FLOATS = (*FLOATS, *RECENT)
 
 
 def split(case):
@@ -39,7 +41,12 @@ def function(case, implementation=None):
     options = case.shape.options() | {"implementation": implementation}
     absent = {n: None for n, a in case.arrays.items() if a is None}
     if case.packed:
-        return lambda floats, rest: ssd_packed(**floats, **rest, **absent, **options)
+
+        def packed(floats, rest):
+            given = case.replace(**floats, **rest).arguments
+            return tuple(jax.tree.leaves(ssd_packed(**given, **options)))
+
+        return packed
     options["return_final_state"] = True
     return lambda floats, rest: ssd(**floats, **rest, **absent, **options)
 
@@ -503,11 +510,17 @@ def test_how_many_prefills_must_be_said_where_sizes_are_symbolic():
         jax.export.export(jax.jit(function(case)))(*structs(case, **shapes))
 
 
+EXPORTED = {kind: GRADIENT_CASES[kind] for kind in ("packed", "decode", "rows")}
+EXPORTED["drafts"] = functools.partial(
+    batch, [1, 3, 0, 20], bias=FLOAT32, dt_softplus=True, drafts=2
+)
+
+
 @needs_triton
-@pytest.mark.parametrize("kind", ["packed", "decode", "rows"])
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_export_for_a_cpu_and_a_gpu_carries_the_kernels(kind):
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
-    case = GRADIENT_CASES[kind]()
+    case = EXPORTED[kind]()
     run = function(case)
     sizes = ints(*range(case.shape.num_seqs if case.packed else 3))
 

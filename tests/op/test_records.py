@@ -127,8 +127,6 @@ def ssd_operands(op, x_dtype, state_dtype, optional: bool):
         for name in ("slots", "write_slots", "snapshot_slots", "snapshot_ends"):
             options[name] = array(N)
         options["has_initial_state"] = array(N, dtype=jnp.bool_)
-    if op is SSD_PACKED:
-        options["write_ends"] = array(N)
     if op is SSD_REPLAY:
         needed["recent_x"] = array(S, Q, H, P, dtype=x_dtype)
         needed["recent_dt"] = array(S, Q, H, dtype=jnp.float32)

@@ -97,7 +97,7 @@ class CompiledProgram:
 
     Attributes:
         hlo: optimised HLO, as text, of each of the GPUs.
-        cache_bytes: size of each cache (of all the same size) on a GPU.
+        cache_bytes: size of each cache on a GPU; of the largest, if they differ.
         num_caches: how many.
         layers: how many calls of an op the program makes.
         alias_bytes: of arguments whose buffers hold results.
@@ -273,10 +273,9 @@ def _compile_here(program: Program, donate: bool) -> CompiledProgram:
     sizes = {
         math.prod(c.sharding.shard_shape(c.shape)) * c.dtype.itemsize for c in caches
     }
-    (cache_bytes,) = sizes or {0}
     return CompiledProgram(
         hlo=compiled.as_text(),
-        cache_bytes=cache_bytes,
+        cache_bytes=max(sizes, default=0),
         num_caches=len(caches),
         layers=program.layers,
         alias_bytes=memory.alias_size_in_bytes,

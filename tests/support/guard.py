@@ -412,7 +412,8 @@ def check_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
 def ssd_case(seed: int) -> tuple[ssd_cases.Case, dict[str, int]]:
     """A random case, full of far integers, and changes to its tiles: short stretches.
 
-    Four consecutive seeds share a shape: rows, a decode step, or any two batches.
+    Four consecutive seeds share a shape: rows, a decode step, or any two batches; every
+    other step and second batch has drafts.
     """
     configuration, index = divmod(seed, 4)
     rng = np.random.default_rng([8, configuration])
@@ -422,6 +423,9 @@ def ssd_case(seed: int) -> tuple[ssd_cases.Case, dict[str, int]]:
         shape = ssd_cases.random_packed_shape(rng)
     if configuration % 4 == 1:
         shape = dataclasses.replace(shape, max_prefills=0)
+    if configuration % 4:
+        drafts = 2 if configuration % 8 in (3, 5) else 0
+        shape = dataclasses.replace(shape, drafts=drafts)
     tile = {"chunk": 16, "stretch": int(rng.integers(3))} if rng.random() < 0.7 else {}
     rng = np.random.default_rng([9, configuration, index])
     case = ssd_cases.random_case(shape, rng, malformed=True)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jax_causal_conv import ssd, ssd_packed
+from jax_causal_conv.mamba2 import DraftStates
 from tests.support import cases, checks, quick
 from tests.support import ssd_reference as reference
 from tests.support.cases import FLOATS, INT32, choose
@@ -67,7 +68,11 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class PackedShape(Shape):
-    """A shape of `ssd_packed`. The flags say which optional arguments there are."""
+    """A shape of `ssd_packed`. The flags say which optional arguments there are.
+
+    Attributes:
+        drafts: q, the tokens that can be taken back; 0 without `DraftStates`.
+    """
 
     num_tokens: int = 40
     num_seqs: int = 5
@@ -79,6 +84,7 @@ class PackedShape(Shape):
     pad_slot_id: int = -1
     write_indices: bool = False
     snapshots: bool = False
+    drafts: int = 0
 
     def options(self) -> dict[str, Any]:
         names = ("max_prefills", "pad_slot_id")
@@ -92,6 +98,10 @@ class RowsShape(Shape):
     num_rows: int = 2
     num_tokens: int = 23
     segment_ids: bool = True
+
+
+RECENT = ("recent_x", "recent_dt", "recent_B")
+"""Arrays of a case that has drafts, in the order of `DraftStates`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +125,15 @@ class Case:
     @property
     def state_name(self) -> str:
         return "ssm_states" if self.packed else "initial_state"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arrays as the public op takes them."""
+        given: dict[str, Any] = dict(self.arrays)
+        recent = [given.pop(name, None) for name in RECENT]
+        if recent[0] is not None:
+            given["ssm_states"] = DraftStates(given["ssm_states"], *recent)
+        return given
 
     def __str__(self):
         integers = {
@@ -200,7 +219,25 @@ def draw_packed(seed: Any = 0, *, malformed=False, lengths=LENGTHS, **changes) -
     }
     if shape.write_indices or shape.snapshots:
         arrays |= cases.random_moves(rng, lengths, shape, slots, shape.index, malformed)
+    if shape.drafts:
+        arrays |= _random_drafts(shape, rng, malformed)
     return Case(shape, arrays)
+
+
+def _random_drafts(shape: PackedShape, rng, malformed: bool) -> dict[str, np.ndarray]:
+    """Recent tokens of all slots, and how many of them are taken back."""
+    lead = shape.num_slots, shape.drafts
+    steps = rng.uniform(0, 0.5, (*lead, shape.heads)).astype(FLOAT32)
+    x = rng.standard_normal((*lead, shape.heads, shape.dim))
+    B = rng.standard_normal((*lead, shape.groups, shape.size))
+    return {
+        "recent_x": x.astype(shape.x),
+        "recent_dt": np.where(rng.random(steps.shape) < 0.1, np.float32(40), steps),
+        "recent_B": B.astype(FLOAT32 if rng.random() < 0.2 else shape.B),
+        "num_rejected_tokens": cases.random_rejected(
+            rng, shape.num_seqs, shape.drafts, shape.index, malformed
+        ),
+    }
 
 
 def batch(lengths, *, head=0, tail=0, seed: Any = 0, **changes) -> Case:
@@ -256,12 +293,13 @@ def with_extreme_steps(case: Case, rng, share=0.1) -> Case:
 def with_nonfinite(case: Case, rng) -> Case:
     """NaN and infinities in some rows of tokens, and in some of the states."""
     changed = {}
-    for name in ("x", "dt", "B", "C", case.state_name):
-        array = case.arrays[name]
+    for name in ("x", "dt", "B", "C", case.state_name, *RECENT):
+        array = case.arrays.get(name)
         if array is None or rng.random() < 0.5 or array.size == 0:
             continue
         array = array.copy()
-        lead = array.shape[: 1 if case.packed or name == case.state_name else 2]
+        few = name not in RECENT and (case.packed or name == case.state_name)
+        lead = array.shape[: 1 if few else 2]
         rows = rng.random(lead) < choose(rng, (0.05, 0.3))
         array[rows] = choose(rng, (np.nan, np.inf, -np.inf))
         changed[name] = array
@@ -312,6 +350,7 @@ def random_packed_shape(rng, index_dtypes=("int32",)) -> PackedShape:
         pad_slot_id=int(choose(rng, (-1, -1, -1, 0, 2, 300))),
         write_indices=bool(rng.random() < 0.3),
         snapshots=bool(rng.random() < 0.3),
+        drafts=int(choose(rng, (0, 0, 0, 1, 2, 3))),
     )
 
 
@@ -369,8 +408,8 @@ def call(case: Case, implementation, *, final=True) -> tuple:
     wide = any(a is not None and a.dtype.itemsize == 8 for a in case.arrays.values())
     jit = not wide or jax.config.jax_enable_x64
     run = jitted(function) if jit else function
-    results = run(**case.arrays, **options, implementation=implementation)
-    return checks.to_host(results if final else (results,))
+    results = run(**case.arguments, **options, implementation=implementation)
+    return tuple(checks.to_host(jax.tree.leaves(results)))
 
 
 # What it must give.
@@ -385,6 +424,7 @@ class Expected:
 
     Attributes:
         y, states: in float64.
+        recent: the new recent tokens; None without drafts.
         y_size, state_size: sums of the sizes of all terms of each.
         rows: `(T,)` or `(B, T)`, tokens whose y is specified if it is finite.
         slots: slots, or rows, whose state is.
@@ -397,13 +437,14 @@ class Expected:
         names = ("max_prefills", "pad_slot_id", "dt_softplus", "dt_limit")
         options = case.shape.options()
         options = {name: options[name] for name in names if name in options}
-        self.y, self.states = function(**case.arrays, **options)
-        sized = ("x", "B", "C", "D", case.state_name)
+        self.y, self.states, *recent = function(**case.arrays, **options)
+        self.recent = recent[0] if recent else None
+        sized = ("x", "B", "C", "D", case.state_name, "recent_x", "recent_B")
         sizes = {
             name: abs(array) if name in sized and array is not None else array
             for name, array in case.arrays.items()
         }
-        self.y_size, self.state_size = function(**sizes, **options)
+        self.y_size, self.state_size = function(**sizes, **options)[:2]
         arrays = case.arrays
         dt = reference.step_sizes(
             *(arrays["dt"], arrays["dt_bias"], case.shape.dt_softplus),
@@ -419,6 +460,7 @@ class Expected:
         live = reference.served(
             *(arrays["query_start_loc"], shape.num_tokens, shape.num_slots),
             *(arrays["cache_indices"], shape.max_prefills, shape.pad_slot_id),
+            shape.drafts,
         )
         self.rows = np.ones(shape.num_tokens, bool)
         self.zero = np.ones(shape.num_tokens, bool)
@@ -444,10 +486,18 @@ class Expected:
             self.kept[stored] = self.zero[here] = False
             starts = seen is not None and seen[sequence.number]
             bad_start = starts and not finite[sequence.slot]
+            kept = reference.kept_drafts(
+                shape.drafts, i, seen, arrays.get("num_rejected_tokens")
+            )
+            for name in RECENT if kept else ():
+                rows = arrays[name][sequence.slot, :kept].astype(np.float64)
+                bad_start |= not np.isfinite(rows).all()
             if bad[sequence.tokens].any() or bad_start:
                 self.rows[here] = self.slots[stored] = False
         for sequence in self.unknown:  # NaN is never compared
             self.y[sequence.tokens] = self.states[sequence.slot] = 0
+            for rows in self.recent or ():
+                rows[sequence.slot] = 0
             self.rows[sequence.tokens] = self.slots[sequence.slot] = False
 
     def _of_rows(self, case: Case, bad) -> None:
@@ -520,6 +570,7 @@ def _largest(dtype):
 def compare(case: Case, result, expected: Expected, implementation: Any = "xla"):
     """y and states against the recurrence; unnamed slots and zeros bit for bit."""
     y, *states = result
+    states, recent = states[:1], states[1:]
     what, kernels = f"{implementation}: {case}", runs_kernels(implementation)
 
     def terms(array):
@@ -545,6 +596,28 @@ def compare(case: Case, result, expected: Expected, implementation: Any = "xla")
     if old is not None:
         kept = expected.kept
         checks.assert_same_bits(new[kept], old[kept], f"{what}\nunnamed slots")
+    _compare_recent(case, recent, expected, what)
+
+
+def _compare_recent(case: Case, recent, expected: Expected, what: str) -> None:
+    """What slots know of recent tokens: as they were given, save for step sizes."""
+    if expected.recent is None:
+        assert not recent, what
+        return
+    for name, rows, want in zip(RECENT, recent, expected.recent, strict=True):
+        old, new = case.arrays[name], rows.copy()
+        assert new.dtype == old.dtype, f"{what}\n{name}: {new.dtype}"
+        kept = expected.kept
+        checks.assert_same_bits(new[kept], old[kept], f"{what}\n{name}, unnamed slots")
+        new[[sequence.slot for sequence in expected.unknown]] = 0
+        close = 1e-5 if name == "recent_dt" else 0
+        np.testing.assert_allclose(
+            new.astype(np.float64),
+            want.astype(np.float64),
+            rtol=close,
+            atol=0,
+            err_msg=f"{what}\n{name}",
+        )
 
 
 def check(case: Case, implementation, *, final=True) -> None:

@@ -31,7 +31,7 @@ def call_of(case: Case) -> tuple[Any, Any, Any]:
         options["return_final_state"] = True
     with mock.patch.object(gradients, "call", stop):
         try:
-            function(**case.arrays, **options)
+            function(**case.arguments, **options)
         except _Traced as found:
             return found.args
     raise ValueError(f"a case of size zero: {case}")
@@ -40,8 +40,9 @@ def call_of(case: Case) -> tuple[Any, Any, Any]:
 def tile_of(op: str, spec: Any, operands: Any, **changes) -> Any:
     """The tiles of a call with prefills, with other fields: `chunk`, `stretch`, …"""
     shape, size = operands.x.shape, operands.B.shape[-1]
-    prefills = spec.max_prefills if op == "ssd_packed" else shape[0]
-    tokens = shape[0] if op == "ssd_packed" else shape[0] * shape[1]
+    packed = op != "ssd"
+    prefills = spec.max_prefills if packed else shape[0]
+    tokens = shape[0] if packed else shape[0] * shape[1]
     itemsize = max(a.dtype.itemsize for a in (operands.x, operands.B, operands.C))
     chosen = tiles.ssd_chunks(shape[-2:], size, itemsize, tokens, prefills)
     changed = dataclasses.replace(chosen, **changes)
@@ -50,7 +51,7 @@ def tile_of(op: str, spec: Any, operands: Any, **changes) -> Any:
 
 
 def launch(case: Case, call: Call, **tile) -> tuple[np.ndarray, ...]:
-    """Runs all launches of a case through `call`; y and the states.
+    """Runs all launches of a case through `call`; y, the states, and recent tokens.
 
     Args:
         case: any, of sizes that are not zero.

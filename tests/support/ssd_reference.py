@@ -68,7 +68,13 @@ class Served:
 
 
 def served(
-    query_start_loc, num_tokens, num_slots, cache_indices, max_prefills, pad_slot_id
+    query_start_loc,
+    num_tokens,
+    num_slots,
+    cache_indices,
+    max_prefills,
+    pad_slot_id,
+    drafts=0,
 ) -> list[Served]:
     """The sequences of a packed batch that are not skipped."""
     offsets, prefills, result = clean_offsets(query_start_loc, num_tokens), 0, []
@@ -77,7 +83,7 @@ def served(
         slot = i if cache_indices is None else int(cache_indices[i])
         if count == 0 or not is_slot(slot, num_slots, pad_slot_id):
             continue
-        if count > 1:
+        if count > 1 + drafts:
             prefills += 1
             if max_prefills is not None and prefills > max_prefills:
                 continue
@@ -87,6 +93,15 @@ def served(
 
 def _wide(x):
     return np.float64 if x.dtype == np.float64 else np.float32
+
+
+def kept_drafts(drafts, i, has_initial_state, num_rejected_tokens) -> int:
+    """How many of its slot's recent tokens sequence i begins with."""
+    if has_initial_state is None or not has_initial_state[i]:
+        return 0
+    if num_rejected_tokens is None:
+        return drafts
+    return drafts - min(max(int(num_rejected_tokens[i]), 0), drafts)
 
 
 def ssd_packed(
@@ -101,40 +116,71 @@ def ssd_packed(
     *,
     cache_indices=None,
     has_initial_state=None,
+    num_rejected_tokens=None,
     write_indices=None,
     snapshot_ends=None,
     snapshot_indices=None,
+    recent_x=None,
+    recent_dt=None,
+    recent_B=None,
     max_prefills=None,
     pad_slot_id=PAD_SLOT_ID,
     dt_bias=None,
     dt_softplus=False,
     dt_limit=NO_LIMIT,
 ):
-    """y and the new states, both in float64."""
+    """y and the new states, both in float64.
+
+    With recent tokens, as in `DraftStates`, a third result: the new ones, in their
+    dtypes but for step sizes, which are float64.
+    """
     y, old = np.zeros(x.shape), np.asarray(ssm_states).astype(np.float64)
     states, place = old.copy(), (len(old), pad_slot_id)
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, _wide(x))
-    for sequence in served(
-        query_start_loc, len(x), len(states), cache_indices, max_prefills, pad_slot_id
-    ):
+    before: tuple = ()
+    if recent_x is not None:
+        before = recent_x, np.asarray(recent_dt).astype(np.float64), recent_B
+    drafts = before[0].shape[1] if before else 0
+    recent = [rows.copy() for rows in before]
+    batch = query_start_loc, len(x), len(states), cache_indices, max_prefills
+    for sequence in served(*batch, pad_slot_id, drafts):
         here, slot = sequence.tokens, sequence.slot
         i, length = sequence.number, here.stop - here.start
         state = np.zeros_like(old[slot])
         if has_initial_state is not None and has_initial_state[i]:
             state = old[slot]
-        y[here], last = recurrence(x[here], dt[here], A, B[here], C[here], D, state)
+        kept = kept_drafts(drafts, i, has_initial_state, num_rejected_tokens)
+        missing = drafts - kept
+        tokens = [rows[here] for rows in (x, dt, B)]
+        if before:  # those of other dtypes are rounded to the batch's
+            replayed = [
+                rows[slot, :kept].astype(own.dtype)
+                for rows, own in zip(before, tokens, strict=True)
+            ]
+            tokens = [
+                np.concatenate(pair) for pair in zip(replayed, tokens, strict=True)
+            ]
+        read = np.concatenate([np.zeros((kept, *C.shape[1:])), C[here].astype(float)])
+
+        def after(end, tokens=tokens, read=read, state=state):
+            first = slice(0, end)
+            x, dt, B = (rows[first] for rows in tokens)
+            return recurrence(x, dt, A, B, read[first], D, state)
+
+        y[here] = after(None)[0][kept:]
         written = write_slot(slot, write_indices, i, *place)
-        if written is not None:
-            states[written] = last
+        left = [] if written is None else [(written, length)]
         snapshot = snapshot_of(
             snapshot_ends, snapshot_indices, i, length, written, *place
         )
         if snapshot is not None:
-            upto = slice(here.start, here.start + snapshot[1])
-            _, states[snapshot[0]] = recurrence(
-                x[upto], dt[upto], A, B[upto], C[upto], D, state
-            )
-    return y, states
+            left.append(snapshot)
+        for target, end in left:
+            states[target] = after(max(end - missing, 0))[1]
+            for new, rows in zip(recent, tokens, strict=False):
+                front = np.zeros((missing, *rows.shape[1:]), rows.dtype)
+                new[target] = np.concatenate([front, rows])[end : end + drafts]
+    return (y, states, recent) if before else (y, states)
 
 
 def ssd(
