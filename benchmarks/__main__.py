@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import machine, tune
-from benchmarks.cases import Options, Row, run_case
+from benchmarks.cases import FALLBACK, Options, Row, run_case
 from benchmarks.machine_code import expect_no_gpu
 from benchmarks.suites import PACKAGES, PEERS, SUITES
 
@@ -33,29 +33,47 @@ _COLUMNS = ("us", "p10-p90", "GB/s", "{}", "x ours", "error", "kernels")
 
 def table(suite: str, rows: list[Row]) -> Table:
     """The rows of a suite, cases apart from each other."""
-    made = Table(title=suite, title_justify="left")
+    title = suite
+    if warning := fallbacks(rows):
+        title = f"{suite} [bold red]{warning}[/bold red]"
+    made = Table(title=title, title_justify="left")
     for heading in ("case", "dtype", "who"):
         made.add_column(heading, no_wrap=True)
     yardstick = next((r.candidate for r in rows if r.of_yardstick == 1), "yardstick")
     for heading in _COLUMNS:
         made.add_column(heading.format(f"x {yardstick}"), justify="right")
+    serves = any(row.tokens_per_second for row in rows)
+    if serves:
+        made.add_column("tokens/s", justify="right")
     made.add_column("note", overflow="fold")
     last = None
     for row in rows:
         key = (row.case, row.dtype)
         if last not in (None, key):
             made.add_section()
-        made.add_row(*(key if key != last else ("", "")), *_cells(row))
+        made.add_row(*(key if key != last else ("", "")), *_cells(row, serves))
         last = key
     return made
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def fallbacks(rows: list[Row]) -> str:
+    """What is to be said, loudly, where XLA stood in for kernels; else nothing."""
+    count = sum(row.fell_back for row in rows)
+    if not count:
+        return ""
+    return (
+        f"{FALLBACK} in {count} of {len(rows)} rows: is jax-triton installed? "
+        "(python -m jax_causal_conv says what is missing)"
+    )
+
+
+def _cells(row: Row, serves: bool) -> tuple[str, ...]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     spread = "" if row.low is None else f"{row.low:,.1f}-{row.high:,.1f}"
     by = f" ({row.implementation})" if row.implementation else ""
+    memory = f"{row.memory / 2**30:,.2f} GiB" if row.memory else ""
     errors = [number(row.error, ".0e")]
     if row.state_error:  # often states are copied, and exact
         errors.append(f"states {row.state_error:.0e}")
@@ -68,7 +86,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         number(row.of_ours, ".2f"),
         ", ".join(filter(None, errors)),
         number(row.kernels, ".1f"),
-        ", ".join(filter(None, (row.note, _clock(row)))),
+        *([number(row.tokens_per_second, ",.0f")] if serves else []),
+        ", ".join(filter(None, (memory, row.note, _clock(row)))),
     )
 
 
@@ -178,6 +197,11 @@ def run(arguments: list[str], console: Console) -> dict[str, Any]:
     summary = _summary(rows)
     if summary.row_count:
         console.print(summary)
+    result["warning"] = fallbacks(rows)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1))
+    if result["warning"]:
+        console.print(f"[bold red]{result['warning']}[/bold red]")
     if given.plots:
         _draw(result, given.plots, console)
     return result
@@ -201,7 +225,8 @@ def _cases(name: str, suite, options) -> list | str:
 def _line(rows: list[Row]) -> str:
     """All times of a case."""
     times = [
-        f"{r.candidate} {r.microseconds:,.1f}" if r.microseconds else r.candidate
+        (f"{r.candidate} {r.microseconds:,.1f}" if r.microseconds else r.candidate)
+        + (f" ({FALLBACK})" if r.fell_back else "")
         for r in rows
     ]
     where = f"{rows[0].suite}, {rows[0].case}, {rows[0].dtype}: " if rows else ""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ from benchmarks.timing import Prepared
 from benchmarks.workload import WrongResult
 
 OURS = "jax-causal-conv"
+BY_XLA = f"{OURS}, by XLA"
+FALLBACK = "XLA, NOT OUR KERNELS"
+"""What a row says that should have run kernels and did not."""
 
 
 class Work(Protocol):
@@ -105,6 +108,7 @@ class Row:
         clock: how it was timed, see `timing`.
         kernels: device activities of a call.
         nbytes: what must be moved once; 0 where that says nothing.
+        memory: bytes that a step takes; 0 where that says nothing.
         error: largest difference from float64 over the largest value, if compared:
             of all results but the states, and of those `state_error`.
         of_yardstick: time over that of the yardstick in the same case, see
@@ -112,6 +116,9 @@ class Row:
         of_ours: time over this package's, likewise.
         note: what else there is to say; why it failed.
         implementation: of a program of JAX: "Triton", "Mosaic" or "XLA".
+        fell_back: whether XLA computed what this package's kernels should have, as
+            where jax-triton is missing.
+        tokens_per_second: that a server draws, or training reads.
     """
 
     suite: str
@@ -126,12 +133,15 @@ class Row:
     clock: str = ""
     kernels: float | None = None
     nbytes: int = 0
+    memory: int = 0
     error: float | None = None
     state_error: float | None = None
     of_yardstick: float | None = None
     of_ours: float | None = None
     note: str = ""
     implementation: str = ""
+    fell_back: bool = False
+    tokens_per_second: float | None = None
 
     @property
     def gigabytes_per_second(self) -> float | None:
@@ -148,7 +158,8 @@ class Case:
         prepare: by the candidates' names.
         work: what their results are compared with; None: nothing to compare.
         yardstick: the candidate that times are compared with.
-        rows: to be reported beside the timed ones.
+        measure: makes rows that are not about candidates in turns.
+        ours: candidates of this package that are not named after it.
     """
 
     suite: str
@@ -158,7 +169,12 @@ class Case:
     prepare: Mapping[str, Callable[[], Prepared]]
     work: Work | None = None
     yardstick: str = ""
-    rows: tuple[Row, ...] = ()
+    measure: Callable[[], Sequence[Row]] = tuple
+    ours: tuple[str, ...] = ()
+
+    def wants_kernels(self, name: str) -> bool:
+        """Whether a candidate is to run this package's kernels on a GPU."""
+        return name in self.ours or (name.startswith(OURS) and name != BY_XLA)
 
 
 def run_case(case: Case, options: Options) -> list[Row]:
@@ -182,14 +198,21 @@ def run_case(case: Case, options: Options) -> list[Row]:
             nbytes = one.nbytes
             if nbytes is None:
                 nbytes = case.work.nbytes if case.work else 0
+            fell_back = (
+                options.on_gpu
+                and case.wants_kernels(name)
+                and one.implementation != "Triton"
+            )
             # The candidates' place in the table, whether or not timing succeeds.
             rows[name] = blank(
                 name,
                 nbytes=nbytes,
+                memory=one.memory,
                 error=max(errors.values(), default=None),
                 state_error=state_error,
                 implementation=one.implementation,
-                note=one.note,
+                note=", ".join(filter(None, (FALLBACK * fell_back, one.note))),
+                fell_back=fell_back,
             )
             prepared[name] = one
         except Absent:
@@ -203,8 +226,10 @@ def run_case(case: Case, options: Options) -> list[Row]:
         return times[name].over(times[other]) if both else None
 
     for name, found in times.items():
+        tokens = prepared[name].tokens
         rows[name] = dataclasses.replace(
             rows[name],
+            tokens_per_second=tokens / found.median * 1e6 if tokens else None,
             microseconds=found.median,
             low=found.low,
             high=found.high,
@@ -214,7 +239,7 @@ def run_case(case: Case, options: Options) -> list[Row]:
             of_yardstick=over(name, case.yardstick),
             of_ours=over(name, OURS),
         )
-    return [*rows.values(), *case.rows]
+    return [*rows.values(), *case.measure()]
 
 
 def _summary(error: Exception) -> str:

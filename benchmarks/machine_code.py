@@ -6,6 +6,7 @@ and instructions from the machine code.
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import os
@@ -64,15 +65,14 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class MachineCode:
-    """What ptxas made of one kernel.
+    """What ptxas made of one kernel. It is disassembled when it is first read.
 
     Attributes:
         name: of the kernel function.
         registers: per thread.
         spills: bytes stored to and loaded from local memory by spilling.
         stack: bytes of local memory per thread.
-        instructions: all of them, in order.
-        loops: every backward jump's body; an outer one contains the inner ones.
+        cubin: the code.
         threads: of the whole launch.
         ptx_version: for example "8.0".
     """
@@ -81,10 +81,27 @@ class MachineCode:
     registers: int
     spills: int
     stack: int
-    instructions: tuple[str, ...] = dataclasses.field(repr=False)
-    loops: tuple[Loop, ...] = dataclasses.field(repr=False)
+    cubin: bytes = dataclasses.field(repr=False)
     threads: int
     ptx_version: str
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """All of them, in order."""
+        return self._sass[0]
+
+    @property
+    def loops(self) -> tuple[Loop, ...]:
+        """Every backward jump's body; an outer one contains the inner ones."""
+        return self._sass[1]
+
+    @functools.cached_property
+    def _sass(self) -> tuple[tuple[str, ...], tuple[Loop, ...]]:
+        from triton import knobs  # noqa: PLC0415 (Triton is optional)
+
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(self.cubin)
+            return _parse_sass(_tool(knobs.nvidia.nvdisasm.path, "-c", file.name))
 
     def accesses(self, kind: str) -> list[int]:
         """Widths in bytes of the global loads ("LDG") or stores ("STG")."""
@@ -145,24 +162,22 @@ def _package_lowered() -> Any:
 
 
 def _machine_code(kernel: Any, compute_capability: int) -> MachineCode:
-    from triton import knobs  # noqa: PLC0415 (Triton is optional)
-    from triton.backends.nvidia.compiler import get_ptxas  # noqa: PLC0415 (as above)
+    # Triton is optional.
+    from triton.backends.nvidia.compiler import get_ptxas  # noqa: PLC0415
 
     ptxas = get_ptxas(compute_capability).path
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(kernel.ptx)
         log = _tool(ptxas, "-v", f"--gpu-name={kernel.target}", "-o", cubin, source)
-        sass = _tool(knobs.nvidia.nvdisasm.path, "-c", cubin)
-    instructions, loops = _parse_sass(sass)
+        code = cubin.read_bytes()
     return MachineCode(
         name=kernel.name,
         registers=_number(r"Used (\d+) registers", log),
         spills=_number(r"(\d+) bytes spill stores", log)
         + _number(r"(\d+) bytes spill loads", log),
         stack=_number(r"(\d+) bytes stack frame", log),
-        instructions=instructions,
-        loops=loops,
+        cubin=code,
         threads=kernel.grid * kernel.num_warps * 32,
         ptx_version=kernel.ptx_version,
     )

@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import imports, programs
-from benchmarks.cases import OURS, Candidate
+from benchmarks.cases import BY_XLA, OURS, Candidate
 from benchmarks.tensors import Torch
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
@@ -320,6 +320,23 @@ def _tpu_inference(work: Workload, path: Path | None) -> Prepared:
     )
 
 
+def _jax_linear_attention(work: Workload, path: Path | None) -> Prepared:
+    """The short conv of jax-linear-attention: its kernels on a GPU, else plain JAX."""
+    module = imports.load("jla.layers.conv", path)
+    equinox = imports.load("equinox", None)
+    # By name, since it would else fall back in silence.
+    impl = "mosaic_gpu" if jax.default_backend() == "gpu" else "xla"
+    layer = module.ShortConv(work.dim, work.width, use_bias=True, impl=impl)
+
+    def forward(x, weight, bias):
+        def parameters(layer):
+            return layer.weight, layer.bias
+
+        return equinox.tree_at(parameters, layer, (weight, bias))(x)[0]
+
+    return _jax_rows(work, forward)
+
+
 # ---- PyTorch peers -----------------------------------------------------------------
 
 
@@ -462,7 +479,7 @@ def _vllm(work: Workload, path: Path | None) -> Prepared:
         return torch.prepared(update, view)
     offsets = torch.tensor(work.offsets)
     seen = torch.tensor(work.has_initial_state)
-    metadata = _vllm_metadata(torch, work, block_m=8)
+    metadata = vllm_metadata(torch, work.lengths)
 
     def packed():
         return module.causal_conv1d_fn(
@@ -520,9 +537,9 @@ def _vllm_names() -> dict[str, Any]:
     }
 
 
-def _vllm_metadata(torch: _Tensors, work: Workload, block_m: int) -> Any:
+def vllm_metadata(torch: Torch, lengths: Sequence[int], block_m: int = 8) -> Any:
     """Which program owns which chunk, in the form that its launcher takes."""
-    chunks = [-(-length // block_m) for length in work.lengths]
+    chunks = [-(-length // block_m) for length in lengths]
     owners = np.repeat(np.arange(len(chunks), dtype=np.int32), chunks)
     offsets = np.concatenate([np.arange(n, dtype=np.int32) for n in chunks])
     arrays = {
@@ -655,7 +672,7 @@ _GPU = ("gpu",)
 CANDIDATES = (
     Candidate(OURS, ours, ("packed", "update", *_ROWS)),
     Candidate(
-        f"{OURS}, by XLA",
+        BY_XLA,
         functools.partial(ours, implementation="xla"),
         ("packed", "update", *_ROWS),
         platforms=_GPU,
@@ -664,6 +681,12 @@ CANDIDATES = (
     Candidate("mamba2-jax", _mamba2_jax, ("update", *_ROWS), package="mamba2-jax"),
     Candidate(
         "tpu-inference", _tpu_inference, ("packed", "update"), package="tpu-inference"
+    ),
+    Candidate(
+        "jax-linear-attention",
+        _jax_linear_attention,
+        _ROWS,
+        package="jax-linear-attention",
     ),
     Candidate("torch F.conv1d + silu", _torch_conv, _ROWS),
     Candidate("torch, padded or rolled", _torch_roll, ("update", "dense")),

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.cases import OURS
+from benchmarks.cases import FALLBACK, OURS
 from benchmarks.machine import title
 from benchmarks.suites import CANDIDATES, DIM, TOKENS, WIDTH
 
@@ -26,10 +26,16 @@ _LINES = {
         "us",
         f"batches of {TOKENS:,} tokens, decodes and prompts, {_OF_LAYER}",
     ),
+    "layer": (
+        "share of prefill tokens, %",
+        "us",
+        f"conv and SSD of a Mamba2-2.7B layer, batches of {TOKENS:,} tokens",
+    ),
     "prefill": ("tokens of the prompt", "GB/s", f"one prompt, {_OF_LAYER}"),
     "widths": ("channels", "GB/s", f"one prompt, width {WIDTH}"),
     "metadata": ("sequences", "us", "build_metadata, 8 tokens per sequence"),
 }
+_ABOUT = {"engine": "what the time of a step of the Mamba2 engine goes to"}
 _YARDSTICKS = {
     "copy": ("0.25", ""),
     "silu(x)": ("0.25", ""),
@@ -73,9 +79,17 @@ def _figure(suite: str, rows: list[dict], where: str):
     style = _styles(rows)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         own = [row for row in rows if row["dtype"] == dtype]
-        (_lines if suite in _LINES else _bars)(axis, suite, own, style)
+        parts = [row for row in own if ": " in row["candidate"]]
+        if suite in _LINES:
+            _lines(axis, suite, own, style)
+        elif parts:
+            _stacked(axis, parts)
+        else:
+            _bars(axis, suite, own, style)
         axis.set_title(dtype, fontsize=10)
-    what = _LINES[suite][2] if suite in _LINES else suite
+    what = _LINES[suite][2] if suite in _LINES else _ABOUT.get(suite, suite)
+    if any(row.get("fell_back") for row in rows):
+        where += f"\n{FALLBACK}"
     figure.suptitle(f"{what}\n{where}", fontsize=11)
     figure.tight_layout()
     return figure
@@ -125,7 +139,7 @@ def _lines(axis, suite: str, rows: list[dict], style) -> None:
             linewidth=0,
             zorder=0 if name in _YARDSTICKS else 1,
         )
-    if suite != "mixed":
+    if suite not in ("mixed", "layer"):
         axis.set_xscale("log", base=2)
         axis.set_xticks(_apart(sorted({row["axis"] for row in rows})))
         axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -164,7 +178,7 @@ def _value(row: dict, key: str, unit: str) -> float:
 
 def _bars(axis, suite: str, rows: list[dict], style) -> None:
     names = [row["candidate"] for row in rows]
-    if suite == "training":
+    if len({row["case"] for row in rows}) > 1:
         names = [f"{row['candidate']}\n{row['case']}" for row in rows]
     times = [row["microseconds"] for row in rows]
     colours = [style[row["candidate"]][0] for row in rows]
@@ -184,3 +198,39 @@ def _bars(axis, suite: str, rows: list[dict], style) -> None:
     _plain_ticks(axis.xaxis)
     axis.set_xlabel("time of a call, us")
     axis.grid(True, axis="x", alpha=0.3)
+
+
+def _stacked(axis, rows: list[dict]) -> None:
+    """A bar for each step, of the parts that its time goes to."""
+    bars: dict[str, dict[str, float]] = {}
+    for row in rows:
+        step, _, part = row["candidate"].partition(": ")
+        bar = bars.setdefault(f"{step}\n{row['case'].rpartition(', ')[2]}", {})
+        bar[part] = row["microseconds"] / 1e3
+    left = dict.fromkeys(bars, 0.0)
+    longest = max(sum(bar.values()) for bar in bars.values())
+    parts = dict.fromkeys(part for bar in bars.values() for part in bar)
+    for part, colour in zip(parts, itertools.cycle(_COLOURS), strict=False):
+        times = [bar.get(part, 0.0) for bar in bars.values()]
+        places = range(len(bars))
+        axis.barh(places, times, left=list(left.values()), color=colour, label=part)
+        for place, name in enumerate(bars):
+            share = times[place] / sum(bars[name].values())
+            if times[place] > 0.04 * longest:
+                middle = left[name] + times[place] / 2
+                axis.annotate(
+                    f"{share:.0%}",
+                    (middle, place),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                )
+            left[name] += times[place]
+    for place, total in enumerate(left.values()):
+        axis.annotate(f" {total:,.1f} ms", (total, place), va="center", fontsize=8)
+    axis.set_yticks(range(len(bars)), bars, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.15 * longest)
+    axis.set_xlabel("time of a step, ms")
+    axis.grid(True, axis="x", alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))

@@ -18,3 +18,13 @@ def cache_copies(hlo: str, shape: tuple[int, ...]) -> int:
     flat = (shape[0] * shape[1], shape[2])
     sizes = "|".join(re.escape(",".join(map(str, s))) for s in (shape, flat))
     return len(re.findall(rf"\[(?:{sizes})\]\S* (?:copy|convert)\(", hlo))
+
+
+def peak_bytes(compiled: Any) -> int:
+    """Memory of a `jax.stages.Compiled` as XLA plans it: arguments, results, between.
+
+    Results that lie in donated arguments count once.
+    """
+    plan = compiled.memory_analysis()
+    kept = plan.argument_size_in_bytes + plan.output_size_in_bytes
+    return kept - plan.alias_size_in_bytes + plan.temp_size_in_bytes

@@ -1,19 +1,25 @@
 """The end-to-end suite: a Mamba2 model with random weights in the engine.
 
-The shares of the conv and the SSD in a step are read from a profile on a GPU: the
-durations of this package's kernels over those of all kernels, in the same steps; where
-none of them ran, XLA computed the op, and the row says so. On a CPU, where XLA
-fuses the conv with its neighbours, no profile can tell; there it is the time of a
-jitted program of the convs alone (all layers, the step's shapes, donated caches) over
-that of the step: what the conv would cost by itself.
+Decode steps and steps with prompts, with float32 and with bfloat16 states; prompts that
+begin alike, with and without hits in the prefix cache; drafts of which a known share is
+right. What a step's time goes to is read from a profile on a GPU: the durations of all
+kernels by what they are for, and the rest of the step's wall time, in which the GPU
+waits for the host. On a CPU, where XLA fuses the conv with its neighbours, no profile
+can tell; there it is the time of a jitted program of the convs alone (all layers, the
+step's shapes, donated caches): what the conv would cost by itself.
 """
 
+import dataclasses
 import functools
+import gc
 import re
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,7 +28,15 @@ from benchmarks.cases import Case, Options, Row
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
 from jax_causal_conv import build_metadata, causal_conv1d_fn
-from jax_causal_conv.mamba2 import Engine, Mamba2Config, Mamba2LM, Request
+from jax_causal_conv.mamba2 import (
+    Engine,
+    Mamba2Config,
+    Mamba2LM,
+    NgramDraft,
+    Request,
+)
+from jax_causal_conv.mamba2.engine.stats import StepStats
+from jax_causal_conv.mamba2.sampling import sample
 
 # The published sizes of state-spaces/mamba2-*, their vocabulary padded to 50,288.
 SHAPES = {
@@ -32,78 +46,400 @@ SHAPES = {
     "2.7b": Mamba2Config(vocab_size=50288, d_model=2560, n_layers=64),
 }
 
-# How the kernels of this package are called in a profile.
+# What kernels of a profile are for, by their names: the first that fits.
 _KERNELS = {
     "conv": re.compile(r"^(packed|update|dense|rows)(_backward)?_kernel"),
     "SSD": re.compile(r"^(ssd_)?(decode|prepare|chunks)_kernel"),
+    "matmuls": re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk|dot", re.IGNORECASE),
 }
+PARTS = (*_KERNELS, "sampling", "other kernels", "host, and gaps")
+"""What a step's time is divided into."""
+
+_CYCLE = 8  # divides the vocabularies
 
 
-def case(options: Options) -> Case:
-    """Serves requests now, and reports."""
-    config = SHAPES[options.shape]
-    slots, budget, new_tokens = (128, 2048, 128) if options.on_gpu else (16, 128, 32)
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is served.
+
+    Attributes:
+        slots: requests at a time.
+        budget: tokens of a step.
+        new_tokens: that a request draws.
+        longest: tokens of a prompt, at most.
+        shared, own: tokens with which prompts begin alike, and that follow.
+        prompts: so many of them.
+        block: of the prefix cache.
+        drafts: guesses a step.
+        steps: that are timed with drafts.
+    """
+
+    slots: int
+    budget: int
+    new_tokens: int
+    longest: int = 255
+    shared: int = 448
+    own: int = 64
+    prompts: int = 128
+    block: int = 64
+    drafts: int = 4
+    steps: int = 30
+
+
+GPU_LOAD = Load(128, 2048, 128)
+CPU_LOAD = Load(16, 256, 32, shared=112, own=16, prompts=32, block=16)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """All cases of the suite; each serves its requests when its turn has come."""
+    load = GPU_LOAD if options.on_gpu else CPU_LOAD
     dtype = options.all_dtypes[0]
-    model = Mamba2LM(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    # Two shapes alone: each is compiled, which takes a large model minutes.
-    engine = Engine(
-        model,
-        num_slots=slots,
-        max_tokens_per_step=budget,
-        max_prefills_per_step=budget // 128,
-        token_buckets=[budget],
-        decode_buckets=[slots],
+    serving = Serving(SHAPES[options.shape], load, dtype, options.on_gpu)
+    for part, measure in {
+        "float32 states": functools.partial(serving.steps, "float32"),
+        "bfloat16 states": functools.partial(serving.steps, "bfloat16"),
+        "prefix cache": serving.prefixes,
+        "drafts": serving.drafts,
+    }.items():
+        name = f"Mamba2 {options.shape}, {load.slots} slots, {part}"
+        row = functools.partial(Row, "engine", name, load.slots, dtype)
+        yield Case(
+            "engine",
+            name,
+            load.slots,
+            dtype,
+            {},
+            measure=functools.partial(measure, row),
+        )
+
+
+NewRow = Callable[..., Row]
+
+
+class Serving:
+    """Engines of one model, one at a time."""
+
+    def __init__(self, config: Mamba2Config, load: Load, dtype: str, on_gpu: bool):
+        self.config = dataclasses.replace(config, tie_embeddings=False)
+        self.load = load
+        self.dtype = dtype
+        self.on_gpu = on_gpu
+
+    @functools.cached_property
+    def model(self) -> Mamba2LM:
+        """A model that repeats its text in cycles, so that drafts are right.
+
+        The kernels have the same work as with any weights: what the layers add to the
+        embeddings is made small, and the head is the embedding table, in which every
+        token stands where the one before it in its cycle would.
+        """
+        model = Mamba2LM(
+            self.config, dtype=self.dtype, param_dtype=self.dtype, rngs=nnx.Rngs(0)
+        )
+        for layer in model.layers:
+            kernel = layer.mixer.out_proj.kernel
+            kernel[...] = kernel[...] * 1e-3
+        before = _in_cycle(np.arange(self.config.vocab_size), -1)
+        model.lm_head.kernel[...] = model.embed.embedding[...][before].T
+        return model
+
+    def engine(self, budget: int | None = None, **options: Any) -> Engine:
+        """An engine with few shapes: each is compiled, which takes a large model long.
+
+        Shapes are compiled when they are first needed.
+        """
+        gc.collect()  # the caches of the engine before, which must go first
+        budget = budget or self.load.budget
+        return Engine(
+            self.model,
+            num_slots=self.load.slots,
+            max_tokens_per_step=budget,
+            token_buckets=[budget],
+            decode_buckets=[self.load.slots],
+            **options,
+        )
+
+    def prompts(self, count: int, longest: int) -> Iterator[np.ndarray]:
+        """Random prompts of 1 to so many tokens."""
+        rng = np.random.default_rng(0)
+        for _ in range(count):
+            length = rng.integers(1, longest + 1)
+            yield rng.integers(0, self.config.vocab_size, length)
+
+    # ---- Steps ---------------------------------------------------------------------
+
+    def steps(self, ssm_dtype: str, row: NewRow) -> list[Row]:
+        """Decode steps, and, for float32 states, steps with prompts; their parts."""
+        load = self.load
+        engine = self.engine(
+            ssm_dtype=ssm_dtype, max_prefills_per_step=max(1, load.budget // 128)
+        )
+        # Prompts of one token: all rows decode from the second step on.
+        self._submit(engine, load.slots, load.new_tokens, longest=1)
+        engine.run()
+        full = [s for s in engine.stats.steps if s.decode_tokens == load.slots]
+        rows = [_timed(row("decode step"), full)]
+        if ssm_dtype == "float32":
+            # Once to compile the step.
+            self._submit(engine, 1, 1, longest=load.longest)
+            engine.run()
+            engine.stats.steps.clear()
+            self._submit(engine, 2 * load.slots, load.new_tokens, load.longest)
+            engine.run()
+            steps = list(engine.stats.steps)
+            own = [step for step in steps if step.prefill_tokens]
+            rows += [_timed(row("step with prompts"), own), _throughput(row, steps)]
+        if not self.on_gpu:
+            return [*rows, self._conv_alone(row, rows[0])]
+        self._submit(engine, load.slots, 64, longest=1)
+        rows += self._parts(engine, row, rows[0], 20)
+        if ssm_dtype == "float32":
+            self._submit(engine, 2 * load.slots, 64, load.longest)
+            rows += self._parts(engine, row, rows[1], 10)
+        return rows
+
+    def _submit(self, engine: Engine, count: int, new: int, longest: int) -> None:
+        for prompt in self.prompts(count, longest):
+            engine.submit(Request(prompt, max_new_tokens=new))
+
+    def _parts(self, engine: Engine, row: NewRow, of: Row, count: int) -> list[Row]:
+        """What the next steps' time goes to; serves what is left to the end."""
+        for _ in range(3):
+            engine.step()
+
+        # The step that is under way must end before the profile begins, and the last
+        # one in it.
+        def wait(_: Any = None) -> None:
+            time.sleep(0.3)
+
+        wait()
+        kernels = timing.device_kernels(Prepared(engine.step, wait), count)[1]
+        engine.run()
+        logits = jnp.zeros((self.load.slots, self.config.vocab_size), jnp.float32)
+        none = jnp.zeros(self.load.slots)
+        greedy = none.astype(jnp.uint32), none.astype(jnp.int32), none
+        draw = functools.partial(
+            jax.jit(sample), logits, *greedy, none.astype(jnp.int32), none + 1
+        )
+        jax.block_until_ready(draw())
+        alone = timing.device_kernels(Prepared(draw), count)[1]
+        sampling = sum(map(sum, alone.values())) / count
+        found = parts(kernels, count, sampling, of.microseconds or 0.0)
+        whole = sum(time for time, _ in found.values())
+        rows = []
+        for part, (spent, names) in found.items():
+            ours = part in ("conv", "SSD")
+            share = f"{spent / whole:.1%} of the step"
+            rows.append(
+                row(
+                    f"{of.candidate}: {part}",
+                    spent,
+                    spent,
+                    spent,
+                    count,
+                    note=", ".join(filter(None, (share, names))),
+                    implementation=("Triton" if spent else "XLA") if ours else "",
+                    fell_back=ours and not spent,
+                )
+            )
+        return rows
+
+    def _conv_alone(self, row: NewRow, step: Row) -> Row:
+        config, slots = self.config, self.load.slots
+        dim = config.d_inner + 2 * config.n_groups * config.d_state
+        work = Workload(
+            "packed", (1,) * slots, dim, config.d_conv, self.dtype, slots + 1
+        )
+        metadata = build_metadata(work.offsets, work.tokens)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def convs(caches, x, weight, bias):
+            results = [
+                causal_conv1d_fn(
+                    x,
+                    weight,
+                    bias,
+                    cache,
+                    work.offsets,
+                    cache_indices=work.cache_indices,
+                    has_initial_state=work.has_initial_state,
+                    metadata=metadata,
+                )
+                for cache in caches
+            ]
+            return [out for out, _ in results], [cache for _, cache in results]
+
+        holder = [[work.states() for _ in range(config.n_layers)]]
+
+        def call():
+            outs, holder[0] = convs(holder[0], work.x, work.weight, work.bias)
+            return outs
+
+        timing.median_seconds(call, 3)
+        spent = timing.median_seconds(call, 50) * 1e6
+        share = spent / (step.microseconds or spent)
+        note = f"run alone, {share:.1%} of a decode step's time"
+        return row("convs of a decode step", spent, spent, spent, 50, "wall", note=note)
+
+    # ---- Texts that begin alike, and drafts ------------------------------------------
+
+    def prefixes(self, row: NewRow) -> list[Row]:
+        """Prompts of which nothing was read before, and ones that begin alike."""
+        load, rng = self.load, np.random.default_rng(1)
+        engine = self.engine(
+            prefix_slots=max(load.slots // 4, 8),
+            prefix_block=load.block,
+            max_prefills_per_step=load.budget // load.own,
+        )
+        rows = []
+
+        def read(count: int, shared: np.ndarray | None) -> None:
+            for _ in range(count):
+                own = self._tokens(rng, load.own)
+                begin = self._tokens(rng, load.shared) if shared is None else shared
+                prompt = np.concatenate([begin, own])
+                engine.submit(Request(prompt, max_new_tokens=1))
+            engine.run()
+
+        common = self._tokens(rng, load.shared)
+        for name, shared in (("missed", None), ("hit", common)):
+            # Two, so that what they share is known; and all is compiled.
+            read(2, shared)
+            engine.stats.steps.clear()
+            read(load.prompts, shared)
+            steps = list(engine.stats.steps)
+            seconds = sum(s.seconds for s in steps)
+            tokens = load.prompts * (load.shared + load.own)
+            spared = engine.stats.prefix_tokens / tokens
+            made = _timed(row(f"steps with prompts, prefixes {name}"), steps)
+            note = f"{made.note}; {spared:.1%} of the prompts' tokens from the cache"
+            rows.append(
+                dataclasses.replace(made, tokens_per_second=tokens / seconds, note=note)
+            )
+        return rows
+
+    def _tokens(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        return rng.integers(0, self.config.vocab_size, count)
+
+    def drafts(self, row: NewRow) -> list[Row]:
+        """Decode steps with n-gram drafts, of which so many in each step are right."""
+        load, rows = self.load, []
+        draft = SpoiledDraft(self.config.vocab_size)
+        engine = self.engine(
+            load.slots * (1 + 2 * load.drafts),
+            draft=draft,
+            max_drafts=load.drafts,
+            max_prefills_per_step=load.slots,
+        )
+        rng = np.random.default_rng(2)
+        for right in dict.fromkeys((0, load.drafts // 2, load.drafts)):
+            draft.right = right
+            running = []
+            for _ in range(load.slots):
+                # Twice around the cycle: what follows is known from the first step on.
+                steps = np.arange(2 * _CYCLE)
+                prompt = _in_cycle(rng.integers(self.config.vocab_size), steps)
+                running.append(engine.submit(Request(prompt, max_new_tokens=10**6)))
+            for _ in range(8):  # until all prompts are read
+                engine.step()
+            engine.stats.steps.clear()
+            for _ in range(load.steps):
+                engine.step()
+            steps = list(engine.stats.steps)
+            stats = engine.stats
+            made = _timed(
+                row(f"decode step, {right} of {load.drafts} drafts right"), steps
+            )
+            note = (
+                f"{made.note}; {stats.acceptance:.1%} of the drafts accepted, "
+                f"{stats.tokens_per_step:.2f} tokens a request"
+            )
+            drawn = sum(s.decode_tokens + s.accepted_tokens for s in steps)
+            seconds = sum(s.seconds for s in steps)
+            rows.append(
+                dataclasses.replace(made, tokens_per_second=drawn / seconds, note=note)
+            )
+            for generation in running:
+                engine.cancel(generation.id)
+            engine.run()
+        return rows
+
+
+class SpoiledDraft:
+    """An n-gram draft whose guesses are wrong from some number on.
+
+    Attributes:
+        right: how many of a request's guesses are left as they are.
+    """
+
+    def __init__(self, vocab_size: int):
+        self.right = 0
+        self._draft = NgramDraft()
+        self._vocab_size = vocab_size
+
+    def __call__(self, requests: Sequence[Any]) -> list[np.ndarray]:
+        guesses = []
+        for guess in self._draft(requests):
+            spoiled = np.array(guess)
+            spoiled[self.right :] = (spoiled[self.right :] + _CYCLE) % self._vocab_size
+            guesses.append(spoiled)
+        return guesses
+
+
+def _in_cycle(tokens, steps):
+    """The token so many steps behind another one in its cycle of eight."""
+    return tokens // _CYCLE * _CYCLE + (tokens + steps) % _CYCLE
+
+
+def parts(
+    kernels: Mapping[str, Sequence[float]], count: int, sampling: float, wall: float
+) -> dict[str, tuple[float, str]]:
+    """What a step's time goes to, in microseconds, and the longest kernels of each.
+
+    Args:
+        kernels: microseconds of each kernel in a profile.
+        count: steps in it.
+        sampling: microseconds of the kernels of the sampling, run alone.
+        wall: microseconds of a step without a profiler.
+    """
+    times: dict[str, dict[str, float]] = {part: {} for part in PARTS}
+    for name, durations in kernels.items():
+        part = next(
+            (p for p, of in _KERNELS.items() if of.search(name)), "other kernels"
+        )
+        times[part][name] = sum(durations) / count
+    found = {}
+    for part, own in times.items():
+        longest = sorted(own, key=lambda name: -own[name])[:4]
+        names = ", ".join(f"{name} {own[name]:,.0f} us" for name in longest)
+        found[part] = sum(own.values()), names
+    rest, names = found["other kernels"]
+    found["sampling"] = sampling, "run alone"
+    found["other kernels"] = max(rest - sampling, 0.0), names
+    busy = sum(time for time, _ in found.values())
+    found["host, and gaps"] = max(wall - busy, 0.0), "wall time without a profiler"
+    return found
+
+
+def _timed(row: Row, steps: Sequence[StepStats]) -> Row:
+    """Wall time of some steps, and the tokens that they drew or read in a second."""
+    times = np.array([step.seconds for step in steps])
+    low, median, high = np.percentile(times, [10, 50, 90]) * 1e6
+    tokens = statistics.mean(s.decode_tokens + s.prefill_tokens for s in steps)
+    host = statistics.median(s.host_seconds for s in steps) * 1e6
+    return dataclasses.replace(
+        row,
+        microseconds=median,
+        low=low,
+        high=high,
+        samples=len(steps),
+        clock="wall",
+        tokens_per_second=tokens * 1e6 / median,
+        note=f"{tokens:.0f} tokens; the host's part {host:,.0f} us",
     )
-    engine.warmup()
-    name = f"Mamba2 {options.shape}, {slots} slots"
-    row = functools.partial(Row, "engine", name, slots, dtype)
-    # Prompts of one token: all rows decode from the second step on.
-    submit(engine, config, slots, new_tokens, longest=1)
-    engine.run()
-    decode = _row(engine, row, "decode step")
-    engine.stats.steps.clear()
-    submit(engine, config, 2 * slots, new_tokens, longest=255)
-    engine.run()
-    rows = [decode, _row(engine, row, "step with prefill"), _throughput(engine, row)]
-    if options.on_gpu:
-        shares = _shares_by_profile(engine, config, slots)
-        how = "of the durations of all kernels"
-    else:
-        shares = {
-            "conv": _share_alone(config, slots, dtype, decode.microseconds or 0.0)
-        }
-        how = "the convs run alone"
-    for op, share in shares.items():
-        note = f"{share:.1%}, {how}" if share else "none of our kernels ran: by XLA"
-        rows.append(row(f"{op} in a decode step", note=note))
-    return Case("engine", name, slots, dtype, {}, rows=tuple(rows))
 
 
-def submit(engine: Engine, config: Mamba2Config, requests: int, new: int, longest: int):
-    """Requests for `new` tokens each, with random prompts of up to `longest`."""
-    rng = np.random.default_rng(0)
-    for _ in range(requests):
-        prompt = rng.integers(0, config.vocab_size, rng.integers(1, longest + 1))
-        engine.submit(Request(prompt, max_new_tokens=new))
-
-
-def _row(engine: Engine, row: Callable[..., Row], name: str) -> Row:
-    """Wall time of the steps that only decode in full batches, or of all others."""
-    steps = list(engine.stats.steps)
-    if name == "decode step":
-        slots = max(step.running for step in steps)
-        own = [step for step in steps if step.decode_tokens == slots]
-    else:
-        own = [step for step in steps if step.prefill_tokens]
-    low, median, high = np.percentile([s.seconds for s in own], [10, 50, 90]) * 1e6
-    tokens = statistics.mean(s.decode_tokens + s.prefill_tokens for s in own)
-    host = statistics.median(s.host_seconds for s in own) * 1e6
-    note = f"{tokens:.0f} tokens; the host's part {host:,.0f} us"
-    return row(name, median, low, high, len(own), "wall", note=note)
-
-
-def _throughput(engine: Engine, row: Callable[..., Row]) -> Row:
-    steps = list(engine.stats.steps)
+def _throughput(row: NewRow, steps: Sequence[StepStats]) -> Row:
     seconds = sum(s.seconds for s in steps)
     drawn = sum(s.decode_tokens for s in steps)
     read = sum(s.prefill_tokens for s in steps)
@@ -111,52 +447,4 @@ def _throughput(engine: Engine, row: Callable[..., Row]) -> Row:
         f"{drawn / seconds:,.0f} decoded and {read / seconds:,.0f} prompt tokens a "
         f"second, over {seconds:.1f} s"
     )
-    return row("throughput", note=note)
-
-
-def _shares_by_profile(
-    engine: Engine, config: Mamba2Config, slots: int
-) -> dict[str, float]:
-    submit(engine, config, slots, 64, longest=1)
-    for _ in range(5):
-        engine.step()
-    _, kernels = timing.device_kernels(Prepared(engine.step, lambda _: None), 20)
-    engine.run()
-    everything = sum(map(sum, kernels.values()))
-    return {
-        op: sum(sum(times) for name, times in kernels.items() if pattern.search(name))
-        / everything
-        for op, pattern in _KERNELS.items()
-    }
-
-
-def _share_alone(config: Mamba2Config, slots: int, dtype: str, step: float) -> float:
-    dim = config.d_inner + 2 * config.n_groups * config.d_state
-    work = Workload("packed", (1,) * slots, dim, config.d_conv, dtype, slots + 1)
-    metadata = build_metadata(work.offsets, work.tokens)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def convs(caches, x, weight, bias):
-        results = [
-            causal_conv1d_fn(
-                x,
-                weight,
-                bias,
-                cache,
-                work.offsets,
-                cache_indices=work.cache_indices,
-                has_initial_state=work.has_initial_state,
-                metadata=metadata,
-            )
-            for cache in caches
-        ]
-        return [out for out, _ in results], [cache for _, cache in results]
-
-    holder = [[work.states() for _ in range(config.n_layers)]]
-
-    def call():
-        outs, holder[0] = convs(holder[0], work.x, work.weight, work.bias)
-        return outs
-
-    timing.median_seconds(call, 3)
-    return timing.median_seconds(call, 50) * 1e6 / step
+    return row("prompts and decodes", tokens_per_second=drawn / seconds, note=note)

@@ -5,6 +5,7 @@ All but jax-linear-attention apply bias and softplus of dt themselves, to dt as 
 projection leaves it; that one gets `SsdWorkload.steps`.
 """
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import imports, programs
-from benchmarks.cases import OURS, Candidate
+from benchmarks.cases import BY_XLA, OURS, Candidate
 from benchmarks.peers import vllm_ops
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.tensors import Torch
@@ -140,7 +141,7 @@ def _keeps_float32_state(work: SsdWorkload) -> bool:
     return keeps
 
 
-class _Tensors(Torch):
+class Tensors(Torch):
     """A workload's inputs as tensors, and the way back."""
 
     def __init__(self, work: SsdWorkload):
@@ -206,14 +207,14 @@ def _vllm(work: SsdWorkload, path: Path | None) -> Prepared:
     As its mixer calls them, for a batch that its scheduler has put in order: decodes
     come first.
     """
-    torch = _Tensors(work)
+    torch = Tensors(work)
     states = torch.states()
     out = torch.torch.empty_like(torch.x)
     decodes = len(work.lengths) - work.prompts
     if any(work.lengths[i] > 1 for i in range(decodes)):
         raise ValueError("decodes do not come first")
     decode = torch.decode_arguments(decodes)
-    prompts = _vllm_prompts(torch, decodes)
+    prompts = vllm_prompts(torch, decodes)
     if decodes:
         update = vllm_ops("mamba_ssm", path).selective_state_update
     if work.prompts:
@@ -229,7 +230,7 @@ def _vllm(work: SsdWorkload, path: Path | None) -> Prepared:
     return torch.cached(call, states)
 
 
-def _vllm_prompts(torch: _Tensors, decodes: int) -> dict[str, Any]:
+def vllm_prompts(torch: Tensors, decodes: int) -> dict[str, Any]:
     """What its scan takes for the prompts behind the decodes, and its metadata."""
     work = torch.work
     lengths = np.array(work.lengths[decodes:], np.int32)
@@ -263,7 +264,7 @@ def _vllm_prompts(torch: _Tensors, decodes: int) -> dict[str, Any]:
 
 def _mamba_ssm(work: SsdWorkload, path: Path | None) -> Prepared:
     """The Triton kernels of mamba_ssm: decodes, or fresh rows of one length."""
-    torch = _Tensors(work)
+    torch = Tensors(work)
     if "ssd_decode" in work.ops:
         module = _mamba_ssm_ops("selective_state_update", path)
         states, arguments = torch.states(), torch.decode_arguments(len(work.lengths))
@@ -302,6 +303,33 @@ def _mamba_ssm(work: SsdWorkload, path: Path | None) -> Prepared:
     return torch.prepared(call, view)
 
 
+def mamba_ssm_gradients(
+    work: SsdWorkload, path: Path | None, arrays: dict[str, jax.Array], dy: jax.Array
+) -> Prepared:
+    """Its scan of equal rows and, from y's cotangent, the gradients of all arrays."""
+    torch = Tensors(work)
+    module = _mamba_ssm_ops("ssd_combined", path)
+    inputs = {k: torch.tensor(array).requires_grad_() for k, array in arrays.items()}
+    names = ("x", "dt", "A", "B", "C")
+    cotangent = torch.tensor(dy)
+
+    def call():
+        y = module.mamba_chunk_scan_combined(
+            *(inputs[name] for name in names),
+            _CHUNK,
+            D=inputs["D"],
+            dt_bias=inputs["dt_bias"],
+            dt_softplus=True,
+        )
+        return y, *torch.torch.autograd.grad(y, tuple(inputs.values()), cotangent)
+
+    def view(result):
+        return {"y": torch.pick(result[0].detach().reshape(work.x.shape))}
+
+    one = torch.prepared(call, view, gradient=True)
+    return dataclasses.replace(one, nbytes=0)
+
+
 def _mamba_ssm_ops(name: str, path: Path | None) -> types.ModuleType:
     """A module of its Triton ops; from a path without what the package imports."""
     full = f"mamba_ssm.ops.triton.{name}"
@@ -315,7 +343,6 @@ def _mamba_ssm_ops(name: str, path: Path | None) -> types.ModuleType:
 
 _GPU = ("gpu",)
 
-BY_XLA = f"{OURS}, by XLA"
 ROUNDING = f"{OURS}, rounding"
 CANDIDATES = (
     Candidate(OURS, ours, ("ssd_packed", "ssd")),

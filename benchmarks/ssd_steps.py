@@ -2,26 +2,28 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import imports, programs
+from benchmarks import imports, programs, ssd_peers
 from benchmarks.cases import OURS, Case, Options
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.timing import Prepared
+from benchmarks.workload import normal
 from jax_causal_conv import ssd, ssd_packed
 from jax_causal_conv.mamba2 import DraftStates
 
-_PEER = "jax-linear-attention"
+_JAX_PEER = "jax-linear-attention"
 
 
 def training_case(name: str, work: SsdWorkload, options: Options) -> Case:
-    """Forward and backward of equal rows, in all arrays, beside the peer's.
+    """Forward and backward of equal rows, beside the peers'.
 
-    The gradients' values are compared with float64 by the tests, not here.
+    From y's cotangent, which is there before, y and the gradients of x, dt, A, B, C, D
+    and, but for jax-linear-attention, which gets `SsdWorkload.steps`, of the bias of
+    dt. Here y is compared with float64; the tests compare the gradients.
     """
     rows, length = len(work.lengths), work.lengths[0]
 
@@ -30,40 +32,56 @@ def training_case(name: str, work: SsdWorkload, options: Options) -> Case:
 
     arrays = {"A": work.A, "D": work.D}
     arrays |= {"x": in_rows(work.x), "B": in_rows(work.B), "C": in_rows(work.C)}
-    cotangent = arrays["C"].sum(2)[..., None, : work.dim]
+    dy = normal(6, arrays["x"].shape, work.dtype)
+    raw = {"dt": in_rows(work.dt), "dt_bias": work.dt_bias}
+    steps = {"dt": in_rows(work.steps)}
 
     def ours(arrays, **options):
         return ssd(**arrays, dt_softplus=True, **options)
 
-    def peer(arrays):
-        path: Path | None = options.paths.get(_PEER)
-        module = imports.load("jla.layers.ssm", path)
-        impl = "mosaic_gpu" if jax.default_backend() == "gpu" else "auto"
-        names = ("x", "dt", "A", "B", "C")
-        given = (arrays[name] for name in names)
-        return module.mamba2_ssd(*given, d=arrays["D"], impl=impl)[0]
-
     def prepared(function: Callable, dt: dict[str, jax.Array]) -> Prepared:
-        def loss(arrays):
-            y = function(arrays)
-            return (y * cotangent.astype(y.dtype)).sum(dtype=jnp.float32)
+        @jax.jit
+        def step(arrays, dy):
+            y, pull = jax.vjp(function, arrays)
+            return y, *pull(dy)
 
-        step = jax.jit(jax.value_and_grad(loss))  # with the value: nothing is dead
-        given = arrays | dt
-        by = programs.implementation(step.lower(given))
-        return Prepared(functools.partial(step, given), implementation=by)
+        given = arrays | dt, dy
+        by = programs.implementation(step.lower(*given))
 
-    raw = {"dt": in_rows(work.dt), "dt_bias": work.dt_bias}
-    prepare = {
+        def view(result):
+            return {"y": work.pick(result[0].reshape(work.x.shape))}
+
+        call = functools.partial(step, *given)
+        return Prepared(call, view=view, nbytes=0, implementation=by)
+
+    def jax_linear_attention() -> Prepared:
+        module = imports.load("jla.layers.ssm", options.paths.get(_JAX_PEER))
+        impl = "mosaic_gpu" if jax.default_backend() == "gpu" else "auto"
+
+        def peer(arrays):
+            given = (arrays[name] for name in ("x", "dt", "A", "B", "C"))
+            return module.mamba2_ssd(*given, d=arrays["D"], impl=impl)[0]
+
+        return prepared(peer, steps)
+
+    def mamba_ssm() -> Prepared:
+        path = options.paths.get("mamba-ssm")
+        return ssd_peers.mamba_ssm_gradients(work, path, arrays | raw, dy)
+
+    prepare: dict[str, Callable[[], Prepared]] = {
         OURS: functools.partial(prepared, ours, raw),
-        f"{OURS}, rounding": functools.partial(
+        ssd_peers.ROUNDING: functools.partial(
             prepared, functools.partial(ours, precision="default"), raw
         ),
     }
     if options.with_peers:
-        steps = {"dt": in_rows(work.steps)}
-        prepare[_PEER] = functools.partial(prepared, peer, steps)
-    return Case("ssd_training", name, work.tokens, work.dtype, prepare)
+        prepare[_JAX_PEER] = jax_linear_attention
+        if options.on_gpu:
+            prepare["mamba_ssm"] = mamba_ssm
+    return Case("ssd_training", name, work.tokens, work.dtype, prepare, work)
+
+
+_COPY = "copy"
 
 
 def _prepared_copies(work: SsdWorkload, copies: int) -> Prepared:
@@ -140,7 +158,15 @@ def moves_case(name: str, work: SsdWorkload, drafts: int) -> Case:
         prepare[f"{drafts} drafts, some rejected"] = functools.partial(
             prepared, slots, 1 + drafts, drafts, num_rejected_tokens=rejected
         )
-        prepare[f"copy: a state read, {1 + drafts} written"] = functools.partial(
+        prepare[f"{_COPY}: a state read, {1 + drafts} written"] = functools.partial(
             _prepared_copies, work, 1 + drafts
         )
-    return Case("moves", name, work.tokens, work.dtype, prepare, yardstick="plain")
+    return Case(
+        "moves",
+        name,
+        work.tokens,
+        work.dtype,
+        prepare,
+        yardstick="plain",
+        ours=tuple(name for name in prepare if not name.startswith(_COPY)),
+    )

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_causal_conv
-from benchmarks import peers, programs, ssd_peers, ssd_steps, timing
-from benchmarks.cases import OURS, Candidate, Case, Options, Work
+from benchmarks import peers, programs, ssd_peers, ssd_steps, timing, whole_layer
+from benchmarks.cases import BY_XLA, OURS, Candidate, Case, Options, Work
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
@@ -62,6 +62,13 @@ def _evenly(total: int, parts: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
+def _mixture(tokens: int, share: float) -> list[int]:
+    """Up to 2,000 decodes, and four prompts with so many per cent of the tokens."""
+    prefill_tokens = int(tokens * share / 100)
+    prompts = _evenly(prefill_tokens, 4) if share else []
+    return [1] * min(tokens - prefill_tokens, 2000) + prompts
+
+
 # ---- Suites of the ops -------------------------------------------------------------
 
 
@@ -88,10 +95,7 @@ def mixed(options: Options) -> Iterator[Case]:
         "252 x 1 + 4 x 449": (88, [1] * 252 + [449] * 4)
     }
     for share in shares:
-        prefill_tokens = int(TOKENS * share / 100)
-        prompts = _evenly(prefill_tokens, 4) if share else []
-        lengths = [1] * min(TOKENS - prefill_tokens, 2000) + prompts
-        batches[f"{share:g} % prefill"] = share, lengths
+        batches[f"{share:g} % prefill"] = share, _mixture(TOKENS, share)
     yardstick = "copy" if options.on_gpu else "silu(x)"
     for dtype, (name, (share, lengths)) in itertools.product(
         options.all_dtypes, batches.items()
@@ -131,13 +135,18 @@ def widths(options: Options) -> Iterator[Case]:
 
 
 def training(options: Options) -> Iterator[Case]:
-    """Forward and backward of the dense op, of rows of 2,048 tokens."""
-    batches = [1, 8, 32] if options.on_gpu else [1]
-    for dtype, batch in itertools.product(options.all_dtypes, batches):
-        work = Workload("gradient", (TOKENS,) * batch, DIM, WIDTH, dtype)
-        yield _workload_case(
-            "training", f"{batch} x {TOKENS:,} tokens", batch, work, options
-        )
+    """Forward and backward of the dense op, of rows of 2,048 tokens and of 8,192."""
+    rows = {f"{n} x {TOKENS:,} tokens": ((TOKENS,) * n, DIM) for n in (1, 8, 32)}
+    for count, length in ((1, 8192), (4, TOKENS)):
+        name = f"{count} x {length:,} tokens of 2,048 channels"
+        rows[name] = (length,) * count, 2048
+    if not options.on_gpu:
+        rows = dict(itertools.islice(rows.items(), 1))
+    for dtype, (name, (lengths, dim)) in itertools.product(
+        options.all_dtypes, rows.items()
+    ):
+        work = Workload("gradient", lengths, dim, WIDTH, dtype)
+        yield _workload_case("training", name, len(lengths), work, options)
 
 
 # ---- Suites of what surrounds the ops ----------------------------------------------
@@ -245,7 +254,8 @@ def layers(options: Options) -> Iterator[Case]:
     }
     prepare["build_metadata"] = on_host
     name = f"{rows} rows, {dim:,} channels"
-    yield Case("layers", name, rows, "bfloat16", prepare)
+    ours = tuple(f"{_LAYERS} convs, {clock}" for clock in clocks)
+    yield Case("layers", name, rows, "bfloat16", prepare, ours=ours)
 
 
 def calls_into(folder: str, function: Callable[[], Any]) -> int:
@@ -305,7 +315,7 @@ def _ssd_case(name: str, work: SsdWorkload, options: Options) -> Case:
         is_ours = one.name.startswith(OURS)
         # There is nothing to be rounded in a decode step, and XLA takes its time.
         superfluous = (one.name == ssd_peers.ROUNDING and not work.prompts) or (
-            one.name == ssd_peers.BY_XLA and not options.long
+            one.name == BY_XLA and not options.long
         )
         if one.takes(work) and (is_ours or options.with_peers) and not superfluous:
             candidates.append(one)
@@ -330,6 +340,44 @@ def ssd_training(options: Options) -> Iterator[Case]:
                 yield ssd_steps.training_case(f"{rows} x {length:,}", work, options)
 
 
+def training_step(options: Options) -> Iterator[Case]:
+    """Whole training steps of Mamba2 models, by what `jax.checkpoint` keeps."""
+    from benchmarks import training_steps  # noqa: PLC0415 (needs flax and optax)
+
+    shapes = ("130m", "780m") if options.on_gpu else ("tiny",)
+    for shape in shapes:
+        yield training_steps.case(shape, options.all_dtypes[0], options)
+
+
+def mixer(options: Options) -> Iterator[Case]:
+    """A whole Mamba2 mixer in float32: forward, gradients, and packed prefill."""
+    from benchmarks import mixers  # noqa: PLC0415 (needs flax)
+
+    for op, length in itertools.product(mixers.OPS, (512, TOKENS)):
+        yield mixers.case(mixers.MixerWorkload(op, 2, length), options)
+
+
+def layer(options: Options) -> Iterator[Case]:
+    """A Mamba2 layer's conv and SSD together: 2,048 tokens of decodes and prompts."""
+    tokens, heads = (TOKENS, 80) if options.on_gpu else (256, 8)
+    for dtype, share in itertools.product(
+        options.all_dtypes, (0, 12.5, 25, 50, 75, 100)
+    ):
+        work = whole_layer.LayerWorkload(
+            tuple(_mixture(tokens, share)), dtype, heads=heads
+        )
+        candidates = [peers.YARDSTICKS["copy"]] + [
+            one
+            for one in whole_layer.CANDIDATES
+            if one.takes(work)
+            and (one.name.startswith(OURS) or options.with_peers)
+            and (one.name != ssd_peers.ROUNDING or work.ssd.prompts)
+        ]
+        prepare = _prepare(candidates, work, options)
+        name = f"{share:g} % prefill"
+        yield Case("layer", name, share, dtype, prepare, work, "copy")
+
+
 def moves(options: Options) -> Iterator[Case]:
     """Forks, snapshots and rollback of SSM states, beside a plain step."""
     heads = 80 if options.on_gpu else 4
@@ -343,7 +391,14 @@ def engine(options: Options) -> Iterator[Case]:
     """A Mamba2 model with random weights, served by the example's engine."""
     from benchmarks import serving  # noqa: PLC0415 (needs flax)
 
-    yield serving.case(options)
+    yield from serving.cases(options)
+
+
+def scaling(options: Options) -> Iterator[Case]:
+    """The engine's decode steps on one device, and on all by requests and by heads."""
+    from benchmarks import scaling  # noqa: PLC0415 (needs flax)
+
+    yield scaling.case(options)
 
 
 _ALL = (
@@ -357,8 +412,12 @@ _ALL = (
     layers,
     ssd,
     ssd_training,
+    training_step,
+    mixer,
+    layer,
     moves,
     engine,
+    scaling,
 )
 SUITES: dict[str, Callable[[Options], Iterator[Case]]] = {s.__name__: s for s in _ALL}
 

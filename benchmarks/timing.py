@@ -41,6 +41,8 @@ class Prepared:
         note: to be said in the table.
         by_torch: whether PyTorch runs it.
         nbytes: what must be moved once; None is the workload's.
+        tokens: that a step trains on or reads; 0 where nobody asks.
+        memory: bytes that a step takes, see `programs.peak_bytes`; likewise.
         implementation: of a program of JAX, see `programs.implementation`.
     """
 
@@ -51,6 +53,8 @@ class Prepared:
     note: str = ""
     by_torch: bool = False
     nbytes: int | None = None
+    tokens: int = 0
+    memory: int = 0
     implementation: str = ""
 
 

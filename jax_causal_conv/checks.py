@@ -217,8 +217,14 @@ def activation_name(activation: Any) -> str | None:
     if known and activation in _ACTIVATIONS:
         return _ACTIVATIONS[activation]
     names = ", ".join(f'"{name}"' for name in _ACTIVATIONS if isinstance(name, str))
+    cure = ""
+    if isinstance(activation, jax.core.Tracer):
+        cure = (
+            ": it is static, so fix it with functools.partial before jax.jit, or name "
+            "it in static_argnames"
+        )
     raise ValueError(
-        f"activation must be None, {names}, True or False, got {activation!r}"
+        f"activation must be None, {names}, True or False, got {activation!r}{cure}"
     )
 
 

@@ -136,6 +136,8 @@ def causal_conv1d_fn(
             none where it is the slot of the sequence's new state. Both or neither.
         activation: None, "silu" or "swish", "gelu" (its form with tanh, as
             `jax.nn.gelu`), "relu", "sigmoid" or "tanh"; True is silu, False is None.
+            Static, as all options: under jit fix it (`jax.jit(functools.partial(
+            causal_conv1d_fn, activation=None))`) or name it in `static_argnames`.
         metadata: from `build_metadata`, to share it between layers. None builds it.
         pad_slot_id: static int, the slot number that means "skip".
         channel_offset: static int; x may then be wider than D, and the conv reads its

@@ -5,7 +5,7 @@ the recurrence takes of them: x, dt and B, oldest first. Where the request had f
 zeros stand in front, which change no state. A step puts those that were not rejected
 in front of its new tokens, and leaves the state q tokens behind: that is the packed SSD
 of a batch in which each sequence is longer by q tokens, with states before the last q.
-So a state is read and written as often as without drafts.
+XLA makes that batch, as here; the kernels read the tokens where they are.
 
 The alternative is a state after each of q drafts: a step then writes q more states. For
 a layer of Mamba2-2.7B one has 2.6 MB in float32, and what the recurrence takes of a

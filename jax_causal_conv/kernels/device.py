@@ -47,6 +47,7 @@ class Constants:
         Q: tokens of each row of a decode step.
         DILATION: tokens from one tap to the next.
         RESIDUAL: whether x is added to the output.
+        AHEAD: whether a group's rows are loaded while the one before it is filtered.
         FAST: whether to use CUDA spellings, which Triton's interpreter does not know;
             each has a plain twin beside it.
     """
@@ -71,6 +72,7 @@ class Constants:
     Q: int = 0
     DILATION: int = 1
     RESIDUAL: bool = False
+    AHEAD: bool = True
     FAST: bool = True
 
     @property
@@ -378,10 +380,15 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
     out_ptrs = out.ptr + cols
     if GROUP > 1:
         groups = rows // GROUP
-        fresh = load_rows(row_ptr, X, groups > 0, block, C)
+        if C.AHEAD:
+            fresh = load_rows(row_ptr, X, groups > 0, block, C)
         for i in range(groups):
-            row_ptr += GROUP * X
-            ahead = load_rows(row_ptr, X, i + 1 < groups, block, C)
+            if C.AHEAD:
+                row_ptr += GROUP * X
+                ahead = load_rows(row_ptr, X, i + 1 < groups, block, C)
+            else:
+                fresh = load_rows(row_ptr, X, True, block, C)
+                row_ptr += GROUP * X
             for g in tl.static_range(GROUP):
                 x = widen(fresh[g], C)
                 if segments is not None:
@@ -390,7 +397,8 @@ def convolve_rows(row_ptr, out, window, filter, segments, rows, block, C: tl.con
                 y = y.to(out.ptr.dtype.element_ty)
                 tl.store(out_ptrs + g * out.stride, y, mask=mask)
                 window = (window + (x,))[1:]
-            fresh = ahead
+            if C.AHEAD:
+                fresh = ahead
             out_ptrs += GROUP * out.stride
             if segments is not None:
                 segments = count_from(segments, GROUP, C)

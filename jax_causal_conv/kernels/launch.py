@@ -110,6 +110,7 @@ class _Layout:
             ACTIVATION=spec.activation,
             DILATION=spec.dilation,
             RESIDUAL=spec.residual,
+            AHEAD=tiles.ahead,
             **more,
         )
 
@@ -181,7 +182,7 @@ def update(
     x, states = operands.x, operands.states
     batch, num_tokens, _ = x.shape
     layout = _Layout.of(spec, x, operands.weight)
-    tiles = tiles or choice.update(layout.filters, states.shape[1], num_tokens)
+    tiles = tiles or choice.update(layout.filters, states.shape[1], num_tokens, batch)
     constants = layout.constants(
         spec, tiles, Q=num_tokens, **_slot_constants(spec, operands, tiles)
     )

@@ -6,6 +6,7 @@ No JAX here, and no Triton.
 import dataclasses
 
 _WARP = 32
+_MULTIPROCESSORS = 132  # of an H100
 _ACCESS = 16  # bytes: the widest access of a thread
 # Channels x taps of a thread that still leave registers for rows in flight.
 _TAPS_PER_THREAD = 32
@@ -24,6 +25,7 @@ class Tiles:
         group: rows per unrolled step of the token loop.
         l_block: L rounded up to a power of two.
         slot_n: channels whose L rows are moved at once, a power of two.
+        ahead: whether a group's rows are loaded while the one before it is filtered.
     """
 
     block_n: int
@@ -32,6 +34,7 @@ class Tiles:
     group: int
     l_block: int
     slot_n: int
+    ahead: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +74,26 @@ def packed_chunks(
     """Tiles of the packed forward kernel for chunks of block_m tokens."""
     if few_rows(num_tokens, num_seqs):
         return _forward(filters, state_len, block_m, rows=1, num_warps=2)
-    return _forward(filters, state_len, block_m, rows=block_m)
+    tile = _forward(filters, state_len, block_m, rows=block_m)
+    return _ahead(tile, num_tokens // max(num_seqs, 1))
 
 
-def update(filters: Filters, state_len: int, num_tokens: int) -> Tiles:
-    """Tiles of the decode kernel for rows of num_tokens tokens."""
-    return _forward(filters, state_len, num_tokens, rows=num_tokens)
+def update(filters: Filters, state_len: int, num_tokens: int, batch: int) -> Tiles:
+    """Tiles of the decode kernel for `batch` rows of num_tokens tokens."""
+    tile = _forward(filters, state_len, num_tokens, rows=num_tokens)
+    # As long as multiprocessors are idle, a launch takes as long as one program, which
+    # has half as much to do with 4 channels a thread instead of 8.
+    programs = batch * -(-filters.dim // tile.block_n)
+    if programs < _MULTIPROCESSORS and tile.block_n > 4 * _WARP:
+        slot_n = min(tile.slot_n, 4 * _WARP)
+        tile = dataclasses.replace(tile, block_n=4 * _WARP, slot_n=slot_n)
+    return tile
 
 
 def dense(filters: Filters, batch: int, length: int) -> Tiles:
     """Tiles of the dense forward kernel for B rows of T tokens."""
     block_m = packed_block_m(filters, batch * length, batch)
-    return _forward(filters, filters.reach, block_m, rows=block_m)
+    return _ahead(_forward(filters, filters.reach, block_m, rows=block_m), length)
 
 
 def packed_backward(filters: Filters, block_m: int) -> Tiles:
@@ -127,14 +138,26 @@ def _forward(
     `num_warps` share a program's channels, if these are enough.
     """
     # As many channels a thread as one access moves; fewer where rows are not aligned
-    # and every channel is an access of its own, with registers for its address.
+    # and every channel is an access of its own, with registers for its address. Fewer
+    # for loops, too: larger groups of rows and more warps at a time are worth more than
+    # wide accesses (benchmarks/NOTES.md).
     per_thread = _ACCESS // filters.itemsize
-    if filters.alignment % per_thread:
+    group = 2 * filters.width
+    pairs = filters.width == 4 and filters.itemsize == 2
+    in_large_groups = pairs and rows >= group * filters.dilation
+    if in_large_groups or filters.alignment % per_thread:
         per_thread = 4
     tile = _tiles(filters, state_len, block_m, rows, per_thread)
+    if in_large_groups:
+        tile = dataclasses.replace(tile, group=group, ahead=False)
     if tile.block_n >= 4 * num_warps * _WARP:
         tile = dataclasses.replace(tile, num_warps=num_warps)
     return tile
+
+
+def _ahead(tile: Tiles, mean: int) -> Tiles:
+    """Loads ahead in sequences of many groups; with few, more warps are worth more."""
+    return dataclasses.replace(tile, ahead=tile.ahead or mean >= 128)
 
 
 def _backward(filters: Filters, block_m: int, rows: int) -> Tiles:
@@ -249,9 +272,8 @@ _STATE_TILE = 8192
 # Bytes of a chunk's B and C, with all that are on their way: a GPU has 100 to 228 KB
 # of shared memory, and two programs should fit there, with x and what is rearranged.
 _CHUNK_BYTES = 65536
-# Programs of the chunks' kernel that a GPU runs at a time: two for each of the 132
-# multiprocessors of an H100.
-_RESIDENT = 264
+# Programs of the chunks' kernel that a GPU runs at a time: two for each multiprocessor.
+_RESIDENT = 2 * _MULTIPROCESSORS
 
 
 def ssd_decode(

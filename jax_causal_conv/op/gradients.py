@@ -41,7 +41,7 @@ from ..operands import (
 from ..promotion import promoting
 from ..slots import history_before, read_before, ring_before, wide_slots
 from ..xla.ssd import SSD_GRADIENTS
-from . import primitive, sharding
+from . import forward_mode, primitive, sharding
 from .ops import (
     DENSE,
     PACKED,
@@ -69,13 +69,8 @@ def call(
         function: Callable = functools.partial(primitive.run, op, "xla", spec)
     else:
         function = functools.partial(_RULES[op], implementation, spec)
-    try:
-        return sharding.on_mesh(function, op, spec, operands)
-    except TypeError as error:
-        # Within jit jax raises it later, where nobody can add to it.
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(primitive.OTHER_DERIVATIVES.format(error)) from error
+        operands = forward_mode.without(op, implementation, operands)
+    return sharding.on_mesh(function, op, spec, operands)
 
 
 def _conv_cotangents(implementation, spec, op: Op, operands):

@@ -169,6 +169,7 @@ def _ssd_gradients(spec: SSDSpec, operands: SSDBackwardOperands) -> list:
 
 PACKED = Op(
     name="packed",
+    public="causal_conv1d_fn",
     xla=forward.packed,
     launches=lambda: _kernels().packed,
     dims=PackedOperands(
@@ -191,6 +192,7 @@ PACKED = Op(
 
 UPDATE = Op(
     name="update",
+    public="causal_conv1d_update",
     xla=forward.update,
     launches=lambda: _kernels().update,
     dims=UpdateOperands(
@@ -210,6 +212,7 @@ UPDATE = Op(
 
 DENSE = Op(
     name="dense",
+    public="causal_conv1d",
     xla=forward.dense,
     launches=lambda: _kernels().dense,
     dims=DenseOperands(
@@ -222,6 +225,7 @@ DENSE = Op(
 
 PACKED_BACKWARD = Op(
     name="packed_backward",
+    public="causal_conv1d_fn",
     xla=backward.packed_backward,
     launches=lambda: _kernels().packed_backward,
     dims=PackedBackwardOperands(
@@ -243,6 +247,7 @@ PACKED_BACKWARD = Op(
 
 ROWS_BACKWARD = Op(
     name="rows_backward",
+    public="causal_conv1d and causal_conv1d_update",
     xla=backward.rows_backward,
     launches=lambda: _kernels().rows_backward,
     dims=RowsBackwardOperands(
@@ -261,6 +266,7 @@ ROWS_BACKWARD = Op(
 
 SSD = Op(
     name="ssd",
+    public="ssd",
     xla=ssd.dense,
     launches=lambda: _ssd_kernels().dense,
     dims=SSDOperands(
@@ -282,6 +288,7 @@ SSD = Op(
 
 SSD_BACKWARD = Op(
     name="ssd_backward",
+    public="ssd",
     xla=ssd.dense_backward,
     launches=lambda: _ssd_backward_kernels().backward,
     dims=SSDBackwardOperands(
@@ -313,6 +320,7 @@ SSD_BACKWARD = Op(
 
 SSD_PACKED = Op(
     name="ssd_packed",
+    public="ssd_packed",
     xla=ssd.packed,
     launches=lambda: _ssd_kernels().packed,
     dims=SSDPackedOperands(
@@ -340,6 +348,7 @@ SSD_PACKED = Op(
 SSD_REPLAY = dataclasses.replace(
     SSD_PACKED,
     name="ssd_replay",
+    public="ssd_packed",
     xla=ssd.replay,
     dims=SSD_PACKED.dims._replace(
         recent_x="s r H p", recent_dt="s r H", recent_B="s r G k", num_rejected="n"

@@ -19,6 +19,7 @@ from .. import checks
 from ..compat import __version__, kernel_compilers, require_jax_triton
 from ..promotion import promoting
 from . import sharding
+from .forward_mode import refusal
 from .record import Op
 
 DEFAULT_COMPUTE_CAPABILITY = 90
@@ -202,16 +203,9 @@ def _batch(leaves, dims, **params):
 
 batching.primitive_batchers[causal_conv_p] = _batch
 
-OTHER_DERIVATIVES = (
-    'forward mode and derivatives of higher order need implementation="xla", given to '
-    "the op, layer or model: {}"
-)
 
-
-def _no_jvp(primals, tangents, **params):
-    raise NotImplementedError(
-        OTHER_DERIVATIVES.format("kernels have first-order, reverse-mode gradients")
-    )
+def _no_jvp(primals, tangents, *, op, required, **_):
+    raise NotImplementedError(refusal(op, "triton" if required else None))
 
 
 ad.primitive_jvps[causal_conv_p] = _no_jvp

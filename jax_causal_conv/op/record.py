@@ -14,6 +14,7 @@ class Op:
 
     Attributes:
         name: for people, and part of the keys of caches.
+        public: the functions that call it, as messages name them.
         xla: the implementation in XLA.
         launches: gives the function that makes the kernels' launches; Triton is
             imported when it is called.
@@ -36,6 +37,7 @@ class Op:
     """
 
     name: str
+    public: str
     xla: Callable[..., tuple]
     launches: Callable[[], Callable]
     dims: Any

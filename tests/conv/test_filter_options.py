@@ -55,16 +55,25 @@ def one_case_of(number, seed, options, **changes):
     return one_of_each_op(seed, state_len=reach + 2, **options, **changes)[number]
 
 
-@each_implementation
+@pytest.mark.parametrize("implementation", [None, IMPLEMENTATIONS[-1]])
 @each_option
 @EACH_OP
 def test_outputs_states_and_gradients(implementation, options, number):
     case = one_case_of(number, 1, options)
     compare.check(case, implementation)
-    if implementation != "xla" or options["dilation"] > 1:
-        check_gradients(case, implementation)
+    check_gradients(case, implementation)
 
 
+@pytest.mark.parametrize("option", range(len(OPTIONS)))
+@pytest.mark.parametrize("half", range(2))
+def test_outputs_states_and_xlas_own_gradients(option, half):
+    """These know no options: two ops for each will do."""
+    case = one_case_of(2 * half + option % 2, 1, OPTIONS[option])
+    compare.check(case, "xla")
+    check_gradients(case, "xla")
+
+
+@pytest.mark.forward_only  # derivatives of "xla" round each path into a ring
 @each_implementation
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @EACH_OP
@@ -72,7 +81,7 @@ def test_narrow_inputs_are_rounded_once(implementation, dtype, number):
     """Had act(conv) been rounded before x is added, large outputs would be far off."""
     case = one_case_of(number, 2, OPTIONS[0], x_dtype=dtype, state_dtype=dtype)
     compare.check(case, implementation)
-    if implementation != "xla":  # whose own derivatives round each path into a ring
+    if implementation != "xla":
         check_gradients(case, implementation)
 
 
@@ -87,6 +96,7 @@ def test_fewer_tokens_than_the_dilation(implementation):
     check_gradients(packed, implementation)
 
 
+@pytest.mark.forward_only
 @each_implementation
 def test_a_filter_of_one_tap_has_no_dilation(implementation):
     case = draw_packed(4, width=1, state_len=2, dilation=9, residual=True)
@@ -104,6 +114,7 @@ def test_chunks_of_a_long_sequence(implementation):
         check_gradients(case, implementation)
 
 
+@pytest.mark.forward_only
 @each_implementation
 def test_tokens_between_the_taps_are_never_met(implementation):
     case = draw_dense(
@@ -191,6 +202,7 @@ def test_every_name_is_known_everywhere():
 # How the options live with what else the ops do.
 
 
+@pytest.mark.forward_only
 @each_implementation
 def test_the_residual_is_the_ops_own_columns(implementation):
     rng = np.random.default_rng(8)

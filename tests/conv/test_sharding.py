@@ -6,6 +6,7 @@ child process, and below for four GPUs, which needs none.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -77,12 +78,25 @@ BY_CHANNELS = {
     "ring": small_ring,
     "dense": dense_with_segments,
 }
+DILATED = {
+    "dilated": functools.partial(
+        dense_with_segments, state_len=6, dilation=2, residual=True
+    ),
+    "dilated ring": functools.partial(
+        small_ring, state_len=9, dilation=2, residual=True
+    ),
+}
 BY_ROWS = {
     "update": own_update,
     "ring": own_ring,
     "dense": dense_with_segments,
     "stateless": functools.partial(dense_with_segments, state_len=None),
 }
+
+
+def in_turn(names):
+    """Names with the kinds of mesh by turns, where an op has been on both already."""
+    return zip(names, itertools.cycle(KINDS), strict=False)
 
 
 class Drawn:
@@ -211,9 +225,8 @@ def assert_only_sums_filters(program, case, parts):
         assert set(instruction.sizes) <= allowed, texts(sent)
 
 
-@CHECKS.over(BY_CHANNELS, KINDS)
-def sharded_channels_stay_where_they_are(op, kind):
-    mesh, drawing = make_mesh(kind), drawn(BY_CHANNELS[op], 1, channels=CHANNELS)
+def channels_stay_where_they_are(draw, kind):
+    mesh, drawing = make_mesh(kind), drawn(draw, 1, channels=CHANNELS)
     case = drawing.case
     specs = specs_of(case, channels=BOTH)
     results, grads, program = gradients_on(mesh, drawing, specs)
@@ -222,7 +235,19 @@ def sharded_channels_stay_where_they_are(op, kind):
     assert_sharded(mesh, grads.values(), [specs[name] for name in grads])
 
 
-@CHECKS.over(BY_ROWS, KINDS)
+@CHECKS.over(BY_CHANNELS, ("Auto",))
+@CHECKS.over([op for op in BY_CHANNELS if op != "moving"], ("Explicit",))
+def sharded_channels_stay_where_they_are(op, kind):
+    channels_stay_where_they_are(BY_CHANNELS[op], kind)
+
+
+@CHECKS.over(DILATED, KINDS[:1])
+def sharded_channels_of_taps_apart(op, kind):
+    channels_stay_where_they_are(DILATED[op], kind)
+
+
+@CHECKS.over(("update", "ring", "dense"), KINDS)
+@CHECKS.over(("stateless",), ("Explicit",))
 def sharded_rows_stay_where_they_are(op, kind):
     mesh, drawing = make_mesh(kind), drawn(BY_ROWS[op], 2, channels=CHANNELS)
     case = drawing.case
@@ -241,7 +266,7 @@ STATEFUL = {
 }
 
 
-@CHECKS.over(STATEFUL, KINDS)
+@CHECKS.each(in_turn(STATEFUL))
 def a_donated_sharded_cache_is_updated_in_place(op, kind):
     draw, axes = STATEFUL[op]
     mesh, case = make_mesh(kind), draw(3, channels=CHANNELS)
@@ -310,7 +335,7 @@ ELSEWHERE = {  # sharded where the op cannot be local
 }
 
 
-@CHECKS.over(ELSEWHERE, KINDS)
+@CHECKS.each(in_turn(ELSEWHERE))
 def any_other_sharding_computes_the_same(name, kind):
     draw, sharded = ELSEWHERE[name]
     drawing = drawn(draw, 5, channels=CHANNELS)
@@ -328,7 +353,7 @@ def any_other_sharding_computes_the_same(name, kind):
         assert_values(results, drawing.case)
 
 
-@CHECKS.over(("packed", "update", "ring"), KINDS)
+@CHECKS.each(in_turn(("packed", "update", "ring")))
 def a_cache_with_sharded_slots_is_never_gathered(op, kind):
     draw = {"packed": small_packed, "update": small_update, "ring": small_ring}[op]
     case = draw(5, num_slots=64, channels=8)
@@ -344,7 +369,8 @@ def a_cache_with_sharded_slots_is_never_gathered(op, kind):
     assert not gathers, texts(gathers)
 
 
-@CHECKS.over(("update", "ring"), KINDS, (0, 5))
+@CHECKS.each([("update", "Auto", 0), ("update", "Explicit", 5)])
+@CHECKS.each([("ring", "Auto", 5), ("ring", "Explicit", 0)])
 def one_row_of_all_is_the_padded_one(op, kind, pad):
     case = BY_ROWS[op](6, channels=8, pad_slot_id=pad)
     specs, (floats, rest) = specs_of(case, rows="data"), split(case)
@@ -376,7 +402,7 @@ def channels_that_do_not_divide_evenly(op):
         place(mesh, floats["x"], spec)
 
 
-@CHECKS.over(("packed", "ring", "dense"), KINDS)
+@CHECKS.each(in_turn(("packed", "ring", "dense")))
 def a_mapped_axis_that_is_sharded_stays_where_it_is(op, kind):
     cases = [BY_CHANNELS[op](seed, channels=4) for seed in range(8)]
     cases = [c.replace(weight=cases[0].arrays["weight"]) for c in cases]
@@ -492,7 +518,8 @@ def assert_values_of_parts(parts, results):
         assert_values(got, part.case, f"device {i}")
 
 
-@CHECKS.over(BY_CHANNELS, KINDS)
+@CHECKS.over(BY_CHANNELS, ("Auto",))
+@CHECKS.over(THREE_OPS, ("Explicit",))
 def shard_map_is_the_data_parallel_form(op, kind):
     mesh = make_mesh(kind, {"data": 4})
     check_shard_map(mesh, parts_of(op, 4), None)

@@ -108,7 +108,7 @@ BACKWARD_STACK = {80: 64, 90: 0, 100: 16}
 
 
 @functools.cache
-def compiled_gradient(capability, rows=8, tokens=2048, heads=HEADS):
+def compiled_gradient(capability, rows=8, tokens=2048, heads=HEADS, dim=DIM, size=SIZE):
     """The machine code of all kernels of the gradient of dense rows."""
 
     def struct(shape, dtype):
@@ -126,8 +126,8 @@ def compiled_gradient(capability, rows=8, tokens=2048, heads=HEADS):
         return jax.vjp(outputs, *operands)[1](dy)
 
     of_head = struct((heads,), "float32")
-    of_group = struct((rows, tokens, GROUPS, SIZE), "bfloat16")
-    x = struct((rows, tokens, heads, DIM), "bfloat16")
+    of_group = struct((rows, tokens, GROUPS, size), "bfloat16")
+    x = struct((rows, tokens, heads, dim), "bfloat16")
     dt = struct((rows, tokens, heads), "bfloat16")
     operands = (x, dt, of_head, of_group, of_group, of_head, of_head)
     return list(machine_code.compile_kernels(gradient, (operands, x), capability))
@@ -145,7 +145,7 @@ def test_gradient_stays_in_registers(capability):
 
 def test_gradient_compiles_where_sizes_are_one():
     """A number that is 1 (rows, tokens, tiles, groups) is a constant to the kernels."""
-    kernels = compiled_gradient(90, rows=1, tokens=1, heads=1)
+    kernels = compiled_gradient(90, rows=1, tokens=1, heads=1, dim=16, size=16)
     assert [code.name for code in kernels] == list(BACKWARD)
 
 

@@ -31,8 +31,8 @@ CALL = (
     else interpreter.call
 )
 # Over the largest element of a head's state. Tensor cores cut off what a float32 sum
-# has no room for, always towards zero; so a chunk's contribution is summed up from zero
-# and not in the state, which would lose a little with each.
+# has no room for, always towards zero; so a chunk is summed up from zero, and not in
+# the state, which would lose a little with each.
 STATE_ERROR = 1e-6
 # The same of outputs, beyond their one rounding. What is rounded to bfloat16 may be the
 # product of operands of 16 bits: a 200th of that rounding, at most.

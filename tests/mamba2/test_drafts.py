@@ -216,7 +216,7 @@ def test_nothing_foreign_is_seen(implementation):
 
 
 def test_gradients():
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), quick.compilation():
         requests = Requests(8, "float64")
         tokens = tuple(rows.astype(float) for rows in requests.draw(9))
         states = DraftStates(

@@ -266,7 +266,8 @@ def test_short_conv_follows_its_formula_in_training_and_padding():
 @pytest.mark.parametrize("case", goldens.MIXERS)
 def test_goldens_are_what_transformers_gives(case):
     pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    # 5.17 normalises over all groups of a mixer at once, 5.24 by groups, as we do.
+    pytest.importorskip("transformers", minversion="5.24")
     outputs, shapes = goldens.golden(case)
     _, tensors, expected = published(case)
     assert_close(outputs, expected)

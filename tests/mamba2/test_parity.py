@@ -260,7 +260,8 @@ def test_all_layers_share_one_metadata(given, monkeypatch):
 @pytest.mark.parametrize("name", goldens.MODELS)
 def test_fresh_models_agree_with_transformers(name, tmp_path):
     pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    # 5.17 normalises over all groups of a mixer at once, 5.24 by groups, as we do.
+    pytest.importorskip("transformers", minversion="5.24")
     config, seed = goldens.MODELS[name], f"fresh {name}"
     case = case_of(config, seed, goldens.golden(config, seed), tmp_path)
     logits, deciding = logits_of(case)

@@ -6,6 +6,7 @@ child process, and below for four GPUs, which needs none.
 """
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.xdist_group("ssd_sharding")
 
 CHECKS = eight_devices.Checks()
 KINDS = ("Auto", "Explicit")
-IMPLEMENTATIONS = (None, "xla", *(["interpret"] if HAS_TRITON else []))
+OTHERS = ("xla", *(["interpret"] if HAS_TRITON else []))  # than the default
 OPTIONS = {"bias": FLOAT32, "d_by_channel": True, "dt_softplus": True}
 
 
@@ -127,8 +128,9 @@ def assert_right(case, results, implementation=None):
     compare(case, checks.to_host(results), Expected(case), implementation)
 
 
-@CHECKS.over(("packed", "decode", "rows"), KINDS, (1, 8))
-@CHECKS.over(("moving",), ("Auto",), (8,))
+@CHECKS.over(("packed",), KINDS, (1, 8))
+@CHECKS.over(("decode", "rows"), ("Explicit",), (1,))
+@CHECKS.over(("moving", "rows"), ("Auto",), (8,))
 def sharded_heads_stay_where_they_are(op, kind, groups):
     mesh, case = make_mesh(kind, model=8), DRAWS[op](groups)
     specs = specs_of(case, heads="model")
@@ -141,7 +143,7 @@ def sharded_heads_stay_where_they_are(op, kind, groups):
         assert result.sharding.is_equivalent_to(want, result.ndim), name
 
 
-@CHECKS.over(KINDS, (1, 8))
+@CHECKS.each([("Auto", 8), ("Explicit", 1)])
 def drafts_of_sharded_heads_stay_where_they_are(kind, groups):
     mesh, case = make_mesh(kind, model=8), packed(groups, bias=None)
     arrays = present(case)
@@ -187,7 +189,7 @@ def sharded_rows_stay_where_they_are(op, kind):
     assert_local(program)
 
 
-@CHECKS.over(("packed", "rows"), KINDS)
+@CHECKS.each([("packed", "Auto"), ("rows", "Explicit")])
 def groups_that_do_not_divide_are_right_all_the_same(op, kind):
     """Two groups for heads on eight devices: B and C are everybody's."""
     mesh, case = make_mesh(kind, model=8), DRAWS[op](2)
@@ -207,7 +209,7 @@ ELSEWHERE = {  # sharded where the op cannot be local
 }
 
 
-@CHECKS.over(ELSEWHERE, KINDS)
+@CHECKS.each(zip(ELSEWHERE, itertools.cycle(KINDS), strict=False))  # by turns
 def any_other_sharding_computes_the_same(name, kind):
     op, sharded = ELSEWHERE[name]
     sizes = {"dim": 8, "size": 8}
@@ -221,9 +223,9 @@ def any_other_sharding_computes_the_same(name, kind):
     assert_right(case, results)
 
 
-@CHECKS.over(("packed", "rows"), KINDS)
-def gradients_of_sharded_heads_are_the_same(op, kind):
-    """Sums over heads of a group, of B and C, are all that is sent."""
+@functools.cache
+def pulled(op):
+    """A case, its gradient, floats and integers for that, and what one device gives."""
     case = DRAWS[op]()
     integers = {n: a for n, a in present(case).items() if a.dtype.kind in "ib"}
     floats = {n: a for n, a in present(case).items() if n not in integers}
@@ -234,8 +236,15 @@ def gradients_of_sharded_heads_are_the_same(op, kind):
         return pullback(jax.tree.map(jax.numpy.ones_like, results))[0]
 
     want = checks.to_host(quick.jit(pull)(floats, integers))
+    return case, pull, (floats, integers), want
+
+
+@CHECKS.over(("packed", "rows"), KINDS)
+def gradients_of_sharded_heads_are_the_same(op, kind):
+    """Sums over heads of a group, of B and C, are all that is sent."""
+    case, pull, arrays, want = pulled(op)
     mesh, specs = make_mesh(kind, model=8), specs_of(case, heads="model")
-    placed = [place(mesh, part, specs) for part in (floats, integers)]
+    placed = [place(mesh, part, specs) for part in arrays]
     with jax.set_mesh(mesh):
         got = checks.to_host(quick.jit(pull)(*placed))
     for name, grad in got.items():
@@ -254,9 +263,9 @@ def joined(parts):
     }
 
 
-@CHECKS.over(
-    ("packed", "decode", "rows", "rows without states"), KINDS, IMPLEMENTATIONS
-)
+@CHECKS.over(("packed", "rows"), KINDS, (None,))
+@CHECKS.each([("decode", "Auto", None), ("rows without states", "Explicit", None)])
+@CHECKS.over(("packed", "rows"), ("Auto",), OTHERS)
 def shard_map_is_the_data_parallel_form(op, kind, implementation):
     """Each device with the requests and the cache of its own, axes checked."""
     mesh, count = make_mesh(kind, data=2), 2

@@ -141,10 +141,11 @@ def test_gradients_are_slopes(name):
 
 
 @functools.cache
-def gradient_of_xla(kind, dtype):
+def gradient_by(implementation, kind, dtype):
+    """(gradients, results), once for all who compare theirs with them."""
     case = GRADIENT_CASES[kind](**dict.fromkeys(("x", "B", "C"), dtype))
     weights = [np.float32(w) for w in weights_of(case, dtype=dtype)]
-    return checks.to_host(gradient(case, "xla")(*split(case), weights)[0])
+    return checks.to_host(gradient(case, implementation)(*split(case), weights))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -153,9 +154,8 @@ def test_gradients_are_the_same_whoever_computes_forward(implementation, kind, d
     """Those of rows by kernels too, those of packed batches by XLA."""
     kinds = dict.fromkeys(("x", "B", "C"), dtype)
     case = GRADIENT_CASES[kind](**kinds)
-    weights = [np.float32(w) for w in weights_of(case, dtype=dtype)]
-    want = gradient_of_xla(kind, dtype)
-    got, results = checks.to_host(gradient(case, implementation)(*split(case), weights))
+    want, _ = gradient_by("xla", kind, dtype)
+    got, results = gradient_by(implementation, kind, dtype)
     compare(case, results, Expected(case), implementation)
     for name, grad in want.items():
         wide = np.float32(grad)

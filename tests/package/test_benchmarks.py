@@ -1,10 +1,11 @@
 """What benchmarks rest on: exact answers, checks first, failures as rows."""
 
 import ast
+import functools
 import importlib
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,15 @@ from benchmarks import (
     machine_code,
     peers,
     programs,
+    serving,
     ssd_peers,
+    ssd_steps,
+    suites,
     timing,
     tune,
+    whole_layer,
 )
-from benchmarks.cases import OURS, Case, Options, run_case
+from benchmarks.cases import BY_XLA, FALLBACK, OURS, Case, Options, Row, run_case
 from benchmarks.compare_sass import Code, Key
 from benchmarks.imports import Absent
 from benchmarks.model_shapes import MODELS
@@ -30,6 +35,7 @@ from benchmarks.suites import calls_into
 from benchmarks.timing import Prepared
 from benchmarks.tune import Change, changes
 from benchmarks.workload import Workload, WrongResult
+from jax_causal_conv.mamba2 import Mamba2Config
 from tests.support import REPOSITORY, quick, reference, ssd_reference
 
 MIXED = Workload("packed", (1, 7, 1, 12), 40, 3, "float32", slots=9)
@@ -128,12 +134,103 @@ def test_the_ssd_computes_its_workload(name):
     assert ("states" in errors) == ("unused" in errors) == (name != "dense")
 
 
+def test_gradients_of_the_ssd_are_timed_with_what_they_belong_to():
+    work = SSD["dense"]
+    case = ssd_steps.training_case("case", work, replace(QUICK, with_peers=False))
+    assert set(case.prepare) == {OURS, ssd_peers.ROUNDING}
+    one = case.prepare[OURS]()
+    result = one.call()
+    assert max(work.errors(one.view(result)).values()) < 1e-6
+    gradients = result[1]
+    assert set(gradients) == {"x", "dt", "A", "B", "C", "D", "dt_bias"}
+    assert all(np.abs(array).max() > 0 for array in gradients.values())
+
+
+@pytest.mark.parametrize("op", ["gradient", "prefill"])
+def test_the_mixer_computes_its_workload(op):
+    mixers = pytest.importorskip("benchmarks.mixers")
+    work = mixers.MixerWorkload(op, 2, 5, d_model=32)
+    one = mixers.ours(work)
+    found = one.view(one.call())
+    assert max(work.errors(found).values()) < 1e-5
+    parameters = set(mixers.named(mixers.nnx.state(work.mixer)))
+    results = {"gradient": {"u"} | parameters, "prefill": {"conv", "ssm"}}
+    assert set(found) == {"out"} | results[op]
+
+
+def test_steps_of_training_are_those_of_the_model():
+    """With its layers scanned."""
+    steps = pytest.importorskip("benchmarks.training_steps")
+    sizes = {"d_state": 4, "headdim": 8, "chunk_size": 4}
+    config = steps.Mamba2Config(vocab_size=11, d_model=8, n_layers=2, **sizes)
+    training = steps.Training(config, "float32", rows=2, length=6)
+    one = training.prepared("conv")
+    losses = [float(one.call()) for _ in range(3)]
+    assert one.tokens == 12 and one.memory > 0
+    model = steps.Mamba2LM(replace(config, n_layers=1), rngs=steps.nnx.Rngs(0))
+    model.layers = steps.nnx.List([model.layers[0]] * 2)
+    logits = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens)))(
+        training.tokens[:, :-1]
+    )
+    targets = np.asarray(training.tokens)[:, 1:, None]
+    want = -np.take_along_axis(np.asarray(logits), targets, axis=-1).mean()
+    assert losses[0] == pytest.approx(want, rel=1e-5)
+    assert losses[2] < losses[0]
+
+
 def test_the_bytes_of_the_ssd_are_counted():
     state = 4 * 8 * 8 * 4
     token = (2 * 4 * 8 + 4 + 2 * 2 * 8) * 4
     assert SSD["decode"].nbytes == 3 * token + 6 * state
     assert SSD["mixed"].nbytes == 16 * token + 6 * state
     assert SSD["dense"].nbytes == 14 * token
+
+
+LAYER = whole_layer.LayerWorkload((1, 1, 9, 5), "float32", 4, 8, 8)
+
+
+def test_a_whole_layer_computes_its_workload():
+    work = LAYER
+    one = whole_layer.ours(work)
+    result = one.call()
+    got = one.view(result)
+    errors = work.errors(got)
+    assert max(errors.values()) < 1e-6 and one.implementation == "XLA"
+    assert errors.keys() == {"y", "states", "unused", "conv_states"}
+    for name in errors:
+        with pytest.raises(WrongResult, match=name):
+            work.errors(got | {name: got[name] + 1})
+
+
+def test_a_whole_layer_is_the_conv_and_then_the_ssd():
+    work = LAYER
+    seen = {
+        "cache_indices": work.ssd.cache_indices,
+        "has_initial_state": work.ssd.has_initial_state,
+    }
+    conv = [work.conv.x, work.conv.weight, work.conv.bias, work.conv.states()]
+    filtered, conv_states = reference.causal_conv1d_fn(
+        *map(np.asarray, conv), work.ssd.offsets, **seen
+    )
+    x, B, C = np.split(filtered, np.cumsum(work.split)[:2], axis=1)
+    dt = np.logaddexp(0, np.asarray(work.ssd.dt + work.ssd.dt_bias, np.float64))
+    y, states = ssd_reference.ssd_packed(
+        x.reshape(-1, 4, 8),
+        dt,
+        np.asarray(work.ssd.A, np.float64),
+        B[:, None],
+        C[:, None],
+        np.asarray(work.ssd.D, np.float64),
+        np.asarray(work.ssd.states()),
+        work.ssd.offsets,
+        **seen,
+    )
+    heads, slots = work.ssd.compared, work.ssd.cache_indices
+    expected = work.expected
+    np.testing.assert_allclose(expected["y"], y[:, heads], atol=1e-6)
+    np.testing.assert_allclose(expected["states"], states[slots][:, heads], atol=1e-6)
+    left = conv_states[slots][..., work.channels]
+    np.testing.assert_array_equal(expected["conv_states"], left)
 
 
 def test_a_wrong_result_is_found():
@@ -178,6 +275,56 @@ def test_failing_peers_are_reported_and_the_others_timed():
     assert rows["wrong"].note.startswith("wrong: out is off by")
     assert rows["fails later"].note.startswith("failed: StopIteration")
     assert not any(rows[n].microseconds for n in ("broken", "wrong", "fails later"))
+
+
+class OnGpu(Options):
+    """As if there were a GPU, but for how it is timed."""
+
+    on_gpu = True
+
+
+def test_tables_say_loudly_where_xla_stood_in_for_kernels(tmp_path):
+    cli = pytest.importorskip("benchmarks.__main__")
+    rich = pytest.importorskip("rich.console")
+
+    def by(name):
+        return lambda: Prepared(lambda: None, implementation=name)
+
+    prepare = {
+        OURS: by("XLA"),
+        f"{OURS}, rounding": by("Triton"),
+        BY_XLA: by("XLA"),
+        "24 convs": by("XLA"),
+        "empty step": by("XLA"),
+        "flax": by("XLA"),
+    }
+    case = Case("mixed", "batch", 1.0, "bfloat16", prepare, ours=("24 convs",))
+    rows = run_case(case, OnGpu(seconds=0.0))
+    assert [r.candidate for r in rows if r.fell_back] == [OURS, "24 convs"]
+    for row in rows:
+        assert (FALLBACK in row.note) == row.fell_back
+        assert bool(row.microseconds) and row.implementation
+    console = rich.Console(
+        width=200, record=True, quiet=False, file=(tmp_path / "o").open("w")
+    )
+    console.print(cli.table("mixed", rows))
+    assert f"{FALLBACK} in 2 of 6 rows" in console.export_text()
+    assert cli.fallbacks([row for row in rows if not row.fell_back]) == ""
+    assert FALLBACK in cli._line(rows)
+    # On a CPU XLA is what is wanted.
+    assert not any(row.fell_back for row in run_case(case, QUICK))
+
+
+@pytest.mark.parametrize("suite", ["mixed", "layers", "ssd_training", "layer", "moves"])
+def test_every_row_of_ours_says_which_implementation_ran(suite, monkeypatch):
+    """Of one small case of each suite, prepared and not timed."""
+    monkeypatch.setattr(suites, "DIM", 24)
+    monkeypatch.setattr(suites, "TOKENS", 24)
+    monkeypatch.setattr(suites, "_LAYERS", 1)
+    case = next(iter(suites.SUITES[suite](Options(dtypes=("float32",)))))
+    ours = [name for name in case.prepare if case.wants_kernels(name)]
+    assert ours, f"{suite} has no row of this package"
+    assert case.prepare[ours[0]]().implementation == "XLA"
 
 
 def test_candidates_take_turns():
@@ -252,13 +399,120 @@ def test_kernels_with_changed_tiles_compute_the_workload(op):
     }
 
 
+def test_tiles_are_named_on_the_command_line():
+    assert Change.parsed("128x1x8") == Change(128, 1, 8)
+    assert Change.parsed("64x2") == Change(64, 2)
+    assert Change.parsed("64x2+") == Change(64, 2, ahead=1)
+    assert Change.parsed("64x2x8-") == Change(64, 2, 8, ahead=0)
+    for text in ("64", "64x0", "64x1x2x3", "64xa"):
+        with pytest.raises(ValueError, match=text if text == "64x0" else None):
+            Change.parsed(text)
+
+
+def test_a_search_times_all_changes_and_other_chunks_of_the_best():
+    times = {Change(): 3.0, Change(64): 1.0, Change(128): 2.0, Change(256): 4.0}
+    asked = []
+
+    def outcomes(changes):
+        asked.append(changes)
+        return {c: _took(times.get(replace(c, block_m=None))) for c in changes}
+
+    found = tune.search(list(times), outcomes, (8, 16))
+    best = [Change(64), Change(128), Change()]
+    assert asked == [
+        list(times),
+        [replace(c, block_m=m) for c in best for m in (8, 16)],
+    ]
+    assert len(found) == 10
+    assert tune.search(list(times), outcomes, ()).keys() == times.keys()
+
+
+def _took(time):
+    return timing.Timing(time, time, time, 1, "wall")
+
+
 def test_changed_tiles_are_compiled_without_a_gpu():
     if reason := machine_code.missing_for_kernels():
         pytest.skip(reason)
     (model,) = [m for m in MODELS if m.name == "Mamba2-2.7B"]
-    assert changes("decode")[0] == Change()
-    found = tune.compile_change("decode", model, Change(block_n=256, num_warps=2))
+    assert changes("decode 256")[0] == Change()
+    found = tune.compile_change("decode 256", model, Change(block_n=256, num_warps=2))
     assert "0 B spilled" in found
+
+
+SERVED = serving.Serving(
+    Mamba2Config(
+        vocab_size=64, d_model=64, n_layers=1, headdim=16, d_state=4, chunk_size=4
+    ),
+    serving.Load(
+        4, 32, 6, longest=12, shared=8, own=4, prompts=4, block=4, drafts=3, steps=4
+    ),
+    "float32",
+    on_gpu=False,
+)
+ENGINE_ROW = functools.partial(Row, "engine", "some states", 4, "float32")
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_engine_is_timed_in_steps(on_gpu, monkeypatch):
+    kernels = {"update_kernel": [1.0] * 20, "loop_fusion": [3.0] * 20}
+    seen = "profiler", kernels
+    monkeypatch.setattr(timing, "device_kernels", lambda *_: seen)
+    served = serving.Serving(SERVED.config, SERVED.load, "float32", on_gpu)
+    # Without prompts, so soonest compiled.
+    decode, *rest = served.steps("bfloat16", ENGINE_ROW)
+    assert decode.candidate == "decode step" and decode.note.startswith("4 tokens;")
+    assert decode.tokens_per_second == pytest.approx(4e6 / decode.microseconds)
+    if not on_gpu:
+        (convs,) = rest
+        assert convs.candidate == "convs of a decode step" and convs.microseconds > 0
+        return
+    assert [row.candidate for row in rest] == [
+        f"decode step: {part}" for part in serving.PARTS
+    ]
+    conv, ssd = rest[:2]
+    assert conv.microseconds == 1 and conv.implementation == "Triton"
+    assert ssd.microseconds == 0 and ssd.implementation == "XLA"
+    assert [row.fell_back for row in rest] == [False, True, *[False] * 4]
+
+
+def test_the_engine_has_hits_and_misses_in_its_prefix_cache():
+    missed, hit = SERVED.prefixes(ENGINE_ROW)
+    assert "; 0.0% of the prompts' tokens from the cache" in missed.note
+    assert "; 66.7% of the prompts' tokens from the cache" in hit.note
+
+
+def test_as_many_drafts_are_right_as_are_said_to_be():
+    notes = [row.note for row in SERVED.drafts(ENGINE_ROW)]
+    for note, accepted, tokens in zip(
+        notes, ("0.0%", "33.3%", "100.0%"), ("1.00", "2.00", "4.00"), strict=True
+    ):
+        said = f"{accepted} of the drafts accepted, {tokens} tokens a request"
+        assert said in note
+
+
+def test_the_time_of_a_step_goes_to_its_parts():
+    kernels = {
+        "packed_kernel": [1.0, 3.0],
+        "update_kernel": [2.0],
+        "ssd_decode_kernel": [10.0, 10.0],
+        "chunks_kernel": [4.0],
+        "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": [6.0],
+        "gemm_fusion_dot_3": [2.0],
+        "loop_add_fusion_12": [8.0],
+        "MemcpyD2D": [2.0],
+    }
+    found = serving.parts(kernels, count=2, sampling=1.5, wall=30.0)
+    assert {part: time for part, (time, _) in found.items()} == {
+        "conv": 3.0,
+        "SSD": 12.0,
+        "matmuls": 4.0,
+        "sampling": 1.5,
+        "other kernels": 3.5,
+        "host, and gaps": 6.0,
+    }
+    assert found["SSD"][1] == "ssd_decode_kernel 10 us, chunks_kernel 2 us"
+    assert serving.parts(kernels, 2, 1.5, wall=20.0)["host, and gaps"][0] == 0
 
 
 def test_python_calls_into_a_folder_are_counted():
@@ -281,6 +535,26 @@ def test_results_are_written_and_drawn(tmp_path):
     cli._draw(result, tmp_path / "plots", console)
     drawn = {path.name for path in (tmp_path / "plots").iterdir()}
     assert drawn == {"metadata.png", "metadata.svg"}
+
+
+def test_parts_of_steps_are_drawn_as_bars(tmp_path):
+    plots = pytest.importorskip("benchmarks.plots")
+    steps = {
+        f"{step}: {part}": time
+        for step in ("decode step", "step with prompts")
+        for part, time in (("conv", 1e3), ("SSD", 9e3))
+    }
+    rows = [
+        asdict(ENGINE_ROW(who, time, time, time)) | {"fell_back": True}
+        for who, time in steps.items()
+    ]
+    figure = plots._figure("engine", rows, "somewhere")
+    (axis,) = figure.axes
+    widths = [bar.get_width() for bars in axis.containers for bar in bars]
+    assert widths == [1, 1, 9, 9]  # part by part, in ms
+    texts = [text.get_text() for text in axis.texts]
+    assert texts.count("90%") == 2 and texts.count(" 10.0 ms") == 2
+    assert FALLBACK in figure.get_suptitle()
 
 
 def test_benchmarks_import_neither_tests_nor_each_other_in_circles():

@@ -7,7 +7,13 @@ import pytest
 
 nnx = pytest.importorskip("flax.nnx")
 
-from jax_causal_conv import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
+from jax_causal_conv import (
+    causal_conv1d,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    ssd,
+    ssd_packed,
+)
 from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM
 from jax_causal_conv.nnx import CausalConv1d, Mamba2Mixer
 
@@ -61,6 +67,11 @@ CASES = {
         lambda: causal_conv1d_fn(ones(5, D), WEIGHT, None, (STATES, STATES), Q),
         TypeError,
         ["conv_states must be one array", "(S, L, D)", "tuple of 2"],
+    ),
+    "a traced activation": (
+        lambda: jax.jit(causal_conv1d)(ones(1, 5, D), WEIGHT, activation=True),
+        ValueError,
+        ["activation must be None", "functools.partial", "static_argnames"],
     ),
     "features of a layer": (
         lambda: CONV(ones(2, 9, 5)),
@@ -122,17 +133,10 @@ CASES = {
         ValueError,
         ["cache", "2 layers", "got 1"],
     ),
-    "forward mode": (
-        lambda: jax.jvp(
-            lambda w: causal_conv1d(ones(1, 5, D), w), (WEIGHT,), (WEIGHT,)
-        ),
-        TypeError,
-        ["forward mode", 'implementation="xla"', "forward-mode"],
-    ),
     "a derivative of a derivative": (
         lambda: jax.hessian(lambda weight: conv_of(weight).sum())(WEIGHT),
         NotImplementedError,
-        ["higher order", 'implementation="xla"'],
+        ["causal_conv1d", "higher order", 'implementation="xla"'],
     ),
 }
 
@@ -143,3 +147,66 @@ def test_the_message_names_what_is_wrong(call, error, says):
         call()
     message = str(raised.value)
     assert all(part in message for part in says), message
+
+
+SSM = jnp.zeros((2, 2, 3, 4))
+# Each op as a function of its first array.
+OPS = {
+    "causal_conv1d": (
+        lambda x, **how: causal_conv1d(x, WEIGHT, **how),
+        ones(1, 5, D),
+    ),
+    "causal_conv1d_fn": (
+        lambda x, **how: causal_conv1d_fn(x, WEIGHT, None, STATES, Q, **how),
+        ones(5, D),
+    ),
+    "causal_conv1d_update": (
+        lambda x, **how: causal_conv1d_update(x, STATES, WEIGHT, **how),
+        ones(2, D),
+    ),
+    "ssd": (
+        lambda x, **how: ssd(
+            x, ones(1, 5, 2), -ones(2), ones(1, 5, 1, 4), ones(1, 5, 1, 4), **how
+        ),
+        ones(1, 5, 2, 3),
+    ),
+    "ssd_packed": (
+        lambda x, **how: ssd_packed(
+            x, ones(5, 2), -ones(2), ones(5, 1, 4), ones(5, 1, 4), None, SSM, Q, **how
+        ),
+        ones(5, 2, 3),
+    ),
+}
+FORWARD = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "jvp in jit": lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
+    "jvp of jit": lambda f, x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "linearize": lambda f, x: jax.linearize(f, x)[1](x),
+    "linearize in jit": lambda f, x: jax.jit(lambda x: jax.linearize(f, x)[1](x))(x),
+    "jacfwd in jit": lambda f, x: jax.jit(jax.jacfwd(f))(x),
+    "jvp of scan in jit": lambda f, x: FORWARD["jvp in jit"](
+        lambda x: jax.lax.scan(lambda x, _: (x, f(x)), x, None, length=2)[1], x
+    ),
+}
+
+
+def refuses(op, mode, implementation):
+    call, x = OPS[op]
+    with pytest.raises(TypeError) as raised:
+        FORWARD[mode](lambda x: call(x, implementation=implementation), x)
+    message = str(raised.value)
+    parts = [f"{op}: ", "forward mode", f"got implementation={implementation!r}"]
+    assert all(part in message for part in [*parts, 'need implementation="xla"'])
+
+
+@pytest.mark.parametrize("mode", FORWARD)
+def test_forward_mode_names_the_op_and_the_cure(mode):
+    refuses("causal_conv1d", mode, None)
+
+
+@pytest.mark.parametrize("implementation", [None, "interpret", "triton"], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_of_each_op(op, implementation):
+    if implementation:
+        pytest.importorskip("triton")
+    refuses(op, "jvp in jit", implementation)

@@ -31,9 +31,13 @@ class Checks(dict[str, Callable[[], None]]):
 
     def over(self, *parameters: Iterable) -> Callable:
         """Decorator: registers a function once for each combination of parameters."""
+        return self.each(itertools.product(*parameters))
+
+    def each(self, arguments: Iterable[tuple]) -> Callable:
+        """Decorator: registers a function once for each tuple of arguments."""
 
         def register(check):
-            for values in itertools.product(*parameters):
+            for values in arguments:
                 name = "-".join([check.__name__, *map(str, values)])
                 assert name not in self, name
                 self[name] = functools.partial(check, *values)

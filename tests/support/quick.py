@@ -10,6 +10,7 @@ import contextlib
 import functools
 
 import jax
+from jax._src import compiler
 
 from tests.support.platforms import ON_CPU
 
@@ -41,9 +42,21 @@ def jit(function, **how):
 
 @contextlib.contextmanager
 def compilation():
-    """For what is jitted elsewhere, by an engine or a program: a part of the above."""
+    """The same for what is jitted elsewhere, by an engine or a program.
+
+    jax takes compiler options at `jax.jit` alone. So they are put in where it makes its
+    own of them, which is not public: tests of everything else go without.
+    """
+    make, less = compiler.get_compile_options, options()
+
+    def make_options(*args, env_options_overrides=None, **how):
+        own = less | (env_options_overrides or {})
+        return make(*args, env_options_overrides=own, **how)
+
     jax.config.update("jax_disable_most_optimizations", ON_CPU)
+    compiler.get_compile_options = make_options
     try:
         yield
     finally:
+        compiler.get_compile_options = make
         jax.config.update("jax_disable_most_optimizations", False)
