@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,14 @@ def _filters(model: ModelShape) -> tuple:
     return weight, _struct((model.dim,), model.dtype) if model.bias else None
 
 
-def packed(model: ModelShape, *, drafts: int = 0) -> tuple[Callable, tuple, int]:
+def _reach(model: ModelShape, options: dict) -> int:
+    """Tokens that a filter needs before the first."""
+    return (model.width - 1) * options.get("dilation", 1)
+
+
+def packed(
+    model: ModelShape, *, drafts: int = 0, **options: Any
+) -> tuple[Callable, tuple, int]:
     """A mixed prefill and decode batch, with room for drafts if asked for."""
 
     def call(x, weight, bias, states, offsets, slots, seen, metadata, rejected):
@@ -50,13 +58,14 @@ def packed(model: ModelShape, *, drafts: int = 0) -> tuple[Callable, tuple, int]
             activation=model.activation,
             metadata=metadata,
             implementation="triton",
+            **options,
         )
 
     rows = _struct((_SEQS,), "int32")
     arguments = (
         _struct((_TOKENS, model.dim), model.dtype),
         *_filters(model),
-        _struct((_SLOTS, model.width - 1 + drafts, model.dim), model.dtype),
+        _struct((_SLOTS, _reach(model, options) + drafts, model.dim), model.dtype),
         _struct((_SEQS + 1,), "int32"),
         rows,
         _struct((_SEQS,), "bool"),
@@ -69,7 +78,12 @@ def packed(model: ModelShape, *, drafts: int = 0) -> tuple[Callable, tuple, int]
 
 
 def update(
-    model: ModelShape, *, tokens: int = 1, drafts: int = 0, circular: bool = False
+    model: ModelShape,
+    *,
+    tokens: int = 1,
+    drafts: int = 0,
+    circular: bool = False,
+    **options: Any,
 ) -> tuple[Callable, tuple, int]:
     """A decode step of `tokens` tokens a row."""
 
@@ -84,12 +98,13 @@ def update(
             conv_state_indices=slots,
             num_rejected_tokens=rejected,
             implementation="triton",
+            **options,
         )
 
     rows = _struct((_BATCH,), "int32")
     arguments = (
         _struct((_BATCH, tokens, model.dim), model.dtype),
-        _struct((_SLOTS, model.width - 1 + drafts, model.dim), model.dtype),
+        _struct((_SLOTS, _reach(model, options) + drafts, model.dim), model.dtype),
         *_filters(model),
         rows,
         rows if circular else None,
@@ -98,7 +113,9 @@ def update(
     return call, arguments, _BATCH * tokens * model.dim
 
 
-def dense(model: ModelShape, *, segments: bool = False) -> tuple[Callable, tuple, int]:
+def dense(
+    model: ModelShape, *, segments: bool = False, **options: Any
+) -> tuple[Callable, tuple, int]:
     """Rows of a training batch, perhaps packed with documents."""
 
     def call(x, weight, bias, ids):
@@ -109,6 +126,7 @@ def dense(model: ModelShape, *, segments: bool = False) -> tuple[Callable, tuple
             segment_ids=ids,
             activation=model.activation,
             implementation="triton",
+            **options,
         )
 
     arguments = (
@@ -159,6 +177,8 @@ class KernelCase:
         max_per_output: bound on thread instructions per output. An H200 can issue about
             31 in the time in which its memory moves a bfloat16 in and one out.
         goal: the same for bfloat16 on sm_90, if it is tighter.
+        max_registers: a thread's, if it may have more than others.
+        max_spills: bytes that it may spill, stores and loads together.
         access: bytes of its narrowest access to an input or output, where rows align.
         models: whose convs it is compiled for.
     """
@@ -169,6 +189,8 @@ class KernelCase:
     loops: bool
     max_per_output: float
     goal: float = math.inf
+    max_registers: int = 0
+    max_spills: int = 0
     access: int = 16
     models: tuple[ModelShape, ...] = tuple(by_kernel())
 
@@ -189,6 +211,12 @@ _packed_drafts = functools.partial(packed, drafts=4)
 _update_drafts = functools.partial(update, tokens=4, drafts=4)
 _update_circular = functools.partial(update, drafts=4, circular=True)
 _dense_segments = functools.partial(dense, segments=True)
+# As in Engram (dilation) and Canon layers (residual), both at once.
+_OPTIONS = {"dilation": 3, "residual": True}
+_DILATED_FORWARD = _FORWARD | {"max_per_output": 18}
+_packed_dilated = functools.partial(packed, **_OPTIONS)
+_update_dilated = functools.partial(update, **_OPTIONS)
+_dense_dilated = functools.partial(dense, **_OPTIONS)
 
 # Long rows, whose loads are issued ahead, take 12.06; 11.3 without, which is slower
 # (benchmarks/NOTES.md).
@@ -242,6 +270,43 @@ KERNELS = (
         loops=True,
         max_per_output=24,
         access=8,
+        models=_ONE_MODEL,
+    ),
+    KernelCase(
+        "packed, dilated",
+        "packed_kernel",
+        _packed_dilated,
+        **_DILATED_FORWARD,
+        models=_ONE_MODEL,
+    ),
+    KernelCase(
+        "update, dilated",
+        "update_kernel",
+        _update_dilated,
+        **_DECODE,
+        models=_ONE_MODEL,
+    ),
+    KernelCase(
+        "dense, dilated",
+        "dense_kernel",
+        _dense_dilated,
+        **_DILATED_FORWARD,
+        models=_ONE_MODEL,
+    ),
+    KernelCase(
+        "packed gradient, dilated",
+        "packed_backward_kernel",
+        functools.partial(gradient, _packed_dilated),
+        **_BACKWARD,
+        max_spills=16,  # 8 on sm_100 under Triton 3.9, none on the others
+        models=_ONE_MODEL,
+    ),
+    KernelCase(
+        "dense gradient, dilated",
+        "rows_backward_kernel",
+        functools.partial(gradient, _dense_dilated),
+        **_BACKWARD,
+        max_registers=255,  # 214 to 250, and no spills
         models=_ONE_MODEL,
     ),
 )

@@ -394,6 +394,13 @@ def engine(options: Options) -> Iterator[Case]:
     yield from serving.cases(options)
 
 
+def scaling(options: Options) -> Iterator[Case]:
+    """The engine's decode steps on one device, and on all by requests and by heads."""
+    from benchmarks import scaling  # noqa: PLC0415 (needs flax)
+
+    yield scaling.case(options)
+
+
 _ALL = (
     decode,
     mixed,
@@ -410,6 +417,7 @@ _ALL = (
     layer,
     moves,
     engine,
+    scaling,
 )
 SUITES: dict[str, Callable[[Options], Iterator[Case]]] = {s.__name__: s for s in _ALL}
 

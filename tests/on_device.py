@@ -2,8 +2,9 @@
 
 Donated buffers keep their address, others their contents; outputs and the gradient of x
 are written to the last element, in memory that held NaN; many repetitions give the same
-bits; offsets pass 2³¹ elements in real memory. `--short` makes a run that a memory
-checker can follow (`compute-sanitizer python -m tests.on_device --short`).
+bits; offsets pass 2³¹ elements in real memory; where there are two GPUs, what
+`tests.on_devices` checks. `--short` makes a run that a memory checker can follow
+(`compute-sanitizer python -m tests.on_device --short`).
 The rest of the suite runs there as well: `pytest -k triton`, `python -m
 tests.support.fuzz`.
 """
@@ -229,6 +230,10 @@ def main() -> None:
     checks = [donation, functools.partial(repetitions, count)]
     if not arguments.short:
         checks += [poison, large]
+    if len(jax.devices()) > 1 and not arguments.short:
+        from tests import on_devices
+
+        checks += on_devices.CHECKS
     for check in checks:
         began = time.perf_counter()
         name = getattr(check, "func", check).__name__

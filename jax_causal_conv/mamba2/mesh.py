@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax.sharding import NamedSharding
@@ -148,4 +149,13 @@ def place_like(channels: Any, array: jax.Array, axis: int) -> jax.Array:
     if not isinstance(sharding, NamedSharding) or not any(sharding.spec[:1]):
         return array
     spec = P(*[None] * axis, sharding.spec[0])
-    return jax.device_put(array, NamedSharding(sharding.mesh, spec))
+    return place(array, NamedSharding(sharding.mesh, spec))
+
+
+def place(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The array, divided so; all processes have it, or each a part of it."""
+    if sharding.is_fully_addressable or not array.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # jax.device_put would have all processes compare what they have.
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)

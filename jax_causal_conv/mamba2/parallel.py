@@ -7,6 +7,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from .mesh import place
 from .mixer import Mamba2Mixer
 from .model import Mamba2LM
 
@@ -72,7 +73,7 @@ def tensor_parallel(model: Mamba2LM, mesh: Mesh, axis: str) -> Mamba2LM:
             even = model.config.vocab_size % mesh.shape[axis] == 0
             spec = (None, True) if where[0] == "lm_head" and even else ()
         sharding = NamedSharding(mesh, P(*(axis if over else None for over in spec)))
-        placed.append((where, param.replace(jax.device_put(array, sharding))))
+        placed.append((where, param.replace(place(array, sharding))))
     return nnx.merge(nnx.split(divided, nnx.Param)[0], nnx.from_flat_state(placed))
 
 

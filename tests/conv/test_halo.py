@@ -52,7 +52,7 @@ def make_mesh(kind="Auto", **sizes):
 
 
 @functools.cache
-def sharded(mesh, activation="silu"):
+def sharded(mesh, activation="silu", dilation=1, residual=False):
     """(x, weight, bias, initial_state, segment_ids) -> out, jitted."""
     batch = "batch" if "batch" in mesh.axis_names else None
     rows = P(batch, "time")
@@ -61,7 +61,7 @@ def sharded(mesh, activation="silu"):
         before = halo_state(
             x,
             "time",
-            weight.shape[1] - 1,
+            (weight.shape[1] - 1) * dilation,
             segment_ids=segment_ids,
             initial_state=initial_state,
         )
@@ -72,6 +72,8 @@ def sharded(mesh, activation="silu"):
             initial_state=before,
             segment_ids=segment_ids,
             activation=activation,
+            dilation=dilation,
+            residual=residual,
         )
 
     specs = (rows, P(), P(), P(batch), rows)
@@ -89,10 +91,10 @@ def sharded(mesh, activation="silu"):
     return run
 
 
-@quick.jit
-def unsharded(x, weight, bias, initial_state, segment_ids):
+@functools.partial(quick.jit, static_argnames=("dilation", "residual"))
+def unsharded(x, weight, bias, initial_state, segment_ids, **options):
     return causal_conv1d(
-        x, weight, bias, initial_state=initial_state, segment_ids=segment_ids
+        x, weight, bias, initial_state=initial_state, segment_ids=segment_ids, **options
     )
 
 
@@ -111,14 +113,23 @@ def assert_equal_to_one_device(mesh, case):
         if array is not None and array.dtype.kind == "f"
     }
     whole = case.replace(**rounded)
-    got = sharded(mesh, None)(*arguments(whole))
-    want = unsharded(*arguments(whole))
+    activation = case.options["activation"]
+    options = {name: case.options[name] for name in ("dilation", "residual")}
+    got = sharded(mesh, None, **options)(*arguments(whole))
+    want = unsharded(*arguments(whole), **options)
     checks.assert_same_bits(*map(np.asarray, (got, want)), whole)
 
-    activation = case.options["activation"]
-    out = np.asarray(sharded(mesh, activation)(*arguments(case)))
+    out = np.asarray(sharded(mesh, activation, **options)(*arguments(case)))
     exact, _, magnitude = checks.expected(case)
-    checks.assert_output(out, exact, magnitude, case.shape.width, activation, case)
+    checks.assert_output(
+        out,
+        exact,
+        magnitude,
+        case.shape.width,
+        activation,
+        case,
+        options["residual"],
+    )
 
 
 # Time is 24, a device's part 3: edges are at 3, 6, 9, …
@@ -163,6 +174,20 @@ def rows_may_be_sharded_as_well(kind, segments):
 @CHECKS.over((1, 2, 7))
 def any_width(width):
     case = draw_rows(width, width=width, num_tokens=8 * max(width - 1, 1))
+    assert_equal_to_one_device(make_mesh(**TIME), case)
+
+
+@CHECKS.over((2, 3))
+def taps_apart(dilation):
+    reach = (WIDTH - 1) * dilation
+    case = draw_rows(
+        dilation,
+        dilation=dilation,
+        residual=True,
+        num_tokens=8 * reach,
+        state_len=reach + 1,
+        ids=np.repeat(documents(3, 6, -2, 9, 4), dilation),
+    )
     assert_equal_to_one_device(make_mesh(**TIME), case)
 
 

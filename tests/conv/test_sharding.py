@@ -78,6 +78,14 @@ BY_CHANNELS = {
     "ring": small_ring,
     "dense": dense_with_segments,
 }
+DILATED = {
+    "dilated": functools.partial(
+        dense_with_segments, state_len=6, dilation=2, residual=True
+    ),
+    "dilated ring": functools.partial(
+        small_ring, state_len=9, dilation=2, residual=True
+    ),
+}
 BY_ROWS = {
     "update": own_update,
     "ring": own_ring,
@@ -217,16 +225,25 @@ def assert_only_sums_filters(program, case, parts):
         assert set(instruction.sizes) <= allowed, texts(sent)
 
 
-@CHECKS.over(BY_CHANNELS, ("Auto",))
-@CHECKS.over([op for op in BY_CHANNELS if op != "moving"], ("Explicit",))
-def sharded_channels_stay_where_they_are(op, kind):
-    mesh, drawing = make_mesh(kind), drawn(BY_CHANNELS[op], 1, channels=CHANNELS)
+def channels_stay_where_they_are(draw, kind):
+    mesh, drawing = make_mesh(kind), drawn(draw, 1, channels=CHANNELS)
     case = drawing.case
     specs = specs_of(case, channels=BOTH)
     results, grads, program = gradients_on(mesh, drawing, specs)
     assert_local(program)
     assert_sharded(mesh, results, cotangent_specs(case, specs))
     assert_sharded(mesh, grads.values(), [specs[name] for name in grads])
+
+
+@CHECKS.over(BY_CHANNELS, ("Auto",))
+@CHECKS.over([op for op in BY_CHANNELS if op != "moving"], ("Explicit",))
+def sharded_channels_stay_where_they_are(op, kind):
+    channels_stay_where_they_are(BY_CHANNELS[op], kind)
+
+
+@CHECKS.over(DILATED, KINDS[:1])
+def sharded_channels_of_taps_apart(op, kind):
+    channels_stay_where_they_are(DILATED[op], kind)
 
 
 @CHECKS.over(("update", "ring", "dense"), KINDS)

@@ -49,19 +49,20 @@ CASES = [
 ]
 
 
-def assert_stays_in_registers(code):
-    assert code.registers <= MAX_REGISTERS
-    assert code.spills == 0, (
+def assert_stays_in_registers(code, max_registers, max_spills):
+    assert code.registers <= max_registers
+    assert code.spills <= max_spills, (
         f"{code.spills} bytes spilled at {code.registers} registers"
     )
-    assert code.stack == 0
-    assert code.local_accesses() == 0
+    assert code.stack <= max_spills
+    assert code.local_accesses() <= max_spills // 4
 
 
 @pytest.mark.parametrize("case, model, capability", CASES)
 def test_kernel_is_lean_and_its_accesses_are_wide(case, model, capability):
     row = kernel_report.compile_row(case, model, capability)
-    assert_stays_in_registers(row.code)
+    max_registers = case.max_registers or MAX_REGISTERS
+    assert_stays_in_registers(row.code, max_registers, case.max_spills)
     assert row.per_output <= case.bound(model, capability)
     assert min(row.stores) >= case.access, row.stores
     # Flags, slots, segment ids and the filter may be narrower, but no row of x.

@@ -124,15 +124,15 @@ def programs_of(metadata, *pairs):
     return [numbers[pair] for pair in pairs]
 
 
-def assert_outputs(got, want, width, what):
+def assert_outputs(got, want, width, what, residual=False):
     exact, magnitude = want
-    checks.assert_output(got, exact, magnitude, width, "silu", what)
+    checks.assert_output(got, exact, magnitude, width, "silu", what, residual)
 
 
-def outputs_of(history, tokens, weight, bias):
-    exact = reference.convolve(history, tokens, weight, bias, "silu")
+def outputs_of(history, tokens, weight, bias, **options):
+    exact = reference.convolve(history, tokens, weight, bias, "silu", **options)
     magnitude = reference.convolve(
-        abs(history), abs(tokens), abs(weight), abs(bias), None
+        abs(history), abs(tokens), abs(weight), abs(bias), None, **options
     )
     return exact, magnitude
 
@@ -146,11 +146,17 @@ def normal(rng, shape):
     return rng.standard_normal(shape).astype(BFLOAT16)
 
 
-@pytest.mark.parametrize("elements", [ELEMENTS, 2 * ELEMENTS], ids=["2**31", "2**32"])
-def test_packed_tokens_at_the_far_end(elements):
+@pytest.mark.parametrize(
+    "elements, dilation",
+    [(ELEMENTS, 1), (2 * ELEMENTS, 1), (ELEMENTS, 3)],
+    ids=["2**31", "2**32", "dilated"],
+)
+def test_packed_tokens_at_the_far_end(elements, dilation):
     """Short and long sequences, covered and uncovered tokens behind 2**31 elements."""
     rng = np.random.default_rng(0)
-    dim, width, state_len, block_m = 32, 4, 5, 1 << 20
+    dim, width, block_m = 32, 4, 1 << 20
+    reach = (width - 1) * dilation
+    state_len, options = reach + 2, {"dilation": dilation, "residual": dilation > 1}
     tokens = elements // dim + 5000
     assert tokens * dim > elements
     x, out = (sparse((tokens, dim), BFLOAT16) for _ in range(2))
@@ -166,7 +172,7 @@ def test_packed_tokens_at_the_far_end(elements):
     seen = np.array([True, True, False])
     metadata = build_metadata(offsets, tokens, block_m=block_m)
     programs = programs_of(metadata, (0, long // block_m), (1, 0), (-1, 0))
-    sample = slice(long - 7 - (width - 1), tokens)
+    sample = slice(long - 7 - reach, tokens)
     x[sample] = normal(rng, x[sample].shape)
     out[sample] = np.nan
 
@@ -174,13 +180,14 @@ def test_packed_tokens_at_the_far_end(elements):
     operands = PackedOperands(
         x, weight, bias, states, offsets, slots, seen, metadata=metadata
     )
-    record.run(launch.packed(SILU, operands), call)
+    record.run(launch.packed(ConvSpec("silu", **options), operands), call)
 
-    first = long - 7
-    want = outputs_of(x[first - 3 : first], x[first:long], weight, bias)
-    assert_outputs(out[first:long], want, width, "the last chunk of a long sequence")
-    want = outputs_of(old[0], x[long : long + 3], weight, bias)
-    assert_outputs(out[long : long + 3], want, width, "a short sequence")
+    first, short, residual = long - 7, slice(long, long + 3), dilation > 1
+    want = outputs_of(x[first - reach : first], x[first:long], weight, bias, **options)
+    what = "the last chunk of a long sequence"
+    assert_outputs(out[first:long], want, width, what, residual)
+    want = outputs_of(old[0], x[short], weight, bias, **options)
+    assert_outputs(out[short], want, width, "a short sequence", residual)
     np.testing.assert_array_equal(out[-9:], 0)
     assert np.isnan(out[first - 3 : first].astype(np.float32)).all()
     want = np.concatenate([old[0], x[long : long + 3]])[-state_len:]
@@ -385,16 +392,20 @@ def update_wide_row(rng, width, state_len, dim, query, circular):
     assert np.isnan(out[0, :, last].astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("segments", [False, True])
-def test_dense_tokens_at_the_far_end(segments):
+@pytest.mark.parametrize(
+    "segments, dilation", [(False, 1), (True, 1), (False, 3)], ids=str
+)
+def test_dense_tokens_at_the_far_end(segments, dilation):
     """The last chunk of the second row, forward and backward."""
     rng = np.random.default_rng(7)
     dim, width, tail = 32, 4, 200
+    reach = (width - 1) * dilation
+    spec = ConvSpec("silu", dilation=dilation, residual=dilation > 1)
     length = ELEMENTS // dim // 2 + 1064  # 40 rows in the last chunk of both kernels
     assert 2 * length * dim > ELEMENTS
     x, dy, out, dx = (sparse((2, length, dim), BFLOAT16) for _ in range(4))
     weight, bias = parameters(rng, dim, width)
-    history = normal(rng, (2, width - 1, dim))
+    history = normal(rng, (2, reach, dim))
     ids = None
     if segments:
         ids = sparse((2, length), np.dtype("int32"))
@@ -406,9 +417,9 @@ def test_dense_tokens_at_the_far_end(segments):
     short = None if ids is None else ids[end]
 
     operands = DenseOperands(x, weight, bias, segment_ids=ids)
-    record.run(launch.dense(SILU, operands), in_place_caller([-1], out))
+    record.run(launch.dense(spec, operands), in_place_caller([-1], out))
     operands = DenseOperands(x[end], weight, bias, segment_ids=short)
-    (want,) = xla.dense(SILU, jax.tree.map(jnp.asarray, operands))
+    (want,) = xla.dense(spec, jax.tree.map(jnp.asarray, operands))
     written = ~np.isnan(out[1, -tail:].astype(np.float32)).all(axis=1)
     rows = np.flatnonzero(written)
     assert 0 < len(rows) < tail - 10
@@ -419,16 +430,16 @@ def test_dense_tokens_at_the_far_end(segments):
     plain = ids is None
     chunks = -(-length // tiles.rows_backward(filters, dim, 2, length, plain).block_m)
     partial = sparse((2 * chunks, width + 1, dim), np.dtype("float32"))
-    dhistory = np.zeros((2, width - 1, dim), np.float32)
+    dhistory = np.zeros((2, reach, dim), np.float32)
     call = in_place_caller([-1], dx, dhistory, partial)
     operands = RowsBackwardOperands(x, weight, bias, history, (dy,), segment_ids=ids)
-    _, dweight, dbias, _ = record.run(launch.rows_backward(SILU, operands), call)
+    _, dweight, dbias, _ = record.run(launch.rows_backward(spec, operands), call)
 
     def expected():
         operands = RowsBackwardOperands(
             x[end], weight, bias, history[1:], (dy[end],), segment_ids=short
         )
-        return xla_backward.rows_backward(SILU, jax.tree.map(jnp.asarray, operands))
+        return xla_backward.rows_backward(spec, jax.tree.map(jnp.asarray, operands))
 
     want = expected()
     assert_near(dx[1, -tail:][rows], want[0][0][rows])

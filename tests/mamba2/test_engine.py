@@ -120,12 +120,12 @@ def engine(warm_engine):
     engine = warm_engine("usual")
     yield engine
     assert engine.idle and engine.num_running == 0
-    assert sorted(engine._schedule.free) == [0, 1, 2, 3], "slots are missing"
+    assert sorted(engine._schedule.shares[0].free) == [0, 1, 2, 3], "slots are missing"
 
 
 def poison(engine):
     """NaN in all slots that nobody has."""
-    free = jnp.array(list(engine._schedule.free), int)
+    free = jnp.array(list(engine._schedule.shares[0].free), int)
     cache = jax.tree.map(lambda a: a.at[free].set(jnp.nan), engine._device.state.cache)
     engine._device.state = engine._device.state._replace(cache=cache)
 
@@ -387,7 +387,7 @@ def test_cancelling_frees_the_slot_at_once(engine, alone):
     slot = prefilling.slot
     assert engine.cancel(waiting.id) and engine.num_waiting == 1
     assert engine.cancel(prefilling.id)
-    assert list(engine._schedule.free) == [slot] and engine.num_running == 3
+    assert list(engine._schedule.shares[0].free) == [slot] and engine.num_running == 3
     assert waiting.finish_reason == prefilling.finish_reason == "cancelled"
     poison(engine)
     events = engine.step()
@@ -432,7 +432,7 @@ def test_random_arrivals_and_cancellations(engine, alone):
             poison(engine)
         engine.step()
         slots = [g.slot for g in generations if g.slot != PAD_SLOT_ID]
-        assert sorted([*slots, *engine._schedule.free]) == [0, 1, 2, 3]
+        assert sorted([*slots, *engine._schedule.shares[0].free]) == [0, 1, 2, 3]
     engine.run()
     reasons = [g.finish_reason for g in generations]
     assert min(reasons.count("length"), reasons.count("cancelled")) > 10
@@ -800,7 +800,7 @@ def check(engine, jobs, returned=None, missed=False):
         and not engine._schedule.waiting
         and not engine._flights
     )
-    assert sorted(engine._schedule.free) == [0, 1, 2, 3]
+    assert sorted(engine._schedule.shares[0].free) == [0, 1, 2, 3]
 
 
 def test_an_interruption_between_any_two_instructions_changes_nothing(
@@ -839,7 +839,7 @@ def test_every_few_instructions_a_short_run_may_be_interrupted(bigrams):
             engine.run()
         engine.run()
         assert [generation.tokens for generation in generations] == expected, moment
-        assert engine.idle and sorted(engine._schedule.free) == [0, 1]
+        assert engine.idle and sorted(engine._schedule.shares[0].free) == [0, 1]
         if interrupter.where is None:
             break
     assert moment > 1000
@@ -880,7 +880,7 @@ def test_an_interrupted_submit_or_cancel_has_done_all_or_nothing(bigrams, what):
         else:
             outcomes.add(victim.finish_reason)
             assert len(ended) == 3
-        assert engine.idle and sorted(engine._schedule.free) == [0, 1]
+        assert engine.idle and sorted(engine._schedule.shares[0].free) == [0, 1]
     assert hits > 50 and len(outcomes) == 2
 
 

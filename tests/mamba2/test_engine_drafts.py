@@ -56,7 +56,7 @@ def shared_engine():
 def engine(shared_engine):
     shared_engine.stats.steps.clear()
     yield shared_engine
-    assert shared_engine.idle and len(shared_engine._schedule.free) == 3
+    assert shared_engine.idle and len(shared_engine._schedule.shares[0].free) == 3
 
 
 @pytest.fixture

@@ -83,8 +83,8 @@ def shared_engine():
 @pytest.fixture
 def engine(shared_engine):
     """An engine with an empty prefix cache, which a test must leave idle."""
-    shared_engine._prefixes.clear()
-    shared_engine._prefixes._seen.clear()
+    shared_engine._schedule.shares[0].prefixes.clear()
+    shared_engine._blocks._seen.clear()
     shared_engine.stats.steps.clear()
     yield shared_engine
     assert shared_engine.idle
@@ -93,7 +93,8 @@ def engine(shared_engine):
 
 def check_slots(engine):
     """Every slot is free or has one owner."""
-    schedule, cache = engine._schedule, engine._prefixes
+    schedule = engine._schedule.shares[0]
+    cache = schedule.prefixes
     held = [g.slot % schedule._num_slots for g in schedule.running.values()]
     assert sorted([*held, *schedule.free]) == list(range(schedule._num_slots))
     snapshots = [s for found in cache._found.values() for s in found]
@@ -108,8 +109,10 @@ def check_slots(engine):
 def poison(engine):
     """Another state in all slots but those whose states are needed."""
     state = engine._device.state
-    needed = [g.slot for g in engine._schedule.running.values()]
-    needed += [snapshot.slot for snapshot in engine._prefixes._by_use]
+    needed = [g.slot for g in engine._schedule.running]
+    needed += [
+        snapshot.slot for snapshot in engine._schedule.shares[0].prefixes._by_use
+    ]
     free = np.setdiff1d(np.arange(len(state.newest)), needed)
     engine._device.state = state._replace(cache=state.cache.at[free].set(12345))
 
@@ -264,7 +267,7 @@ def test_only_so_many_blocks_are_remembered(engine, monkeypatch):
     for i in range(4):
         engine.submit(Request(prompt_of(17, i), 1))
     engine.run()
-    assert len(engine._prefixes._seen) == 5
+    assert len(engine._blocks._seen) == 5
 
 
 def test_sizes_of_the_prefix_cache_are_checked():
@@ -500,7 +503,7 @@ def test_an_interruption_anywhere_changes_no_token(engine_of, drafts):
     rng, where, trials = np.random.default_rng(6), set(), 60
     for i in range(trials):
         moment = 1 + (i * total + int(rng.integers(total))) // trials
-        engine._prefixes.clear()
+        engine._schedule.shares[0].prefixes.clear()
         where.add(run_busy(engine, requests, Interrupter(moment)).where)
     assert where >= {"plan", "_collect", "pack"} and len(where) > 10, where
 
@@ -637,8 +640,10 @@ def serve(model, requests, **how):
 
 
 def poison_with_nan(engine):
-    needed = [g.slot for g in engine._schedule.running.values()]
-    needed += [snapshot.slot for snapshot in engine._prefixes._by_use]
+    needed = [g.slot for g in engine._schedule.running]
+    needed += [
+        snapshot.slot for snapshot in engine._schedule.shares[0].prefixes._by_use
+    ]
     state = engine._device.state
     free = np.setdiff1d(np.arange(len(state.newest)), needed)
     cache = jax.tree.map(lambda a: a.at[free].set(jnp.nan), state.cache)

@@ -1,4 +1,4 @@
-"""The ops in a run of several processes, as on several hosts."""
+"""The ops and the engine in a run of several processes, as on several hosts."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support import REPOSITORY
 
 PROCESSES = 2
-TIMEOUT = 120  # seconds, for all processes together
+TIMEOUT = 240  # seconds, for all processes together
 
 
 def free_port() -> int:
@@ -22,7 +22,7 @@ def free_port() -> int:
 def run_workers(module: str, folder: Path) -> list[tuple[int | None, str]]:
     """Exit status (None: it was still running) and output of each process."""
     port = str(free_port())
-    # One device a process, whatever this process was told.
+    # As many devices as each asks for, whatever this process was told.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     logs = [folder / f"{rank}.log" for rank in range(PROCESSES)]
     workers: list[subprocess.Popen] = []
@@ -57,10 +57,21 @@ def wait_for(workers: list[subprocess.Popen]) -> list[int | None]:
         time.sleep(0.1)
 
 
-def test_processes_that_share_the_channels_compute_their_part_alone(tmp_path):
-    results = run_workers("tests.support.distributed_worker", tmp_path)
+def outputs_of(module: str, folder: Path) -> list[str]:
+    results = run_workers(module, folder)
     report = "\n".join(
         f"process {rank} ended with {code}:\n{output[-4000:]}"
         for rank, (code, output) in enumerate(results)
     )
     assert [code for code, _ in results] == [0] * PROCESSES, report
+    return [output for _, output in results]
+
+
+def test_processes_that_share_the_channels_compute_their_part_alone(tmp_path):
+    outputs_of("tests.support.distributed_worker", tmp_path)
+
+
+def test_processes_that_share_an_engine_get_the_tokens_of_one_device(tmp_path):
+    outputs = outputs_of("tests.support.distributed_engine", tmp_path)
+    (tokens,) = {output.strip().splitlines()[-1] for output in outputs}
+    assert tokens.startswith("[["), tokens

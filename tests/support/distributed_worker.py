@@ -7,22 +7,12 @@ compares what this process holds with the float64 reference.
 """
 
 import re
-import sys
+
+from tests.support import processes
+
+RANK, PROCESSES = processes.join()
 
 import jax
-
-RANK, PROCESSES, PORT = map(int, sys.argv[1:])
-ADDRESS = f"127.0.0.1:{PORT}"
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-# Before anything asks jax for its devices, as imports below do.
-jax.distributed.initialize(
-    ADDRESS,
-    PROCESSES,
-    RANK,
-    coordinator_bind_address=ADDRESS if RANK == 0 else None,
-    initialization_timeout=60,
-)
-
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 

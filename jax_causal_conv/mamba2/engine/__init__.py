@@ -18,6 +18,7 @@ Where things are:
 - `requests`, `validation`: what to generate, and the checks of it;
 - `schedule`: who has a slot, who waits, who takes part in the next step;
 - `buckets`, `batches`, `device`: shapes, arrays and the compiled step;
+- `placement`: the mesh, if there is one, and what each device of it has;
 - `prefixes`: snapshots of prompts, for forks and for prompts that begin alike;
 - `drafts`: guesses of the next tokens, and the checks of them;
 - `delivery`: events on their way to callbacks and to the caller;

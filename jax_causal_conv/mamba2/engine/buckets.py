@@ -63,10 +63,13 @@ class Buckets:
             mixed |= {Bucket(n * (1 + 2 * max_drafts), n, n) for n in decode_sizes}
         self.all = (*decodes, *sorted(mixed))
 
-    def fit(self, lengths: list[int]) -> Bucket:
-        """The first bucket that holds rows of these lengths."""
-        prefills = sum(length > 1 for length in lengths)
-        need = Bucket(sum(lengths), len(lengths), prefills)
+    def fit(self, lengths: list[list[int]]) -> Bucket:
+        """The first bucket that holds rows of these lengths, on each of the devices."""
+        needs = [
+            Bucket(sum(own), len(own), sum(length > 1 for length in own))
+            for own in lengths
+        ]
+        need = Bucket(*map(max, zip(*needs, strict=True)))
         return next(
             bucket
             for bucket in self.all

@@ -1,6 +1,6 @@
 """The compiled step, and what stays on the device from one to the next."""
 
-import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +12,14 @@ from ..model import Mamba2LM
 from ..sampling import sample
 from .batches import Batch, Features, pack
 from .buckets import Bucket
+from .placement import Placement
 
 
 class DeviceState(NamedTuple):
     """What stays on the device from step to step.
 
     Attributes:
-        cache: of the model, S slots.
+        cache: of the model, S slots; along a data axis those of all devices.
         newest: `(S,)` int32, the token that each slot's request drew last.
     """
 
@@ -30,6 +31,7 @@ class Device:
     """A model's parameters and caches, and the compiled functions that use them.
 
     Attributes:
+        placement: the mesh that all this is on, if any.
         state: the caches and the newest tokens.
         executables: the steps that were compiled.
     """
@@ -41,60 +43,105 @@ class Device:
         features: Features,
         cache_dtype: Any,
         ssm_dtype: Any,
+        mesh: Any,
+        data_axis: str | None,
     ):
         """Allocates the caches; compiles nothing yet."""
         # The parameters are a flat list because every step flattens its arguments: that
         # takes 60 us for an nnx.State of 38 arrays, and 2 us for a list.
         graph, params = nnx.split(model)
-        self._params, params_tree = jax.tree.flatten(params)
-        self._features = features
-        self._jitted = jax.jit(
-            functools.partial(_model_step, graph, params_tree),
-            static_argnames="max_prefills",
-            donate_argnames="state",
+        leaves, params_tree = jax.tree.flatten(params)
+        self.placement = placement = Placement.of(
+            leaves, getattr(model, "implementation", None), mesh, data_axis
         )
-        self._load = jax.jit(_load, donate_argnames="state")
+        self._params = placement.params(leaves)
+        self._features = features
         self.executables: dict[Bucket, jax.stages.Compiled] = {}
         self.state = DeviceState(
             model.init_cache(num_slots, dtype=cache_dtype, ssm_dtype=ssm_dtype),
             jnp.zeros(num_slots, jnp.int32),
         )
-        self._state_types = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
-            self.state,
+        self._state_types = placement.states(self.state)
+        as_before = None
+        if placement.mesh is not None:
+            as_before = jax.tree.map(lambda a: a.sharding, self._state_types)
+            self.reset()
+
+        def step(params, state, batch, *, bucket):
+            like = pack([], bucket, features)
+
+            def on_one(params, state, batch):
+                batch = placement.read(batch, like)
+                return _model_step(
+                    graph, params_tree, params, state, batch, bucket.prefills
+                )
+
+            on_each = placement.on_each(on_one, False, True, True, out=(True, True))
+            return on_each(params, state, batch)
+
+        self._jitted = jax.jit(
+            step,
+            static_argnames="bucket",
+            donate_argnames="state",
+            out_shardings=(placement.sharding(data_axis), as_before),
         )
+        self._save = jax.jit(
+            placement.on_each(self._saved, True, False, False, out=False),
+            out_shardings=placement.sharding(),
+        )
+        self._load = jax.jit(
+            placement.on_each(self._loaded, True, False, False, False, out=True),
+            donate_argnums=0,
+            out_shardings=as_before,
+        )
+        self._share = jax.jit(lambda a: a, out_shardings=placement.sharding())
 
     def executable(self, bucket: Bucket) -> jax.stages.Compiled:
         """The step of that shape, compiled on its first use."""
         if bucket not in self.executables:
-            self.executables[bucket] = self._jitted.lower(
-                self._params,
-                self.state,
-                pack([], bucket, self._features),
-                max_prefills=bucket.prefills,
-            ).compile()
+            batches = [pack([], bucket, self._features)] * self.placement.shares
+            batch = self.placement.batch(batches)
+            with self.placement.context():
+                lowered = self._jitted.lower(
+                    self._params, self.state, batch, bucket=bucket
+                )
+                self.executables[bucket] = lowered.compile()
         return self.executables[bucket]
 
-    def step(self, executable: jax.stages.Compiled, batch: Batch) -> jax.Array:
+    def step(
+        self, executable: jax.stages.Compiled, batches: Sequence[Batch]
+    ) -> jax.Array:
         """Hands a step to the device, and does not wait for it.
 
         The caches are donated: if this is interrupted, they are lost.
 
+        Args:
+            executable: for the batches' bucket.
+            batches: one for each share of the slots.
+
         Returns:
-            `(M,)`, what will have been drawn.
+            `(shares * M,)`, what will have been drawn.
         """
+        batch = self.placement.batch(batches)
         with jax.disable_jit(False):  # nothing compiled can run without it
             tokens, self.state = executable(self._params, self.state, batch)
+            if not (tokens.is_fully_addressable or tokens.is_fully_replicated):
+                tokens = self._share(tokens)
         tokens.copy_to_host_async()
         return tokens
 
-    def save(self, slot: int) -> DeviceState:
+    def save(self, share: int, slot: int) -> DeviceState:
         """What is in a slot, on the host."""
-        return jax.device_get(_save(self.state, np.int32(slot)))
+        with self.placement.context():
+            saved = self._save(self.state, np.int32(share), np.int32(slot))
+        return jax.tree.map(np.asarray, saved)
 
-    def load(self, slot: int, saved: DeviceState) -> None:
+    def load(self, share: int, slot: int, saved: DeviceState) -> None:
         """Puts it into a slot again. The caches are donated, as in `step`."""
-        self.state = self._load(self.state, np.int32(slot), saved)
+        if self.placement.mesh is not None:
+            saved = jax.tree.map(self.placement.put, saved)
+        with self.placement.context():
+            self.state = self._load(self.state, np.int32(share), np.int32(slot), saved)
 
     def reset(self) -> None:
         """New caches instead of those that were lost."""
@@ -103,18 +150,30 @@ class Device:
             lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self._state_types
         )
 
+    def _saved(self, state: DeviceState, share: Any, slot: Any) -> DeviceState:
+        """The jitted part of `save`; along a data axis all get what one device has."""
+        rows = jax.tree.map(lambda a: a[slot], state)
+        if (axis := self.placement.axis) is None:
+            return rows
+        here = jax.lax.axis_index(axis) == share
+        return jax.tree.map(
+            lambda row: jax.lax.psum(jnp.where(here, row, 0), axis), rows
+        )
 
-@jax.jit
-def _save(state: DeviceState, slot: jax.Array) -> DeviceState:
-    return jax.tree.map(lambda a: a[slot], state)
-
-
-def _load(state: DeviceState, slot: jax.Array, saved: DeviceState) -> DeviceState:
-    return jax.tree.map(lambda a, row: a.at[slot].set(row), state, saved)
+    def _loaded(
+        self, state: DeviceState, share: Any, slot: Any, saved: DeviceState
+    ) -> DeviceState:
+        """The jitted part of `load`."""
+        if (axis := self.placement.axis) is not None:
+            here = jax.lax.axis_index(axis) == share
+            slot = jnp.where(here, slot, state.newest.shape[0])
+        return jax.tree.map(
+            lambda a, row: a.at[slot].set(row, mode="drop"), state, saved
+        )
 
 
 def _model_step(
-    graph, params_tree, params, state: DeviceState, batch: Any, *, max_prefills: int
+    graph, params_tree, params, state: DeviceState, batch: Any, max_prefills: int
 ) -> tuple[jax.Array, DeviceState]:
     """The jitted part: completes the tokens, runs the model, draws the next ones."""
     model = nnx.merge(graph, params_tree.unflatten(params))

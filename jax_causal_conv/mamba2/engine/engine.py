@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ...operands import PAD_SLOT_ID
 from ..model import Mamba2LM
@@ -18,10 +19,10 @@ from .buckets import Bucket, Buckets
 from .delivery import Delivery
 from .device import Device
 from .drafts import Draft, Drafting, ModelDraft
-from .prefixes import Prefixes
+from .prefixes import Blocks, Prefixes
 from .recovery import settle
 from .requests import Event, FinishReason, Generation, QueueFull, Request, Terms
-from .schedule import Schedule
+from .schedule import Schedule, Slots
 from .stats import Stats, StepStats
 from .validation import brief
 
@@ -30,12 +31,12 @@ class Flight(NamedTuple):
     """A step that the device may still be working on.
 
     Attributes:
-        rows: who takes part.
-        tokens: `(M,)`, what the rows draw, one after another.
+        rows: who takes part, on each of the devices.
+        tokens: `(devices * M,)`, what the rows of each draw, one after another.
         bucket, running, waiting, start, host_seconds: as in `StepStats`.
     """
 
-    rows: list[Row]
+    rows: list[list[Row]]
     tokens: jax.Array
     bucket: Bucket
     running: int
@@ -60,6 +61,14 @@ class Engine:
 
     What a request generates depends on the request alone (up to the last bits of
     floating point, which XLA may round differently in another bucket).
+
+    On a mesh of devices, a model that `tensor_parallel` has divided is served by all of
+    them together. With a `data_axis` each device along it has the model, and slots and
+    requests of its own. One call a step serves all devices, and nothing crosses that
+    axis. The mesh may have both kinds of axes (on GPUs not with kernels). Where several
+    processes share a mesh, each must have an engine like the others', and make the same
+    calls in the same order: each gets all tokens. An exception in one of them alone
+    parts them for good.
 
     Example:
         >>> engine = Engine(model, num_slots=16, max_tokens_per_step=256)
@@ -86,6 +95,8 @@ class Engine:
         prefix_block: int = 64,
         draft: Draft | Mamba2LM | None = None,
         max_drafts: int = 4,
+        mesh: Mesh | None = None,
+        data_axis: str | None = None,
     ):
         """Allocates the caches; compiles nothing yet.
 
@@ -118,12 +129,22 @@ class Engine:
                 returns what it must not, `step` raises an error, and the requests
                 concerned go on without drafts.
             max_drafts: how many guesses a request gets in a step.
+            mesh: the devices; None is where the model is. With it comes
+            data_axis: the mesh's axis along which each device has its own requests.
+                `num_slots`, `prefix_slots` and all sizes of a step are for each. A
+                request goes to a device that has no more than its share of them; of
+                such, to the one with the longest snapshot of its prompt, or the fewest
+                requests. The model is on this mesh and not divided over the axis, or on
+                a single device, from which it is copied to all. On GPUs a model that is
+                divided over other axes needs `implementation="xla"`.
 
         Raises:
-            TypeError: a size is not an integer, or `draft` is neither callable nor a
-                model.
-            ValueError: a size is out of its range, or the draft's vocabulary is not the
-                model's.
+            TypeError: a size is not an integer, `draft` is neither callable nor a
+                model, or `mesh` is no mesh.
+            ValueError: a size is out of its range, the draft's vocabulary is not the
+                model's, `mesh` or `data_axis` is missing beside the other, the mesh has
+                no such axis, or the model is on another mesh, divided over the axis, or
+                divided where kernels cannot be.
         """
         if min(num_slots, max_prefills_per_step) < 1 or min(max_waiting, history) < 0:
             raise ValueError(
@@ -161,8 +182,11 @@ class Engine:
         own = num_slots * (2 if draft is not None else 1)
         total = own + prefix_slots
         self._features = Features(moves=total > num_slots, max_drafts=max_drafts)
-        self._device = Device(model, total, self._features, cache_dtype, ssm_dtype)
-        self._prefixes = Prefixes(range(own, total), prefix_block)
+        self._device = Device(
+            model, total, self._features, cache_dtype, ssm_dtype, mesh, data_axis
+        )
+        self._keeps_prefixes = prefix_slots > 0
+        self._blocks = Blocks(prefix_block)
         self._drafting = None
         if isinstance(draft, Mamba2LM):
             if draft.config.vocab_size != self._vocab_size:
@@ -182,6 +206,8 @@ class Engine:
                 max_waiting=num_slots,
                 history=0,
                 prefix_slots=2 * num_slots,
+                mesh=mesh,
+                data_axis=data_axis,
             )
             draft = ModelDraft(engine)
         if draft is not None:
@@ -191,11 +217,16 @@ class Engine:
                 )
             self._drafting = Drafting(draft, max_drafts, self._vocab_size)
         self._schedule = Schedule(
-            num_slots,
-            max_tokens_per_step,
-            max_prefills_per_step,
-            self._prefixes,
-            tokens_on_host=self._drafting is not None,
+            [
+                Slots(
+                    num_slots,
+                    max_tokens_per_step,
+                    max_prefills_per_step,
+                    Prefixes(range(own, total), self._blocks),
+                    tokens_on_host=self._drafting is not None,
+                )
+                for _ in range(self._device.placement.shares)
+            ]
         )
         self._intact = True
         self._ids = itertools.count()
@@ -239,15 +270,15 @@ class Engine:
         if n is not None:
             if (count := integer("n", n)) < 1:
                 raise ValueError(f"n must be at least 1, got {n}")
-            if count > 1 and not self._prefixes.enabled:
+            if count > 1 and not self._keeps_prefixes:
                 raise ValueError(f"n > 1 needs an engine with prefix_slots, got n={n}")
             samples = [terms.sample(i) for i in range(count)]
         self._mend()
         # The next step moves as many of the waiting requests into slots as are free.
-        room = self._max_waiting + len(self._schedule.free) - self.num_waiting
+        room = self._max_waiting + self._schedule.num_free - self.num_waiting
         if len(samples) > room:
             raise QueueFull(f"{self.num_waiting} requests wait already")
-        digests = self._prefixes.digests(terms.prompt)
+        digests = self._blocks.digests(terms.prompt) if self._keeps_prefixes else []
         now = time.perf_counter()
         new = [
             Generation(next(self._ids), request, terms, now, terms.prompt, digests)
@@ -256,7 +287,7 @@ class Engine:
         self._intact = False
         self._active.update({generation.id: generation for generation in new})
         self._schedule.waiting.extend(new)
-        self._prefixes.saw(digests)
+        self._blocks.saw(digests)
         self._intact = True
         return new[0] if n is None else new
 
@@ -282,7 +313,7 @@ class Engine:
             return False
         saved = generation.saved  # of one that was resumed, and waits for a slot again
         if generation.slot != PAD_SLOT_ID and generation.scheduled:
-            saved = self._device.save(generation.slot)
+            saved = self._device.save(generation.share, generation.slot)
         self._intact = False
         generation.saved = saved
         generation.paused = True
@@ -419,29 +450,30 @@ class Engine:
         """Plans a step and hands it to the device, without waiting for anything."""
         start = time.perf_counter()
         schedule = self._schedule
-        if schedule.free and schedule.waiting:
+        if schedule.num_free and schedule.waiting:
             self._intact = False
             for generation in schedule.admit(start):
                 if generation.saved is not None:
-                    self._device.load(generation.slot, generation.saved)
+                    place = generation.share, generation.slot
+                    self._device.load(*place, generation.saved)
                     generation.saved = None
             self._intact = True
         guesses = {}
         if self._drafting is not None:
-            guesses = self._drafting.ask(schedule.running.values())
+            guesses = self._drafting.ask(schedule.running)
         running = self.num_running
         self._intact = False
         rows = schedule.plan(guesses)
         self._intact = True
-        if not rows:
+        if not any(rows):
             return
-        bucket = self._buckets.fit([row.length for row in rows])
-        batch = pack(rows, bucket, self._features)
+        bucket = self._buckets.fit([[row.length for row in own] for own in rows])
+        batches = [pack(own, bucket, self._features) for own in rows]
         executable = self._device.executable(bucket)
         # From here until the results are in their places, an interruption loses the
         # caches: they are donated.
         self._intact = False
-        tokens = self._device.step(executable, batch)
+        tokens = self._device.step(executable, batches)
         schedule.took(rows)
         host_seconds = time.perf_counter() - start
         self._flights.append(
@@ -454,7 +486,7 @@ class Engine:
         flight = self._flights[0]
         try:
             # An interruption here changes nothing: the tokens can be waited for again.
-            tokens = np.asarray(flight.tokens).tolist()
+            tokens = np.asarray(flight.tokens).reshape(len(flight.rows), -1).tolist()
         except Exception:
             # The device has failed, and with this step's tokens its caches are lost.
             self._intact = False
@@ -462,10 +494,14 @@ class Engine:
         now = time.perf_counter()
         self._intact = False
         self._flights.popleft()
-        first = accepted = 0
-        for row in flight.rows:
-            generation, drawn = row.generation, tokens[first:][: row.num_drafts + 1]
-            first += row.num_drafts + 1
+        accepted = 0
+        drawn_by_row = (
+            (row, list(itertools.islice(draws, row.num_drafts + 1)))
+            for rows, draws in zip(flight.rows, map(iter, tokens), strict=True)
+            for row in rows
+        )
+        for row, drawn in drawn_by_row:
+            generation = row.generation
             # The request may have been cancelled, or stopped by the previous step's
             # token, while this step was under way.
             if not row.draws or generation.finish_reason is not None:
@@ -508,18 +544,20 @@ class Engine:
         self._intact = True
 
     def _record(self, flight: Flight, accepted: int, now: float) -> None:
-        decodes = sum(row.decodes for row in flight.rows)
-        drafts = sum(row.num_drafts for row in flight.rows)
-        tokens = sum(row.length for row in flight.rows)
-        prefills = sum(row.length for row in flight.rows if not row.decodes)
-        hits = [row.start for row in flight.rows if row.source is not None]
+        rows = list(itertools.chain(*flight.rows))
+        decodes = sum(row.decodes for row in rows)
+        drafts = sum(row.num_drafts for row in rows)
+        tokens = sum(row.length for row in rows)
+        prefills = sum(row.length for row in rows if not row.decodes)
+        hits = [row.start for row in rows if row.source is not None]
         self._stats.steps.append(
             StepStats(
                 bucket=flight.bucket,
+                devices=len(flight.rows),
                 decode_tokens=decodes,
                 prefill_tokens=prefills,
                 reread_tokens=tokens - decodes - drafts - prefills,
-                prefill_rows=len(flight.rows) - decodes,
+                prefill_rows=len(rows) - decodes,
                 draft_tokens=drafts,
                 accepted_tokens=accepted,
                 prefix_hits=len(hits),

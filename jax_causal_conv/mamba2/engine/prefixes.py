@@ -43,36 +43,22 @@ class Snapshot:
     ready: bool = False
 
 
-class Prefixes:
-    """Finds, promises and evicts snapshots, in slots that no request gets.
+class Blocks:
+    """The blocks of which all prompts so far were made.
 
     Attributes:
-        enabled: whether there are any slots.
-        free: slots without a snapshot.
+        size: tokens in a block.
     """
 
-    def __init__(self, slots: range, block: int):
-        self.enabled = len(slots) > 0
-        self._slots = slots
-        self._block = block
+    def __init__(self, size: int):
+        self.size = size
         self._seen: OrderedDict[bytes, int] = OrderedDict()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets all snapshots, but not which prompts there were."""
-        self.free = list(self._slots)
-        # By the digest of their whole blocks; the least recently used one comes first.
-        self._found: dict[bytes, list[Snapshot]] = {}
-        self._by_use: OrderedDict[Snapshot, None] = OrderedDict()
-        self._promised: dict[int, list[Snapshot]] = {}
 
     def digests(self, prompt: np.ndarray) -> list[bytes]:
-        """Hashes of the first 0, 1, 2, ... blocks of a prompt; if enabled."""
-        if not self.enabled:
-            return []
+        """Hashes of the first 0, 1, 2, ... blocks of a prompt."""
         digests = [b""]
-        for end in range(self._block, len(prompt) + 1, self._block):
-            block = prompt[end - self._block : end].tobytes()
+        for end in range(self.size, len(prompt) + 1, self.size):
+            block = prompt[end - self.size : end].tobytes()
             digests.append(
                 hashlib.blake2b(digests[-1] + block, digest_size=16).digest()
             )
@@ -85,6 +71,33 @@ class Prefixes:
             self._seen.move_to_end(digest)
         while len(self._seen) > BLOCKS_REMEMBERED:
             self._seen.popitem(last=False)
+
+    def shared(self, digest: bytes) -> bool:
+        """Whether several prompts began with what this is the digest of."""
+        return self._seen.get(digest, 0) > 1
+
+
+class Prefixes:
+    """Finds, promises and evicts snapshots, in slots of a device that no request gets.
+
+    Attributes:
+        enabled: whether there are any slots.
+        free: slots without a snapshot.
+    """
+
+    def __init__(self, slots: range, blocks: Blocks):
+        self.enabled = len(slots) > 0
+        self._slots = slots
+        self._blocks = blocks
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all snapshots, but not which prompts there were."""
+        self.free = list(self._slots)
+        # By the digest of their whole blocks; the least recently used one comes first.
+        self._found: dict[bytes, list[Snapshot]] = {}
+        self._by_use: OrderedDict[Snapshot, None] = OrderedDict()
+        self._promised: dict[int, list[Snapshot]] = {}
 
     def find(self, generation: Generation) -> Snapshot | None:
         """The longest snapshot, ready or promised by another, that it may start from.
@@ -110,14 +123,15 @@ class Prefixes:
             return  # The step that it was to begin with was interrupted.
         prompt, digests = generation.prompt, generation.digests
         last = len(prompt) - 1
+        size = self._blocks.size
         shared = max(
             k
             for k, digest in enumerate(digests)
-            if k == 0 or (self._seen.get(digest, 0) > 1 and k * self._block <= last)
+            if k == 0 or (self._blocks.shared(digest) and k * size <= last)
         )
         promised = [
-            Snapshot(prompt[:length], digests[length // self._block])
-            for length in sorted({shared * self._block, last})
+            Snapshot(prompt[:length], digests[length // size])
+            for length in sorted({shared * size, last})
             if length > start
         ]
         self._promised[generation.id] = promised

@@ -134,6 +134,8 @@ class Generation:
         token_times: when each of them reached the host.
         finish_reason: None until the end.
         slot: its slot in the caches, PAD_SLOT_ID while it has none.
+        share: of the engine's slots, to which it belongs: 0, or a device's number along
+            the data axis.
         scheduled: tokens (of the prompt, then drawn ones) that were given to the model,
             or that a snapshot spared it: those whose states are in the slot. Accepted
             drafts are not among them until the next step has read them again.
@@ -157,6 +159,7 @@ class Generation:
     token_times: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     slot: int = PAD_SLOT_ID
+    share: int = 0
     scheduled: int = 0
     reused: int = 0
     paused: bool = False

@@ -11,13 +11,13 @@ from .prefixes import Prefixes, Snapshot
 from .requests import Generation
 
 
-class Schedule:
-    """The queue, the slots and the plan of each step.
+class Slots:
+    """The slots of a device, and the plan of its part of each step.
 
-    Requests get slots in the order of their arrival. In each step, decoding requests
-    come first, with one token each and its drafts, so that no prompt holds them up;
-    prompts share the rest of the budget, the oldest first, in chunks. A prompt that
-    begins with what another one is just reading waits until that has left a snapshot.
+    Decoding requests come first, with one token each and its drafts, so that no prompt
+    holds them up; prompts share the rest of the budget, the oldest first, in chunks. A
+    prompt that begins with what another one is just reading waits until that has left
+    a snapshot.
 
     With drafts every slot has a twin. The states that a row with guesses starts from
     stay where they are until it is known which guesses are right; those after what was
@@ -26,8 +26,8 @@ class Schedule:
 
     Attributes:
         free: slots that nobody has.
-        waiting: requests without a slot, in the order of their arrival.
         running: requests with one by their number, in the order of admission.
+        prefixes: the snapshots on the device.
     """
 
     def __init__(
@@ -41,31 +41,27 @@ class Schedule:
         self._num_slots = num_slots
         self._budget = budget
         self._max_prefills = max_prefills
-        self._prefixes = prefixes
         self._tokens_on_host = tokens_on_host
-        self.free = deque(range(num_slots))
-        self.waiting: deque[Generation] = deque()
+        self.prefixes = prefixes
+        self.clear()
+
+    def clear(self) -> None:
+        """All slots are free, and no snapshot is left."""
+        self.free = deque(range(self._num_slots))
         self.running: dict[int, Generation] = {}
+        self.prefixes.clear()
 
-    def wait(self, generation: Generation) -> None:
-        """Puts it into the queue, where the order of arrival wants it."""
-        later = []
-        while self.waiting and self.waiting[-1].id > generation.id:
-            later.append(self.waiting.pop())
-        self.waiting.append(generation)
-        self.waiting.extend(reversed(later))
+    def spared(self, generation: Generation) -> int:
+        """Tokens of its prompt that a request need not read here."""
+        if generation.scheduled or not self.prefixes.enabled:
+            return 0
+        snapshot = self.prefixes.find(generation)
+        return 0 if snapshot is None else len(snapshot.tokens)
 
-    def admit(self, now: float) -> list[Generation]:
-        """Gives the free slots to requests that wait, and says to which."""
-        admitted = []
-        while self.free and self.waiting:
-            generation = self.waiting.popleft()
-            generation.slot = self.free.popleft()
-            if generation.admitted is None:
-                generation.admitted = now
-            self.running[generation.id] = generation
-            admitted.append(generation)
-        return admitted
+    def take(self, generation: Generation) -> None:
+        """Gives it a free slot."""
+        generation.slot = self.free.popleft()
+        self.running[generation.id] = generation
 
     def plan(self, guesses: Mapping[int, Sequence[int]]) -> list[Row]:
         """Who takes part in the step, with how many tokens.
@@ -87,10 +83,10 @@ class Schedule:
         reading: set[int] = set()
         for generation in prompts:
             start, source = generation.scheduled, None
-            if start == 0 and self._prefixes.enabled:
-                source = self._prefixes.find(generation)
+            if start == 0 and self.prefixes.enabled:
+                source = self.prefixes.find(generation)
                 if source is not None and not source.ready:
-                    if not self._prefixes.has_begun(generation):
+                    if not self.prefixes.has_begun(generation):
                         continue  # It waits for that snapshot.
                     source = None
                 if source is not None:
@@ -139,18 +135,18 @@ class Schedule:
             The length of the chunk, shorter if a second snapshot would be due in it,
             and the snapshot if there is one.
         """
-        if not self._prefixes.enabled:
+        if not self.prefixes.enabled:
             return length, None
         if generation.scheduled == 0:
-            self._prefixes.promise(generation, start)
-        due = [len(s.tokens) for s in self._prefixes.due(generation)]
-        self._prefixes.drop(generation, sum(end <= start for end in due))
+            self.prefixes.promise(generation, start)
+        due = [len(s.tokens) for s in self.prefixes.due(generation)]
+        self.prefixes.drop(generation, sum(end <= start for end in due))
         due = [end for end in due if start < end <= start + length]
         if not due:
             return length, None
-        snapshot = self._prefixes.due(generation)[0]
-        if not self._prefixes.place(snapshot, reading):
-            self._prefixes.drop(generation, 1)
+        snapshot = self.prefixes.due(generation)[0]
+        if not self.prefixes.place(snapshot, reading):
+            self.prefixes.drop(generation, 1)
             return length, None
         return (due[0] - start if len(due) > 1 else length), snapshot
 
@@ -162,18 +158,12 @@ class Schedule:
             generation.slot = row.slot
             if row.source is not None:
                 generation.reused = row.start
-                self._prefixes.used(row.source)
+                self.prefixes.used(row.source)
             if row.leaves is not None:
-                self._prefixes.keep(generation, row.leaves)
+                self.prefixes.keep(generation, row.leaves)
             # Its last token is on its way, so the next step may give the slot away.
             if generation.draws_scheduled == generation.terms.max_new_tokens:
                 self.release(generation)
-
-    def remove(self, generation: Generation) -> None:
-        """The request has ended or is paused: it waits no more, and has no slot."""
-        if generation in self.waiting:
-            self.waiting.remove(generation)
-        self.release(generation)
 
     def release(self, generation: Generation) -> None:
         """Frees the slot, if there is one.
@@ -184,11 +174,81 @@ class Schedule:
         if self.running.pop(generation.id, None) is not None:
             self.free.append(generation.slot % self._num_slots)
             generation.slot = PAD_SLOT_ID
-            self._prefixes.drop(generation)
+            self.prefixes.drop(generation)
+
+
+class Schedule:
+    """The queue, and who gets a slot of which device.
+
+    Requests get slots in the order of their arrival. As all devices take a step
+    together, they are to have equally many of them.
+
+    Attributes:
+        shares: the slots of each device.
+        waiting: requests without a slot, in the order of their arrival.
+    """
+
+    def __init__(self, shares: Sequence[Slots]):
+        self.shares = shares
+        self.waiting: deque[Generation] = deque()
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody has."""
+        return sum(len(slots.free) for slots in self.shares)
+
+    @property
+    def running(self) -> list[Generation]:
+        """Requests with a slot, in the order of admission on each device."""
+        return [g for slots in self.shares for g in slots.running.values()]
+
+    def wait(self, generation: Generation) -> None:
+        """Puts it into the queue, where the order of arrival wants it."""
+        later = []
+        while self.waiting and self.waiting[-1].id > generation.id:
+            later.append(self.waiting.pop())
+        self.waiting.append(generation)
+        self.waiting.extend(reversed(later))
+
+    def admit(self, now: float) -> list[Generation]:
+        """Gives the free slots to requests that wait, and says to which."""
+        count = min(self.num_free, len(self.waiting))
+        even = -(-(len(self.running) + count) // len(self.shares))
+        admitted = []
+        for _ in range(count):
+            generation = self.waiting.popleft()
+            # Of the devices with less than an even share, the one that has read most of
+            # its prompt already; then the one with the fewest requests.
+            generation.share = max(
+                (i for i, slots in enumerate(self.shares) if len(slots.running) < even),
+                key=lambda i: (
+                    self.shares[i].spared(generation),
+                    -len(self.shares[i].running),
+                ),
+            )
+            self.shares[generation.share].take(generation)
+            if generation.admitted is None:
+                generation.admitted = now
+            admitted.append(generation)
+        return admitted
+
+    def plan(self, guesses: Mapping[int, Sequence[int]]) -> list[list[Row]]:
+        """Who takes part in the step on each device; see `Slots.plan`."""
+        return [slots.plan(guesses) for slots in self.shares]
+
+    def took(self, rows: Sequence[list[Row]]) -> None:
+        """The devices have been given these."""
+        for slots, own in zip(self.shares, rows, strict=True):
+            slots.took(own)
+
+    def remove(self, generation: Generation) -> None:
+        """The request has ended or is paused: it waits no more, and has no slot."""
+        if generation in self.waiting:
+            self.waiting.remove(generation)
+        self.shares[generation.share].release(generation)
 
     def reset(self, waiting: list[Generation]) -> None:
         """All slots are free, no snapshot is left, and these requests wait."""
-        self.running.clear()
-        self.free = deque(range(self._num_slots))
+        for slots in self.shares:
+            slots.clear()
         self.waiting = deque(waiting)
-        self._prefixes.clear()

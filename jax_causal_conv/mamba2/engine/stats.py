@@ -13,7 +13,8 @@ class StepStats:
     """What a step was made of, and how long it took.
 
     Attributes:
-        bucket: the shape it ran in.
+        bucket: the shape it ran in, on each device.
+        devices: how many there were along the data axis.
         decode_tokens: rows of one drawn token each, not counting drafts.
         draft_tokens: drafts in these rows.
         accepted_tokens: drafts that turned out right.
@@ -31,6 +32,7 @@ class StepStats:
     """
 
     bucket: Bucket
+    devices: int
     decode_tokens: int
     draft_tokens: int
     accepted_tokens: int
@@ -47,9 +49,9 @@ class StepStats:
 
     @property
     def padding(self) -> int:
-        """Tokens of the bucket that belong to nobody."""
+        """Tokens of the buckets that belong to nobody."""
         decode = self.decode_tokens + self.draft_tokens + self.reread_tokens
-        return self.bucket.tokens - decode - self.prefill_tokens
+        return self.devices * self.bucket.tokens - decode - self.prefill_tokens
 
 
 class Stats(NamedTuple):
