@@ -192,7 +192,10 @@ def test_ssd_packed(changes, most):
     changes = dict(changes)
     drafts = changes.pop("drafts")
     case = ssd_cases.draw_packed(**TINY | changes, max_prefills=most)
-    assert lowered(*ssd(case, drafts)) == (CHUNKS if most else {"decode_kernel"})
+    kernels = CHUNKS if most else {"decode_kernel"}
+    if drafts:
+        kernels = kernels | {"recent_kernel"}
+    assert lowered(*ssd(case, drafts)) == kernels
 
 
 @pytest.mark.parametrize("options", [{}, dict.fromkeys(MOVES, True)], ids=["", "moves"])

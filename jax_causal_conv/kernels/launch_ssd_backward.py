@@ -15,11 +15,11 @@ from ..operands import SSDBackwardOperands, SSDSpec
 from . import tiles
 from .record import Launch, Launches
 from .ssd_backward import (
-    backward_finish_kernel,
     backward_heads_kernel,
     backward_pairs_kernel,
     backward_tokens_kernel,
 )
+from .ssd_backward_finish import backward_finish_kernel
 from .ssd_backward_record import (
     SsdBackwardConstants,
     SsdBackwardInputs,
@@ -39,8 +39,7 @@ class _Step(NamedTuple):
     writes: str
     grid: int
     num_warps: int
-    stages: int
-    older_num_warps: int | None = None
+    constants: SsdBackwardConstants
 
 
 def _constants(
@@ -81,6 +80,7 @@ def _constants(
         PART=length % tile.chunk != 0,
         ITEM_BLOCK=tile.item_block,
         ITEM_BLOCKS=-(-items // tile.item_block),
+        HEAD_TILES=tile.head_tiles,
         FINISH_HEADS=min(8, tiles.power_of_two(heads)),
     )
 
@@ -102,7 +102,7 @@ def _outputs(
     of_D = (C.H, C.P) if C.D_BY_CHANNEL else (items,)
     dstates = shape((rows, C.H, C.P, C.K), wide)
     return SsdBackwardOutputs(
-        sums=shape((tiles, C.H, 5, C.CHUNK), wide),
+        sums=shape((tiles, C.H, 6, C.CHUNK), wide),
         scores=shape((groups, C.G, pairs, *square), wide),
         entering=states,
         leaving=states,
@@ -179,6 +179,10 @@ def backward(
     items, blocks = C.H * C.P_BLOCKS, rows * groups * C.ITEM_BLOCKS * C.G
     sums = rows * count * -(-C.H // C.H_BLOCK)
     finish = rows * groups * C.TILES * -(-C.H // C.FINISH_HEADS)
+    spans = -(-C.TILES // C.HEAD_TILES)
+    of_states = dataclasses.replace(C, STAGES=tile.state_stages, K_BLOCK=tile.state_k)
+    part = length % (C.CHUNK * C.HEAD_TILES) != 0
+    of_heads = dataclasses.replace(C, STAGES=tile.head_stages, PART=part)
     given = (
         _Step(
             backward_prepare_kernel,
@@ -186,15 +190,15 @@ def backward(
             "sums scores",
             sums + rows * groups * C.G * pairs,
             4,
-            1,
+            C,
         ),
         _Step(
             backward_states_kernel,
             "x dy B C sums states dfinal run_start",
             "entering leaving dstates",
-            rows * 2 * items,
+            rows * 2 * items * -(-C.K // tile.state_k),
             tile.state_warps,
-            tile.state_stages,
+            of_states,
         ),
         _Step(
             backward_tokens_kernel,
@@ -202,7 +206,7 @@ def backward(
             "dx direct onward dD",
             rows * groups * items * C.TILES,
             tile.token_warps,
-            tile.token_stages,
+            dataclasses.replace(C, STAGES=tile.token_stages),
         ),
         _Step(
             backward_pairs_kernel,
@@ -210,16 +214,15 @@ def backward(
             "flows flow_totals dscores",
             blocks * pairs,
             tile.pair_warps,
-            tile.pair_stages,
+            dataclasses.replace(C, STAGES=tile.pair_stages),
         ),
         _Step(
             backward_heads_kernel,
             "x dy B C sums entering leaving states dfinal run_start",
             "dropped dC dB arriving arriving_totals through",
-            blocks * (2 * C.TILES + 1),
+            blocks * (2 * spans + 1),
             tile.head_warps,
-            tile.head_stages,
-            tile.older_head_warps,
+            of_heads,
         ),
         _Step(
             backward_finish_kernel,
@@ -228,7 +231,7 @@ def backward(
             "dC dB ddt dA ddt_bias",
             rows * groups * C.G * C.TILES * 2 + finish,
             4,
-            1,
+            C,
         ),
     )
     known = inputs._asdict()
@@ -245,8 +248,7 @@ def backward(
             SsdBackwardOutputs(**{name: getattr(outputs, name) for name in written}),
             grid=step.grid,
             num_warps=step.num_warps,
-            older_num_warps=step.older_num_warps,
-            constants=dataclasses.replace(C, STAGES=step.stages),
+            constants=step.constants,
         )
         known |= dict(zip(written, results, strict=True))
     dD = jnp.zeros((heads, dim), jnp.float32)

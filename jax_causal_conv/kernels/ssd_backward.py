@@ -1,4 +1,4 @@
-"""The main kernels of the SSD's gradient. No JAX here."""
+"""The main kernels of the SSD's gradient: what is made for each head. No JAX here."""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .ssd_backward_states import (
+    Tile,
     decay_of,
     dot_state,
     load_channels,
@@ -17,6 +18,7 @@ from .ssd_backward_states import (
     scores_at,
     sums_of,
     tile_of,
+    tiles_in,
 )
 from .ssd_device import (
     add_up,
@@ -27,10 +29,7 @@ from .ssd_device import (
     enters,
     finite,
     largest,
-    load_bias,
     load_skip,
-    softplus,
-    step_size,
     store_tile,
 )
 
@@ -61,12 +60,6 @@ def _part(inputs, group, i, head, C: tl.constexpr):
 
 
 @triton.jit
-def _tiles_in(inputs, group, C: tl.constexpr):
-    """How many tiles a group has."""
-    return tl.minimum(inputs.tiles - group % inputs.groups * C.TILES, C.TILES)
-
-
-@triton.jit
 def _last_run(inputs, group, C: tl.constexpr):
     """Where the last run in a group begins; -1 if it is all padding."""
     row = group // inputs.groups
@@ -94,18 +87,20 @@ def _decay_between(inputs, group, low, high, head, C: tl.constexpr):
 
 @triton.jit
 def _decays(sums, C: tl.constexpr, READERS_FIRST: tl.constexpr):
-    """The decays from r to t in a tile, `[t, r]` or `[r, t]`; 0 for r > t."""
+    """The decays from r to t in a tile, `[t, r]` or `[r, t]`, but for a factor of r.
+
+    Returns:
+        The decays, anything and perhaps inf for r > t; and what r multiplies them by,
+        which products of matrices need not see: one over what its sum has lost.
+    """
     lanes = tl.arange(0, C.CHUNK)
     total = tl.load(sums + lanes)
     fine = tl.load(sums + 4 * C.CHUNK + lanes)
+    rest = 2.0 - fine  # fine is so near 1 that this is its inverse
     if READERS_FIRST:
-        between = total[:, None] - total[None, :]
-        between = tl.where(lanes[:, None] >= lanes[None, :], between, float("-inf"))
-        return tl.exp2(between) * fine[:, None] * (1.0 / fine)[None, :]
+        return tl.exp2(total[:, None] - total[None, :]) * fine[:, None], rest
     else:
-        between = total[None, :] - total[:, None]
-        between = tl.where(lanes[:, None] <= lanes[None, :], between, float("-inf"))
-        return tl.exp2(between) * (1.0 / fine)[:, None] * fine[None, :]
+        return tl.exp2(total[None, :] - total[:, None]) * fine[None, :], rest
 
 
 @triton.jit
@@ -151,7 +146,7 @@ def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
     head = item // C.P_BLOCKS
     channels = item % C.P_BLOCKS * P_BLOCK + tl.arange(0, P_BLOCK)
     its_group = head // (C.H // C.G)
-    count = _tiles_in(inputs, group, C)
+    count = tiles_in(inputs, group, C)
     if j < count:
         own = _part(inputs, group, j, head, C)
         if inputs.run_start is not None:
@@ -184,20 +179,21 @@ def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
         after = tl.load(own.sums + 3 * CHUNK + lanes)
         acc = later + behind
         onward = dt * after * add_up(wide_x * acc, 1)
-        acc *= after[:, None]
+        acc *= (after * tl.load(own.sums + 4 * CHUNK + lanes))[:, None]
         # What the tile's own tokens have of each other.
         dy = load_channels(inputs.dy, own.tile, head, channels, C)
         at = scores_at(group, j * (j + 1) // 2 + j, its_group, C)
-        mixed = tl.load(inputs.scores + at) * _decays(own.sums, C, False)
+        decays, rest = _decays(own.sums, C, False)
+        mixed = tl.load(inputs.scores + at) * decays
         if inputs.run_start is None:
             mixed = tl.where(lanes[:, None] <= lanes[None, :], mixed, 0.0)
             acc = _add_product(acc, mixed, None, dy, C)
         else:
             seen = _same_run(start, start) & (lanes[:, None] <= lanes[None, :])
             acc = _add_product(acc, mixed, seen, dy, C)
-        direct = add_up(wide_x * acc, 1)
+        direct = rest * add_up(wide_x * acc, 1)
         wide_dy = dy.to(tl.float32)
-        dx = acc * dt[:, None]
+        dx = acc * (rest * dt)[:, None]
         if inputs.D is not None:
             dx += load_skip(inputs, head, channels, C) * wide_dy
         real = own.tile.real
@@ -280,7 +276,7 @@ def _pair_scales(inputs, group, i, j, item, C: tl.constexpr):
     first = group // inputs.groups * inputs.tiles + group % inputs.groups * C.TILES
     early = sums_of(inputs.sums, first + j, head, C)
     late = sums_of(inputs.sums, first + i, head, C)
-    weight = tl.load(early + C.CHUNK + lanes) * tl.load(early + 3 * C.CHUNK + lanes)
+    weight = tl.load(early + 5 * C.CHUNK + lanes)
     weight *= _decay_between(inputs, group, j + 1, i, head, C)
     return tl.load(late + 2 * C.CHUNK + lanes), weight
 
@@ -301,7 +297,7 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
     block = _block(program // PAIRS, C)
     group = block.group
     i, j = pair_of(pair)
-    if i < _tiles_in(inputs, group, C):
+    if i < tiles_in(inputs, group, C):
         at = scores_at(group, pair, block.heads, C)
         scores = tl.load(inputs.scores + tl.trans(at))
         acc = tl.full([CHUNK, CHUNK], 0, tl.float32)
@@ -327,7 +323,8 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
                 dy = load_channels(inputs.dy, late, head, channels, C)
                 product = dot_narrow(dy, tl.trans(x), C)
                 dt = tl.load(sums + CHUNK + lanes)
-                product *= _decays(sums, C, True) * dt[None, :]
+                decays, rest = _decays(sums, C, True)
+                product *= decays * (rest * dt)[None, :]
                 product = tl.where(ahead, product, 0.0)
                 acc += product
                 # The diagonal passes no token.
@@ -363,46 +360,96 @@ def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
         tl.store(outputs.dscores + step + at, acc)
 
 
+class Span(NamedTuple):
+    """HEAD_TILES tiles of a group, one behind the other.
+
+    Attributes:
+        tile: their tokens; those of tiles that the group has not are not real.
+        number: of the first tile among all rows'; `first`, in its group.
+        inner: `[HEAD_TILES·c]`, the tile of each token, from the first one on.
+        lane: likewise, the token's place in its tile.
+        there: likewise, whether the group has this tile.
+    """
+
+    tile: Any
+    number: Any
+    first: Any
+    inner: Any
+    lane: Any
+    there: Any
+
+
 @triton.jit
-def _read_scale(inputs, own, block, i, item, C: tl.constexpr):
-    """Of tile i the decays from the group's beginning to its tokens."""
+def _span(inputs, group, first, C: tl.constexpr):
+    """The `Span` that begins at this tile of a group."""
+    lanes = tl.arange(0, C.HEAD_TILES * C.CHUNK)
+    inner = lanes // C.CHUNK
+    row = group // inputs.groups
+    place = group % inputs.groups * C.TILES + first
+    there = first + inner < tiles_in(inputs, group, C)
+    tile = tile_of(inputs, row, place, C, C.HEAD_TILES)
+    tile = Tile(tile.first, tile.real & there)
+    number = row * inputs.tiles + place
+    return Span(tile, number, first, inner, lanes % C.CHUNK, there)
+
+
+@triton.jit
+def _scale(inputs, own, block, item, C: tl.constexpr, READ: tl.constexpr):
+    """What scales an item's products with a state, for each token.
+
+    READ: the decays from the group's beginning; else dt and the decays to its end.
+    """
+    TILES: tl.constexpr = C.TILES
+    ROW: tl.constexpr = 2 if READ else 5
     head = item // C.P_BLOCKS
-    sums = sums_of(inputs.sums, own.number, head, C) + 2 * C.CHUNK
-    between = _decay_between(inputs, block.group, 0, i, head, C)
-    return tl.load(sums + tl.arange(0, C.CHUNK)) * between
+    count = tiles_in(inputs, block.group, C)
+    sums = sums_of(inputs.sums, own.number + own.inner, head, C)
+    scale = tl.load(sums + ROW * C.CHUNK + own.lane, mask=own.there, other=0.0)
+    for i in tl.static_range(TILES):
+        sums = sums_of(inputs.sums, own.number - own.first + i, head, C)
+        decay = tl.load(sums + 3 * C.CHUNK - 1, mask=i < count, other=1.0)
+        between = own.first + own.inner > i if READ else own.first + own.inner < i
+        scale = tl.where(between, scale * decay, scale)
+    return scale
 
 
 @triton.jit
-def _written_scale(inputs, own, block, j, item, C: tl.constexpr):
-    """Of tile j dt and the decays from its tokens to the group's end."""
-    lanes = tl.arange(0, C.CHUNK)
-    head = item // C.P_BLOCKS
-    count = _tiles_in(inputs, block.group, C)
-    sums = sums_of(inputs.sums, own.number, head, C)
-    weight = tl.load(sums + C.CHUNK + lanes) * tl.load(sums + 3 * C.CHUNK + lanes)
-    return weight * _decay_between(inputs, block.group, j + 1, count, head, C)
+def _store_flow(ptr, totals, own, item, count, flow, C: tl.constexpr):
+    """Writes a flow summed over the tokens of each tile; to `ptr`, that of each token.
 
-
-@triton.jit
-def _write_read(inputs, outputs, block, i, C: tl.constexpr):
-    """What dC of tile i has through the states before its group; and the flows."""
+    Args:
+        ptr: None, if nobody wants these.
+        count: the group's tiles.
+        flow: `[HEAD_TILES·c]`.
+    """
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
-    CHUNK: tl.constexpr = C.CHUNK
-    lanes = tl.arange(0, CHUNK)
-    own = _part(inputs, block.group, i, 0, C)
+    if ptr is not None:
+        at = (own.number + own.inner).to(tl.int64) * ITEMS + item
+        tl.store(ptr + at * C.CHUNK + own.lane, flow, mask=own.there)
+    inner = tl.arange(0, C.HEAD_TILES)
+    at = (own.number + inner).to(tl.int64) * ITEMS + item
+    total = add_up(tl.reshape(flow, [C.HEAD_TILES, C.CHUNK]), 1)
+    tl.store(totals + at, total, mask=own.first + inner < count)
+
+
+@triton.jit
+def _write_read(inputs, outputs, block, first, C: tl.constexpr):
+    """What dC of a span has through the state before its group; and the flows."""
+    own = _span(inputs, block.group, first, C)
+    count = tiles_in(inputs, block.group, C)
     read = load_sizes(inputs, inputs.C, own.tile, block.heads, C).to(tl.float32)
-    acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
+    acc = tl.full([C.HEAD_TILES * C.CHUNK, C.K_BLOCK], 0, tl.float32)
     taken = None
     if inputs.run_start is not None:
-        offset = block.group % inputs.groups * (C.TILES * CHUNK)
+        offset = block.group % inputs.groups * (C.TILES * C.CHUNK)
         taken = enters(load_starts(inputs, own.tile, C), offset)
     high = block.high
     if inputs.states is None:  # no state comes before a row
         high = tl.where(block.group % inputs.groups == 0, block.low, high)
-    scale = _read_scale(inputs, own, block, i, block.low, C)
+    scale = _scale(inputs, own, block, block.low, C, True)
     for item in tl.range(block.low, high, num_stages=C.STAGES):
         following = tl.minimum(item + 1, high - 1)
-        next_scale = _read_scale(inputs, own, block, i, following, C)
+        next_scale = _scale(inputs, own, block, following, C, True)
         head = item // C.P_BLOCKS
         channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
         dy = load_channels(inputs.dy, own.tile, head, channels, C)
@@ -413,25 +460,23 @@ def _write_read(inputs, outputs, block, i, C: tl.constexpr):
             product = tl.where(taken[:, None], product, 0.0)
             flow = tl.where(taken & finite(flow), flow, 0.0)
         acc += product
-        at = own.number.to(tl.int64) * ITEMS + item
-        tl.store(outputs.arriving + at * CHUNK + lanes, flow)
-        tl.store(outputs.arriving_totals + at, add_up(flow, 0))
+        totals = outputs.arriving_totals
+        _store_flow(outputs.arriving, totals, own, item, count, flow, C)
         scale = next_scale
     for item in range(high, block.high):
-        at = own.number.to(tl.int64) * ITEMS + item
-        tl.store(outputs.arriving + at * CHUNK + lanes, lanes * 0.0)
-        tl.store(outputs.arriving_totals + at, 0.0)
+        none = own.lane * 0.0
+        totals = outputs.arriving_totals
+        _store_flow(outputs.arriving, totals, own, item, count, none, C)
     _store_sizes(outputs.dC, inputs, own, block, acc, C)
 
 
 @triton.jit
-def _write_written(inputs, outputs, block, j, C: tl.constexpr):
-    """What dB of tile j has through the states behind its group."""
-    CHUNK: tl.constexpr = C.CHUNK
-    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
-    own = _part(inputs, block.group, j, 0, C)
+def _write_written(inputs, outputs, block, first, C: tl.constexpr):
+    """What dB of a span has through the state behind its group; and the flows."""
+    own = _span(inputs, block.group, first, C)
+    count = tiles_in(inputs, block.group, C)
     B = load_sizes(inputs, inputs.B, own.tile, block.heads, C).to(tl.float32)
-    acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
+    acc = tl.full([C.HEAD_TILES * C.CHUNK, C.K_BLOCK], 0, tl.float32)
     taken = None
     if inputs.run_start is not None:
         start = load_starts(inputs, own.tile, C)
@@ -440,10 +485,10 @@ def _write_written(inputs, outputs, block, j, C: tl.constexpr):
     if inputs.dfinal is None:  # nobody looks at the state behind a row
         at_end = block.group % inputs.groups == inputs.groups - 1
         high = tl.where(at_end, block.low, high)
-    scale = _written_scale(inputs, own, block, j, block.low, C)
+    scale = _scale(inputs, own, block, block.low, C, False)
     for item in tl.range(block.low, high, num_stages=C.STAGES):
         following = tl.minimum(item + 1, high - 1)
-        next_scale = _written_scale(inputs, own, block, j, following, C)
+        next_scale = _scale(inputs, own, block, following, C, False)
         head = item // C.P_BLOCKS
         channels = item % C.P_BLOCKS * C.P_BLOCK + tl.arange(0, C.P_BLOCK)
         x = load_x(inputs, own.tile, head, channels, C)
@@ -454,22 +499,21 @@ def _write_written(inputs, outputs, block, j, C: tl.constexpr):
             product = tl.where(taken[:, None], product, 0.0)
             flow = tl.where(taken & finite(flow), flow, 0.0)
         acc += product
-        at = own.number.to(tl.int64) * ITEMS + item
-        tl.store(outputs.dropped + at, add_up(flow, 0))
+        _store_flow(None, outputs.dropped, own, item, count, flow, C)
         scale = next_scale
     for item in range(high, block.high):
-        at = own.number.to(tl.int64) * ITEMS + item
-        tl.store(outputs.dropped + at, 0.0)
+        none = own.lane * 0.0
+        _store_flow(None, outputs.dropped, own, item, count, none, C)
     _store_sizes(outputs.dB, inputs, own, block, acc, C)
 
 
 @triton.jit
 def _store_sizes(ptr, inputs, own, block, values, C: tl.constexpr):
-    """Writes `[c, K_BLOCK]` of a block's dB or dC."""
+    """Writes `[HEAD_TILES·c, K_BLOCK]` of a block's dB or dC."""
     k = tl.arange(0, C.K_BLOCK)
     first = block.block.to(tl.int64) * (inputs.rows * inputs.row_len)
     first += own.tile.first
-    at = (first + tl.arange(0, C.CHUNK))[:, None] * (C.G * C.K)
+    at = (first + tl.arange(0, C.HEAD_TILES * C.CHUNK))[:, None] * (C.G * C.K)
     at += (block.heads * C.K + k)[None, :]
     mask = own.tile.real[:, None] & (k < C.K)[None, :]
     tl.store(ptr + at, values, mask=mask)
@@ -479,7 +523,7 @@ def _store_sizes(ptr, inputs, own, block, values, C: tl.constexpr):
 def _write_through(inputs, outputs, block, C: tl.constexpr):
     """The flow from the state before a group to that behind it."""
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
-    count = _tiles_in(inputs, block.group, C)
+    count = tiles_in(inputs, block.group, C)
     through = block.group == block.group
     if inputs.run_start is not None:
         last = _last_run(inputs, block.group, C)
@@ -497,195 +541,21 @@ def _write_through(inputs, outputs, block, C: tl.constexpr):
 
 
 # What goes through the states before and behind a group, summed over heads. One
-# program: dC or dB of a tile, or the flow through the group, for a block of items
-# (B·V x blocks x G x (2n + 1), these fastest, which read the same states).
+# program: dC or dB of a span, or the flow through the group, for a block of items
+# (B·V x blocks x G x (2 spans + 1), these fastest, which read the same states).
 @triton.jit
 def backward_heads_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)
-    kind = program % (2 * C.TILES + 1)
-    block = _block(program // (2 * C.TILES + 1), C)
-    count = _tiles_in(inputs, block.group, C)
-    if kind < C.TILES:
-        if kind < count:
-            _write_read(inputs, outputs, block, kind, C)
-    elif kind < 2 * C.TILES:
-        if kind - C.TILES < count:
-            _write_written(inputs, outputs, block, kind - C.TILES, C)
+    SPANS: tl.constexpr = (C.TILES + C.HEAD_TILES - 1) // C.HEAD_TILES
+    kind = program % (2 * SPANS + 1)
+    block = _block(program // (2 * SPANS + 1), C)
+    count = tiles_in(inputs, block.group, C)
+    if kind < 2 * SPANS:
+        first = kind % SPANS * C.HEAD_TILES
+        if first < count:
+            if kind < SPANS:
+                _write_read(inputs, outputs, block, first, C)
+            else:
+                _write_written(inputs, outputs, block, first, C)
     else:
         _write_through(inputs, outputs, block, C)
-
-
-@triton.jit
-def _finish_sizes(
-    inputs, outputs, group, heads, i, C: tl.constexpr, READ: tl.constexpr
-):
-    """All of dC (READ) or dB of a tile."""
-    FAST: tl.constexpr = C.FAST
-    Y_PARTS: tl.constexpr = C.Y_PARTS
-    PAIRS: tl.constexpr = C.TILES * (C.TILES + 1) // 2
-    CHUNK: tl.constexpr = C.CHUNK
-    lanes = tl.arange(0, CHUNK)
-    k = tl.arange(0, C.K_BLOCK)
-    row = group // inputs.groups
-    place = group % inputs.groups * C.TILES
-    own = tile_of(inputs, row, place + i, C)
-    mask = own.real[:, None] & (k < C.K)[None, :]
-    ptr = inputs.dC if READ else inputs.dB
-    out = outputs.dC if READ else outputs.dB
-    at = (own.first + lanes)[:, None] * (C.G * C.K) + (heads * C.K + k)[None, :]
-    wide = group.to(tl.int64) * 0  # what is 1 is no tensor
-    step = (wide + inputs.rows * inputs.row_len) * (C.G * C.K)
-    acc = tl.full([CHUNK, C.K_BLOCK], 0, tl.float32)
-    for block in range(C.ITEM_BLOCKS):
-        acc += tl.load(ptr + block * step + at, mask=mask, other=0.0)
-    low = 0 if READ else i
-    high = i + 1 if READ else _tiles_in(inputs, group, C)
-    step = (wide + inputs.rows * inputs.groups) * (C.G * PAIRS * CHUNK * CHUNK)
-    for other in range(low, high):
-        pair = i * (i + 1) // 2 + other if READ else other * (other + 1) // 2 + i
-        tile = scores_at(group, pair, heads, C)
-        if not READ:
-            tile = tl.trans(tile)
-        cotangent = tl.full([CHUNK, CHUNK], 0, tl.float32)
-        for block in range(C.ITEM_BLOCKS):
-            cotangent += tl.load(inputs.dscores + block * step + tile)
-        sizes = load_sizes(
-            inputs,
-            inputs.B if READ else inputs.C,
-            tile_of(inputs, row, place + other, C),
-            heads,
-            C,
-        )
-        acc = dot_left(cotangent, sizes, acc, Y_PARTS, FAST)
-    if inputs.run_start is not None:
-        acc = tl.where((load_starts(inputs, own, C) >= 0)[:, None], acc, 0.0)
-    tl.store(out + at, acc, mask=mask)
-
-
-@triton.jit
-def _sum_later(values):
-    """Sums from each value on, along axis 1."""
-    return tl.associative_scan(values, 1, tl.standard._sum_combine, reverse=True)
-
-
-@triton.jit
-def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):  # noqa: PLR0915
-    """The gradient of dt of a tile, for a block of heads; dA and that of the bias.
-
-    Nothing that does not pass a token is in the sum of its decay's derivative: that of
-    a head which forgets fast is small, and would be lost in what cancels.
-    """
-    TILES: tl.constexpr = C.TILES
-    PAIRS: tl.constexpr = TILES * (TILES + 1) // 2
-    ITEMS: tl.constexpr = C.H * C.P_BLOCKS
-    CHUNK: tl.constexpr = C.CHUNK
-    lanes = tl.arange(0, CHUNK)[None, :]
-    heads = block * C.FINISH_HEADS + tl.arange(0, C.FINISH_HEADS)
-    in_h = heads < C.H
-    row = group // inputs.groups
-    place = group % inputs.groups * C.TILES
-    count = _tiles_in(inputs, group, C)
-    first = (row * inputs.tiles + place).to(tl.int64)
-    flows = inputs.flows + group.to(tl.int64) * (PAIRS * ITEMS * CHUNK)
-    whole = in_h[:, None] & (lanes >= 0)
-    inside = tl.full([C.FINISH_HEADS, CHUNK], 0, tl.float32)
-    arriving = inside
-    before = inside  # of the tokens before each
-    direct = inside
-    passed = tl.full([C.FINISH_HEADS], 0, tl.float32)
-    pairs = tl.arange(0, 16)[None, :]
-    late, early = pair_of(pairs)
-    tiles = tl.arange(0, 4)[None, :]
-    for p_block in range(C.P_BLOCKS):
-        item = heads * C.P_BLOCKS + p_block
-        at = ((first + i) * ITEMS + item[:, None]) * CHUNK + lanes
-        direct += tl.load(inputs.direct + at, mask=whole, other=0.0)
-        before += tl.load(inputs.onward + at - 1, mask=whole & (lanes > 0), other=0.0)
-        arriving += tl.load(inputs.arriving + at, mask=whole, other=0.0)
-        at = item[:, None] * CHUNK + lanes
-        own_pair = (i * (i + 1) // 2 + i) * (ITEMS * CHUNK)
-        inside += tl.load(flows + own_pair + at, mask=whole, other=0.0)
-        for j in tl.static_range(TILES):
-            pair = (i * (i + 1) // 2 + j) * (ITEMS * CHUNK)
-            arriving += tl.load(
-                flows + pair + at, mask=whole & (lanes * 0 + i > j), other=0.0
-            )
-        passed += tl.load(inputs.through + group.to(tl.int64) * ITEMS + item, in_h, 0.0)
-        of_pair = (group.to(tl.int64) * PAIRS + pairs) * ITEMS + item[:, None]
-        over = in_h[:, None] & (early < i) & (late > i) & (late < count)
-        flow = tl.load(inputs.flow_totals + of_pair, mask=over, other=0.0)
-        passed += add_up(flow, 1)
-        of_tile = (first + tiles) * ITEMS + item[:, None]
-        over = in_h[:, None] & (tiles < i)
-        passed += add_up(tl.load(inputs.dropped + of_tile, mask=over, other=0.0), 1)
-        over = in_h[:, None] & (tiles > i) & (tiles < count)
-        flow = tl.load(inputs.arriving_totals + of_tile, mask=over, other=0.0)
-        passed += add_up(flow, 1)
-    slope = (
-        inside
-        + _sum_later(arriving)
-        + tl.associative_scan(before, 1, tl.standard._sum_combine)
-    )
-    slope += passed[:, None]
-    # From here on the chain rule, for one token after another.
-    A = tl.load(inputs.A + heads, mask=in_h, other=0.0).to(tl.float32)
-    bias = load_bias(inputs, heads, C)
-    own = tile_of(inputs, row, place + i, C)
-    real = own.real[None, :] & in_h[:, None]
-    at = (own.first + lanes) * C.H + heads[:, None]
-    given = tl.load(inputs.dt + at, mask=real, other=0.0)
-    if inputs.dt_bias is not None:
-        bias = bias[:, None]
-    counted = real
-    dt, inner = step_and_slope(given, bias, C)
-    if inputs.run_start is not None:
-        counted = real & (load_starts(inputs, own, C) >= 0)[None, :] & finite(dt)
-    dA = tl.where(counted, slope * dt, 0.0)
-    ddt = tl.where(counted, (slope * A[:, None] + direct) * inner, 0.0)
-    tl.store(outputs.ddt + at, ddt.to(outputs.ddt.dtype.element_ty), mask=real)
-    at = (first + i) * C.H + heads
-    tl.store(outputs.dA + at, add_up(dA, 1), mask=in_h)
-    tl.store(outputs.ddt_bias + at, add_up(ddt, 1), mask=in_h)
-
-
-@triton.jit
-def step_and_slope(dt, bias, C: tl.constexpr):
-    """A step size, and its derivative in what was given."""
-    given = dt.to(tl.float32) + bias
-    slope = given * 0.0 + 1.0
-    free = given
-    if C.SOFTPLUS:
-        small = tl.exp(-tl.abs(given))
-        slope = tl.where(given > 0, 1.0, small) / (1.0 + small)
-        free = softplus(given)
-    # At a limit the derivative is that of both sides, by halves.
-    if C.LOW is not None:
-        slope = tl.where(free < C.LOW, 0.0, tl.where(free == C.LOW, slope / 2, slope))
-    if C.HIGH is not None:
-        slope = tl.where(free > C.HIGH, 0.0, tl.where(free == C.HIGH, slope / 2, slope))
-    return step_size(dt, bias, C), slope
-
-
-# Sums of blocks, and all of dB and dC of a tile (B·V x G x n x 2 programs); or ddt of
-# one for a block of heads (B·V x n x blocks).
-@triton.jit
-def backward_finish_kernel(inputs, outputs, C: tl.constexpr):
-    program = tl.program_id(0)
-    GROUPS: tl.constexpr = C.G * C.TILES * 2
-    BLOCKS: tl.constexpr = (C.H + C.FINISH_HEADS - 1) // C.FINISH_HEADS
-    sizes = inputs.rows * inputs.groups * GROUPS
-    if program < sizes:
-        group = program // GROUPS
-        i = program // 2 % C.TILES
-        heads = program // (2 * C.TILES) % C.G
-        if i < _tiles_in(inputs, group, C):
-            if program % 2 == 0:
-                _finish_sizes(inputs, outputs, group, heads, i, C, True)
-            else:
-                _finish_sizes(inputs, outputs, group, heads, i, C, False)
-    else:
-        program -= sizes
-        i = program // BLOCKS % C.TILES
-        group = program // (BLOCKS * C.TILES)
-        if i < _tiles_in(inputs, group, C):
-            _finish_steps(inputs, outputs, group, i, program % BLOCKS, C)

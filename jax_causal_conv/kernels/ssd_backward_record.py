@@ -78,9 +78,10 @@ class SsdBackwardOutputs(NamedTuple):
     derivative in the log of a token's decay is the sum of all flows that pass it.
 
     Attributes:
-        sums: `(B·L, H, 5, c)`: of each token the sum of dt·A in units of log 2 from its
+        sums: `(B·L, H, 6, c)`: of each token the sum of dt·A in units of log 2 from its
             tile's first token on; dt; the power of two of the sum; that of the sum from
-            there to the tile's end; and the power of what the first lost by rounding.
+            there to the tile's end; the power of what the first lost by rounding; and
+            dt times the fourth.
         scores: `(B·V, G, pairs, c, c)`: B of tile j times C of tile i, as `[r, t]`.
         entering: `(B·V·planes, H, P, K)`: the state before each group, in bfloat16
             terms or in one plane of float32.
@@ -141,6 +142,8 @@ class SsdBackwardConstants(SsdConstants):
         PART: does a row end within a tile?
         ITEM_BLOCK: items of a group that one program of sums over heads goes through.
         ITEM_BLOCKS: such programs for all of a group's items.
+        HEAD_TILES: tiles that a program of `backward_heads_kernel` works at, a power of
+            two.
         FINISH_HEADS: heads a program of `finish_kernel`, a power of two.
     """
 
@@ -150,4 +153,5 @@ class SsdBackwardConstants(SsdConstants):
     PART: bool = True
     ITEM_BLOCK: int = 1
     ITEM_BLOCKS: int = 1
+    HEAD_TILES: int = 1
     FINISH_HEADS: int = 8

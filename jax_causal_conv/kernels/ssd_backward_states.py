@@ -39,11 +39,17 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def tile_of(inputs, row, tile, C: tl.constexpr):
-    """The tokens of a tile of a row; none if there is no such tile."""
+def tile_of(inputs, row, tile, C: tl.constexpr, COUNT: tl.constexpr = 1):
+    """The tokens of COUNT tiles of a row, from this one on, as far as there are any."""
     offset = tile * C.CHUNK
     first = row.to(tl.int64) * inputs.row_len + offset
-    return Tile(first, tl.arange(0, C.CHUNK) < inputs.row_len - offset)
+    return Tile(first, tl.arange(0, C.CHUNK * COUNT) < inputs.row_len - offset)
+
+
+@triton.jit
+def tiles_in(inputs, group, C: tl.constexpr):
+    """How many tiles a group has."""
+    return tl.minimum(inputs.tiles - group % inputs.groups * C.TILES, C.TILES)
 
 
 @triton.jit
@@ -51,8 +57,10 @@ def load_channels(ptr, tile, head, channels, C: tl.constexpr):
     """`[c, P_BLOCK]` of x or dy."""
     PART: tl.constexpr = C.PART or C.P_BLOCKS * C.P_BLOCK != C.P
     ptr = ptr + (tile.first * (C.H * C.P) + head * C.P)
-    at = tl.arange(0, C.CHUNK)[:, None] * (C.H * C.P) + channels[None, :]
-    return load_tile(ptr + at, tile.real[:, None] & (channels < C.P)[None, :], PART)
+    lanes = tl.arange(0, tile.real.shape[0])
+    at = lanes[:, None] * (C.H * C.P) + channels[None, :]
+    mask = tile.real[:, None] & (channels < C.P)[None, :]
+    return load_tile(ptr + at, mask, PART)
 
 
 @triton.jit
@@ -71,11 +79,13 @@ def load_sizes(inputs, ptr, tile, group, C: tl.constexpr):
     With segments NaN and inf are zeros, as in `xla.ssd`: in a product they would reach
     the tokens of other runs. Outputs of their own run are NaN, and have no gradients.
     """
-    PART: tl.constexpr = C.PART or C.K_BLOCK != C.K
+    PART: tl.constexpr = C.PART or C.K_BLOCK > C.K
     k = tl.arange(0, C.K_BLOCK)
     ptr = ptr + (tile.first * (C.G * C.K) + group * C.K)
-    at = tl.arange(0, C.CHUNK)[:, None] * (C.G * C.K) + k[None, :]
-    sizes = load_tile(ptr + at, tile.real[:, None] & (k < C.K)[None, :], PART)
+    lanes = tl.arange(0, tile.real.shape[0])
+    at = lanes[:, None] * (C.G * C.K) + k[None, :]
+    mask = tile.real[:, None] & (k < C.K)[None, :]
+    sizes = load_tile(ptr + at, mask, PART)
     if inputs.run_start is not None:
         sizes = tl.where(finite(sizes), sizes, 0.0)
     return sizes
@@ -84,14 +94,14 @@ def load_sizes(inputs, ptr, tile, group, C: tl.constexpr):
 @triton.jit
 def load_starts(inputs, tile, C: tl.constexpr):
     """Where the runs of a tile's tokens begin; -1 of padding."""
-    at = tile.first + tl.arange(0, C.CHUNK)
+    at = tile.first + tl.arange(0, tile.real.shape[0])
     return tl.load(inputs.run_start + at, mask=tile.real, other=-1)
 
 
 @triton.jit
 def sums_of(sums_ptr, number, head, C: tl.constexpr):
-    """A pointer to `[5, c]` of `SsdBackwardOutputs.sums` of the tile of this number."""
-    return sums_ptr + (number.to(tl.int64) * C.H + head) * (5 * C.CHUNK)
+    """A pointer to `[6, c]` of `SsdBackwardOutputs.sums` of the tile of this number."""
+    return sums_ptr + (number.to(tl.int64) * C.H + head) * (6 * C.CHUNK)
 
 
 @triton.jit
@@ -129,14 +139,16 @@ def _write_sums(inputs, outputs, number, block, C: tl.constexpr):
     after = add_up(steps, 0)[None, :] - total
     rounded = total.to(tl.float32)
     lost = (total - rounded.to(tl.float64)).to(tl.float32)
-    ROWS: tl.constexpr = 5 * C.CHUNK
+    ROWS: tl.constexpr = 6 * C.CHUNK
     out = outputs.sums + number.to(tl.int64) * (C.H * ROWS)
     out = out + (heads[None, :] * ROWS + lanes[:, None])
     tl.store(out, rounded, mask=in_h)
     tl.store(out + C.CHUNK, dt, mask=in_h)
     tl.store(out + 2 * C.CHUNK, power_of_sum(total), mask=in_h)
-    tl.store(out + 3 * C.CHUNK, power_of_sum(after), mask=in_h)
+    remains = power_of_sum(after)
+    tl.store(out + 3 * C.CHUNK, remains, mask=in_h)
     tl.store(out + 4 * C.CHUNK, tl.exp2(lost), mask=in_h)
+    tl.store(out + 5 * C.CHUNK, dt * remains, mask=in_h)
 
 
 @triton.jit
@@ -235,11 +247,11 @@ def dot_state(a, ptr, number, head, channels, C: tl.constexpr, TRANS: tl.constex
 
 
 @triton.jit
-def _first_state(ptr, row, head, channels, C: tl.constexpr):
-    """A state of a row, or zeros if there are none."""
+def _first_state(ptr, row, head, channels, k, C: tl.constexpr):
+    """A state of a row, from element k on, or zeros if there are none."""
     if ptr is not None:
         at, mask = state_tile(row, head, channels, C)
-        return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(ptr + k + at, mask=mask, other=0.0).to(tl.float32)
     else:
         return tl.full([channels.shape[0], C.K_BLOCK], 0, tl.float32)
 
@@ -275,8 +287,14 @@ def _state_after(state, decay, x, weight, B, start, offset, C: tl.constexpr):
 
 
 @triton.jit
-def _step(inputs, state, row, i, head, channels, C: tl.constexpr, BACK: tl.constexpr):
-    """The state behind tile i from that before; BACK, their cotangents, backwards."""
+def _step(
+    inputs, state, row, i, head, channels, k, C: tl.constexpr, BACK: tl.constexpr
+):
+    """The state behind tile i from that before; BACK, their cotangents, backwards.
+
+    Args:
+        state: K_BLOCK elements of K, from element k on.
+    """
     lanes = tl.arange(0, C.CHUNK)
     group = head // (C.H // C.G)
     tile = tile_of(inputs, row, i, C)
@@ -288,22 +306,27 @@ def _step(inputs, state, row, i, head, channels, C: tl.constexpr, BACK: tl.const
         start = load_starts(inputs, tile, C)
     if BACK:
         dy = load_channels(inputs.dy, tile, head, channels, C)
-        read = load_sizes(inputs, inputs.C, tile, group, C)
+        read = load_sizes(inputs, inputs.C + k, tile, group, C)
         since = tl.load(sums + 2 * C.CHUNK + lanes)
         return state_before(state, decay, dy, since, read, start, offset, C)
     else:
         x = load_x(inputs, tile, head, channels, C)
-        B = load_sizes(inputs, inputs.B, tile, group, C)
-        weight = tl.load(sums + C.CHUNK + lanes) * tl.load(sums + 3 * C.CHUNK + lanes)
+        B = load_sizes(inputs, inputs.B + k, tile, group, C)
+        weight = tl.load(sums + 5 * C.CHUNK + lanes)
         return _state_after(state, decay, x, weight, B, start, offset, C)
 
 
 # The states before groups, and the cotangents of those behind: a program goes through a
-# row for an item, forwards or backwards, with the state in registers (B x 2 x I).
+# row for K_BLOCK of an item's K elements, forwards or backwards, with the state in its
+# registers (B x 2 x I x K / K_BLOCK, these fastest, which read the same x or dy). Here
+# K_BLOCK divides K, or is no less.
 @triton.jit
 def backward_states_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
+    PARTS: tl.constexpr = (C.K + C.K_BLOCK - 1) // C.K_BLOCK
+    k = program % PARTS * C.K_BLOCK
+    program = program // PARTS
     item = program % ITEMS
     back = program // ITEMS % 2
     row = program // (2 * ITEMS)
@@ -312,18 +335,18 @@ def backward_states_kernel(inputs, outputs, C: tl.constexpr):
     count = inputs.tiles
     first = row * inputs.groups
     if back == 0:
-        state = _first_state(inputs.states, row, head, channels, C)
+        state = _first_state(inputs.states, row, head, channels, k, C)
         # What the last group adds is no state before a group.
         last = (inputs.groups - 1) * C.TILES
         for i in tl.range(0, last, num_stages=C.STAGES):
             if i % C.TILES == 0:
                 number = first + i // C.TILES
-                _store_planes(outputs.entering, state, number, head, channels, C)
-            state = _step(inputs, state, row, i, head, channels, C, False)
+                _store_planes(outputs.entering + k, state, number, head, channels, C)
+            state = _step(inputs, state, row, i, head, channels, k, C, False)
         number = first + inputs.groups - 1
-        _store_planes(outputs.entering, state, number, head, channels, C)
+        _store_planes(outputs.entering + k, state, number, head, channels, C)
     else:
-        state = _first_state(inputs.dfinal, row, head, channels, C)
+        state = _first_state(inputs.dfinal, row, head, channels, k, C)
         left = 0
         if outputs.dstates is None:  # then what goes behind the first group suffices
             left = C.TILES
@@ -331,10 +354,10 @@ def backward_states_kernel(inputs, outputs, C: tl.constexpr):
             i = count - 1 - done
             if (i % C.TILES == C.TILES - 1) | (done == 0):
                 number = first + i // C.TILES
-                _store_planes(outputs.leaving, state, number, head, channels, C)
-            state = _step(inputs, state, row, i, head, channels, C, True)
+                _store_planes(outputs.leaving + k, state, number, head, channels, C)
+            state = _step(inputs, state, row, i, head, channels, k, C, True)
         if outputs.dstates is None:
-            _store_planes(outputs.leaving, state, first, head, channels, C)
+            _store_planes(outputs.leaving + k, state, first, head, channels, C)
         else:
             at, mask = state_tile(row, head, channels, C)
-            tl.store(outputs.dstates + at, state, mask=mask)
+            tl.store(outputs.dstates + k + at, state, mask=mask)

@@ -389,11 +389,17 @@ def dot_narrow(a, b, C: tl.constexpr):
 
 @triton.jit
 def add_tokens(state, x, weight, B, C: tl.constexpr):
-    """`state + (weight * x)ᵀ @ B`."""
+    """`state + (weight * x)ᵀ @ B`.
+
+    The product is summed up from zero. Tensor cores cut off what a sum has no room for,
+    always towards zero: summed up in the state, each would take a little of all that a
+    head remembers.
+    """
     PARTS: tl.constexpr = C.STATE_PARTS
     FAST: tl.constexpr = C.FAST
     weighted = x.to(tl.float32) * weight[:, None]
-    return dot_left(tl.trans(weighted), B, state, PARTS, FAST)
+    added = tl.full([x.shape[1], B.shape[1]], 0, tl.float32)
+    return state + dot_left(tl.trans(weighted), B, added, PARTS, FAST)
 
 
 # --- prefills and runs ------------------------------------------------------------

@@ -367,11 +367,13 @@ class SsdBackwardTiles:
         tiles: tiles of a group, at most 4.
         h_block: heads whose sums a program makes, a power of two.
         item_block: items that a program of sums over heads goes through.
+        head_tiles: tiles whose dB or dC a program makes, a power of two.
+        state_k: elements of K a program that goes through a row, a power of two; they
+            divide K, or are `k_block`.
         state_warps: warps of a program that goes through a row for an item.
         token_warps: of one of a tile and an item.
         pair_warps: of one that goes through the items for a pair of tiles.
-        head_warps: of one that goes through them for dB or dC of a tile;
-            older_head_warps, on GPUs before Hopper.
+        head_warps: of one that goes through them for dB or dC.
         state_stages, token_stages, pair_stages, head_stages: of their loops.
     """
 
@@ -381,15 +383,16 @@ class SsdBackwardTiles:
     tiles: int
     h_block: int
     item_block: int
+    head_tiles: int
+    state_k: int
     state_warps: int = 4
     token_warps: int = 4
     pair_warps: int = 4
-    head_warps: int = 4
-    older_head_warps: int = 8
+    head_warps: int = 8
     state_stages: int = 2
     token_stages: int = 1
     pair_stages: int = 3
-    head_stages: int = 2
+    head_stages: int = 3
 
 
 def ssd_backward(
@@ -420,6 +423,10 @@ def ssd_backward(
     items = heads // groups * -(-dim // p_block)
     programs = rows * -(-length // (chunk * count)) * groups * 2 * count
     blocks = max(1, min(items // 8, 4 * _RESIDENT // programs))
+    # With half a state there are twice as many programs, of half the registers.
+    state_k = max(16, _STATE_TILE // 2 // p_block)
+    if size % state_k:
+        state_k = k_block
     return SsdBackwardTiles(
         p_block,
         k_block,
@@ -427,7 +434,9 @@ def ssd_backward(
         count,
         h_block=min(16, power_of_two(heads)),
         item_block=-(-items // blocks),
+        head_tiles=min(2, count),
+        state_k=state_k,
         state_stages=stages,
         pair_stages=stages + 1,
-        head_stages=stages,
+        head_stages=3 if stages == 2 else 1,
     )

@@ -47,6 +47,12 @@ CASES = {  # operands, and changes to tiles and spec
         SMALL | {"p_block": 16, "item_block": 2},
         {},
     ),
+    "states in parts": (
+        draw(20, 2, 35, size=32),
+        SMALL | {"p_block": 16, "state_k": 16},
+        {},
+    ),
+    "states that are not cut": (draw(21, 1, 20, dim=64, size=70), {}, {}),
     "bfloat16": (draw(12, 1, 40, **ALL_BFLOAT16), SMALL, {}),
     "float16": (draw(13, 1, 40, x=FLOAT16, B=FLOAT16, C=FLOAT16), SMALL, {}),
     "mixed dtypes": (

@@ -25,6 +25,7 @@ from jax_causal_conv.kernels import (
     launch_ssd_backward,
     record,
     ssd_backward,
+    ssd_backward_finish,
     ssd_backward_states,
     ssd_chunks,
     ssd_decode,
@@ -53,6 +54,7 @@ SEEN = 200  # tokens at the end that are not zero
 
 KERNELS = (
     ssd_backward,
+    ssd_backward_finish,
     ssd_backward_states,
     ssd_chunks,
     ssd_decode,
