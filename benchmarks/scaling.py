@@ -4,8 +4,11 @@ Requests have prompts of one token, so that all steps but the first few are deco
 full batches. Engines are prepared at the same time, as compiling them takes longest.
 """
 
+import functools
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,23 +17,39 @@ from jax.sharding import Mesh
 
 from benchmarks import serving
 from benchmarks.cases import Case, Options, Row
-from jax_causal_conv.mamba2 import Engine, Mamba2LM, tensor_parallel
+from jax_causal_conv.mamba2 import (
+    Engine,
+    Mamba2Config,
+    Mamba2LM,
+    Request,
+    tensor_parallel,
+)
 
 
 def case(options: Options) -> Case:
-    """Serves requests now, and reports."""
+    """One for all ways to use the devices; it serves when its turn has come."""
     count = len(jax.devices())
     if count < 2:
         raise ValueError(f"needs several devices, got {jax.devices()}")
-    config, dtype = serving.SHAPES[options.shape], options.all_dtypes[0]
     slots, new = (128, 128) if options.on_gpu else (4, 8)
+    name, dtype = f"Mamba2 {options.shape}, {slots} slots", options.all_dtypes[0]
+    row = functools.partial(Row, "scaling", name, count, dtype)
+    config = serving.SHAPES[options.shape]
+    measure = functools.partial(_measure, config, dtype, slots, new, row)
+    return Case("scaling", name, count, dtype, {}, measure=measure)
+
+
+def _measure(
+    config: Mamba2Config, dtype: str, slots: int, new: int, row: Callable[..., Row]
+) -> list[Row]:
+    devices = np.array(jax.devices())
+    count = len(devices)
     # A model's heads may not divide among all devices.
     parts = np.gcd(count, config.expand * config.d_model // config.headdim)
-    devices = np.array(jax.devices())
     model = Mamba2LM(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
     by_requests = {"mesh": Mesh(devices, ("data",)), "data_axis": "data"}
     heads = Mesh(devices[:parts], ("model",))
-    engines = {
+    ways: dict[str, Callable[[], Engine]] = {
         "1 device": lambda: _engine(model, slots),
         f"{count} devices by requests": lambda: _engine(model, slots, **by_requests),
         f"{parts} devices by heads": lambda: _engine(
@@ -38,35 +57,36 @@ def case(options: Options) -> Case:
         ),
     }
     with ThreadPoolExecutor() as pool:
-        prepared = dict(
-            zip(engines, pool.map(lambda made: made(), engines.values()), strict=True)
-        )
-    name, rows = f"Mamba2 {options.shape}, {slots} slots a device", []
-    alone = None
-    for how, engine in prepared.items():
+        engines = list(pool.map(lambda made: made(), ways.values()))
+    rows: list[Row] = []
+    alone = 0.0
+    for how, engine in zip(ways, engines, strict=True):
         requests = slots * max(step.devices for step in engine.stats.steps)
         engine.stats.steps.clear()
-        serving.submit(engine, config, requests, new, longest=1)
+        _submit(engine, config, requests, new)
         engine.run()
         full = [s for s in engine.stats.steps if s.decode_tokens == requests]
-        low, median, high = np.percentile([s.seconds for s in full], [10, 50, 90])
+        low, median, high = np.percentile([1e6 * s.seconds for s in full], [10, 50, 90])
         host = statistics.median(s.host_seconds for s in full) * 1e6
-        speed = requests / median
+        speed = requests / median * 1e6
         alone = alone or speed
-        note = (
-            f"{speed:,.0f} tokens a second, {speed / alone:.2f} of one device's; the "
-            f"host's part {host:,.0f} us"
-        )
-        times = (1e6 * median, 1e6 * low, 1e6 * high)
+        note = f"{speed / alone:.2f} of one device's; the host's part {host:,.0f} us"
         rows.append(
-            Row(
-                "scaling", name, count, dtype, how, *times, len(full), "wall", note=note
+            row(
+                how,
+                median,
+                low,
+                high,
+                len(full),
+                "wall",
+                note=note,
+                tokens_per_second=speed,
             )
         )
-    return Case("scaling", name, count, dtype, {}, rows=tuple(rows))
+    return rows
 
 
-def _engine(model: Mamba2LM, slots: int, **options) -> Engine:
+def _engine(model: Mamba2LM, slots: int, **options: Any) -> Engine:
     """An engine that has compiled its decode step."""
     engine = Engine(
         model,
@@ -76,6 +96,12 @@ def _engine(model: Mamba2LM, slots: int, **options) -> Engine:
         decode_buckets=[slots],
         **options,
     )
-    serving.submit(engine, model.config, slots, 2, longest=1)
+    _submit(engine, model.config, slots, 2)
     engine.run()
     return engine
+
+
+def _submit(engine: Engine, config: Mamba2Config, requests: int, new: int) -> None:
+    rng = np.random.default_rng(0)
+    for token in rng.integers(0, config.vocab_size, requests):
+        engine.submit(Request([token], max_new_tokens=new))

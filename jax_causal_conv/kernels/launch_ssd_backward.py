@@ -40,6 +40,12 @@ class _Step(NamedTuple):
     grid: int
     num_warps: int
     constants: SsdBackwardConstants
+    older_num_warps: int | None = None
+
+
+def _all_bfloat16(operands: SSDBackwardOperands) -> bool:
+    matrices = (operands.x, operands.B, operands.C)
+    return all(a.dtype == jnp.bfloat16 for a in matrices)
 
 
 def _constants(
@@ -53,8 +59,7 @@ def _constants(
     # As in the forward pass: gradients of 16 bits have bits to spare.
     narrow = all(dtype.itemsize == 2 for dtype in matrices)
     wide_state = not narrow or (states is not None and states.dtype == jnp.float32)
-    in_terms = all(dtype == jnp.bfloat16 for dtype in matrices)
-    terms = (2 if spec.exact else 1) if in_terms else 0
+    terms = (2 if spec.exact else 1) if _all_bfloat16(operands) else 0
     p_blocks = -(-dim // tile.p_block)
     items = heads // groups * p_blocks
     return SsdBackwardConstants(
@@ -141,6 +146,7 @@ def backward(
         max(x.dtype.itemsize, sizes.itemsize),
         rows,
         length,
+        _all_bfloat16(operands),
     )
     C = _constants(spec, operands, tile)
     count = -(-length // C.CHUNK)
@@ -223,6 +229,7 @@ def backward(
             blocks * (2 * spans + 1),
             tile.head_warps,
             of_heads,
+            tile.older_head_warps,
         ),
         _Step(
             backward_finish_kernel,
@@ -248,6 +255,7 @@ def backward(
             SsdBackwardOutputs(**{name: getattr(outputs, name) for name in written}),
             grid=step.grid,
             num_warps=step.num_warps,
+            older_num_warps=step.older_num_warps,
             constants=step.constants,
         )
         known |= dict(zip(written, results, strict=True))

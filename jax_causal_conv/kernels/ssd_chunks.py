@@ -307,8 +307,10 @@ def _through_stores(inputs, y_ptr, work, state, low, stops, channels, C: tl.cons
 #
 # Reads: tokens of its sequence, what `prepare_kernel` left of their chunks, and the
 # state that it starts from: the slot of the sequence, or what `prepare_kernel` left of
-# the stretches before. Writes: y of its tokens; the program with the token after which
-# a state is wanted, the sequence's last one or an earlier one, writes its slot.
+# the stretches before. The first program of a sequence also replays recent tokens of
+# its slot, which nobody writes here. Writes: y of its tokens; the program with the
+# token after which a state is wanted, the sequence's last one or an earlier one, writes
+# its slot.
 #
 # Race-free in a donated cache: sequences write different slots, none of which another
 # one reads, and each slot is written by programs of one stretch, each its own elements.

@@ -224,8 +224,8 @@ def _serve(inputs, outputs, seq, head, channels, C: tl.constexpr):
 #
 # Race-free: nothing is read that another program writes. Of the cache, programs of
 # decodes read and write their own part of slots, as in `decode_kernel`; those of
-# stretches read slots of prefills, which nobody but the prefills, later, may write. All
-# else is written once.
+# stretches read slots of prefills, which nobody but the prefills, later, may write.
+# Recent tokens are written later. All else is written once.
 @triton.jit
 def prepare_kernel(inputs, outputs, C: tl.constexpr):
     program = tl.program_id(0)

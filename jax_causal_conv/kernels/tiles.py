@@ -373,7 +373,8 @@ class SsdBackwardTiles:
         state_warps: warps of a program that goes through a row for an item.
         token_warps: of one of a tile and an item.
         pair_warps: of one that goes through the items for a pair of tiles.
-        head_warps: of one that goes through them for dB or dC.
+        head_warps: of one that goes through them for dB or dC; older_head_warps, on
+            GPUs before Hopper.
         state_stages, token_stages, pair_stages, head_stages: of their loops.
     """
 
@@ -388,11 +389,12 @@ class SsdBackwardTiles:
     state_warps: int = 4
     token_warps: int = 4
     pair_warps: int = 4
-    head_warps: int = 8
+    head_warps: int = 4
+    older_head_warps: int = 8
     state_stages: int = 2
     token_stages: int = 1
     pair_stages: int = 3
-    head_stages: int = 3
+    head_stages: int = 2
 
 
 def ssd_backward(
@@ -401,6 +403,7 @@ def ssd_backward(
     itemsize: int,
     rows: int,
     length: int,
+    bfloat16: bool,
 ) -> SsdBackwardTiles:
     """Tiles of the gradient of B rows of T tokens.
 
@@ -409,6 +412,7 @@ def ssd_backward(
         group_shape: G and K.
         itemsize: of x, B and C.
         rows, length: B and T.
+        bfloat16: are x, B and C all of it?
     """
     (heads, dim), (groups, size) = head_shape, group_shape
     k_block = max(16, power_of_two(size))
@@ -423,6 +427,8 @@ def ssd_backward(
     items = heads // groups * -(-dim // p_block)
     programs = rows * -(-length // (chunk * count)) * groups * 2 * count
     blocks = max(1, min(items // 8, 4 * _RESIDENT // programs))
+    # Two tiles read a state once; of other dtypes they take too many registers.
+    head_tiles = 2 if bfloat16 and stages == 2 and count > 1 else 1
     # With half a state there are twice as many programs, of half the registers.
     state_k = max(16, _STATE_TILE // 2 // p_block)
     if size % state_k:
@@ -434,9 +440,10 @@ def ssd_backward(
         count,
         h_block=min(16, power_of_two(heads)),
         item_block=-(-items // blocks),
-        head_tiles=min(2, count),
+        head_tiles=head_tiles,
         state_k=state_k,
+        head_warps=4 * head_tiles,
         state_stages=stages,
         pair_stages=stages + 1,
-        head_stages=3 if stages == 2 else 1,
+        head_stages=3 if head_tiles == 2 else stages,
     )

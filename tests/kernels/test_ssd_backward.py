@@ -18,7 +18,7 @@ from tests.support.ssd_backward import assert_close, draw, expected, launch
 from tests.support.ssd_cases import BFLOAT16, FLOAT16
 
 SPEC = SSDSpec(16, dt_softplus=True)
-SMALL = {"chunk": 16, "tiles": 2}
+SMALL = {"chunk": 16, "tiles": 2, "head_tiles": 2}
 ALL_BFLOAT16 = dict.fromkeys(("x", "B", "C", "dt"), BFLOAT16)
 IDS = [
     [4] * 10 + [-1] * 3 + [4] * 14 + [7] * 13,
@@ -33,7 +33,11 @@ CASES = {  # operands, and changes to tiles and spec
     "a tile and one": (draw(3, 1, 17, final=False), SMALL, {}),
     "a group": (draw(4, 2, 32, D=2), SMALL, {}),
     "a group and one": (draw(5, 1, 33, state=None, final=False), SMALL, {}),
-    "groups of one tile": (draw(6, 1, 35, D=None), SMALL | {"tiles": 1}, {}),
+    "groups of one tile": (
+        draw(6, 1, 35, D=None),
+        SMALL | {"tiles": 1, "head_tiles": 1},
+        {},
+    ),
     "groups of three": (draw(7, 1, 55, bias=False), SMALL | {"tiles": 3}, {}),
     "groups of four": (draw(8, 1, 130), SMALL | {"tiles": 4}, {}),
     "groups of heads": (draw(9, 1, 40, heads=6, groups=3, D=2), SMALL, {}),

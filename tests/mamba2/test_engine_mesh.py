@@ -1,6 +1,7 @@
 """The engine on meshes of devices, where jax has eight of them."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -10,6 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jax_causal_conv import mamba2
+from jax_causal_conv.mamba2.engine.prefixes import Blocks, Prefixes
+from jax_causal_conv.mamba2.engine.requests import Generation, Terms
+from jax_causal_conv.mamba2.engine.schedule import Schedule, Slots
 from tests.mamba2.test_mesh import make_mesh
 from tests.support import eight_devices, quick
 
@@ -138,16 +142,39 @@ def each_group_of_devices_has_a_divided_model():
 
 
 @CHECKS.over()
-def drafts_come_from_the_device_that_has_read_the_text():
+def drafts_of_a_model_on_each_device():
     mesh, model = make_mesh("Auto", data=2), make_model()
     engine = make_engine(model, draft=model, max_drafts=1, mesh=mesh, data_axis="data")
-    asked, of_draft = [], engine._drafting.draft.engine
-    submit = of_draft.submit
-    of_draft.submit = lambda request: asked.append(submit(request)) or asked[-1]
     assert serve(engine) == on_one_device()[:24]
     assert engine.stats.acceptance > 0.99
-    # Each text is read once, and then from where it ended before.
-    assert sum(generation.reused == 0 for generation in asked) <= 24 < len(asked)
+
+
+def test_requests_go_where_their_prompt_was_read_unless_there_are_many():
+    blocks = Blocks(2)
+    shares = [
+        Slots(4, 32, 4, Prefixes(range(4, 8), blocks), tokens_on_host=False)
+        for _ in range(2)
+    ]
+    schedule, ids = Schedule(shares), itertools.count()
+
+    def share_of(*prompt):
+        terms = Terms.of(mamba2.Request(prompt), 32)
+        digests = blocks.digests(terms.prompt)
+        generation = Generation(
+            next(ids), None, terms, 0.0, terms.prompt, digests=digests
+        )
+        schedule.wait(generation)
+        assert schedule.admit(0.0) == [generation]
+        schedule.took(schedule.plan({}))
+        return generation.share
+
+    assert [share_of(1, 2, 3, 4), share_of(5, 6, 7, 8)] == [0, 1]
+    for generation in schedule.running:
+        schedule.remove(generation)
+    assert share_of(5, 6, 7, 8, 9) == 1
+    assert share_of(5, 6, 7, 8, 10) == 0, "the other one has its share of requests"
+    assert share_of(1, 2, 3, 11) == 0
+    assert share_of(12, 13) == 1
 
 
 def test_meshes_that_do_not_fit_are_refused():

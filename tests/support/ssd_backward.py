@@ -88,8 +88,14 @@ def operands_of(case: Case) -> tuple[SSDSpec, SSDBackwardOperands]:
 def tile_of(operands: SSDBackwardOperands, **changes) -> tiles.SsdBackwardTiles:
     """The tiles of a call, with other fields: `chunk`, `tiles`, `item_block`, …"""
     x, B = operands.x, operands.B
-    itemsize = max(a.dtype.itemsize for a in (x, B, operands.C))
-    chosen = tiles.ssd_backward(x.shape[2:], B.shape[2:], itemsize, *x.shape[:2])
+    dtypes = [a.dtype for a in (x, B, operands.C)]
+    chosen = tiles.ssd_backward(
+        x.shape[2:],
+        B.shape[2:],
+        max(dtype.itemsize for dtype in dtypes),
+        *x.shape[:2],
+        all(dtype == jnp.bfloat16 for dtype in dtypes),
+    )
     return dataclasses.replace(chosen, **changes)
 
 
