@@ -326,7 +326,7 @@ class Serving:
         load, rows = self.load, []
         draft = SpoiledDraft(self.config.vocab_size)
         engine = self.engine(
-            load.slots * (1 + 2 * load.drafts),
+            load.slots * (1 + load.drafts),
             draft=draft,
             max_drafts=load.drafts,
             max_prefills_per_step=load.slots,

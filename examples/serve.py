@@ -153,7 +153,7 @@ class Server(NamedTuple):
     ) -> "Server":
         """Compiles few shapes: that is quick, and wastes a little more padding."""
         drafts = features.get("max_drafts", 0)
-        budget = max(budget, num_slots * (1 + 2 * drafts))
+        budget = max(budget, num_slots * (1 + drafts))
         engine = Engine(
             model,
             num_slots=num_slots,
@@ -235,7 +235,6 @@ def report(title: str, runs: dict[str, Run]) -> Table:
             "slots in use": f"{used:.0%} of {run.num_slots}",
             "tokens of batches: decoding": share("decode_tokens"),
             "tokens of batches: drafts": share("draft_tokens"),
-            "tokens of batches: accepted before": share("reread_tokens"),
             "tokens of batches: prompts": share("prefill_tokens"),
             "tokens of batches: padding": share("padding"),
         }
@@ -263,7 +262,7 @@ def plot(path: Path, runs: dict[str, Run]) -> None:
     times = np.array([step.start for step in run.steps] + [ends]) - run.start
     parts = {
         "decoding": [step.decode_tokens for step in run.steps],
-        "drafts": [step.draft_tokens + step.reread_tokens for step in run.steps],
+        "drafts": [step.draft_tokens for step in run.steps],
         "prompts": [step.prefill_tokens for step in run.steps],
         "padding": [step.padding for step in run.steps],
     }

@@ -109,11 +109,8 @@ def test_tokens_are_the_same_and_acceptance_is_counted(engine, draft, right):
     if right == MAX_DRAFTS:  # All but what would come after a stop token is right.
         assert stats.acceptance > 0.9 and stats.tokens_per_step > 3
     for step in stats.steps:
-        decode = step.decode_tokens + step.draft_tokens + step.reread_tokens
-        used = decode + step.prefill_tokens
+        used = step.decode_tokens + step.draft_tokens + step.prefill_tokens
         assert used + step.padding == step.bucket.tokens and step.padding >= 0
-    read_again = sum(s.reread_tokens for s in stats.steps)
-    assert accepted * 0.5 <= read_again <= accepted  # all but those at the end
 
 
 def test_a_draft_sees_the_text_the_seed_and_how_much_is_wanted(engine, draft):
@@ -130,7 +127,7 @@ def test_a_draft_sees_the_text_the_seed_and_how_much_is_wanted(engine, draft):
 
 
 def test_without_guesses_steps_are_those_of_plain_decoding(engine, draft):
-    engine.submit(Request([1, 2], 6))
+    engine.submit(Request([1, 2, 3, 4, 5], 6))
     engine.run()
     assert {s.bucket.tokens for s in engine.stats.steps} == {3, 12}
 
@@ -266,13 +263,13 @@ def test_a_draft_may_cancel_and_pause(engine, draft):
 
 
 def test_engines_say_what_is_wrong_with_a_draft():
-    sizes = {"num_slots": 2, "max_tokens_per_step": 18}
+    sizes = {"num_slots": 2, "max_tokens_per_step": 11}
     for wrong in "ngram", 4, [1]:
         with pytest.raises(TypeError, match=r"draft must be callable.*got"):
             Engine(Recall(), draft=wrong, **sizes)
     with pytest.raises(ValueError, match="max_drafts must be at least 1, got 0"):
         Engine(Recall(), draft=NgramDraft(), max_drafts=0, **sizes)
-    with pytest.raises(ValueError, match=r"\(1 \+ 2 \* max_drafts\), got 18 < 22"):
+    with pytest.raises(ValueError, match=r"\(1 \+ max_drafts\), got 11 < 12"):
         Engine(Recall(), draft=NgramDraft(), max_drafts=5, **sizes)
 
 

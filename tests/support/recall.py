@@ -2,7 +2,8 @@
 
 Its state is a hash of the tokens that it has seen, so that a state from a wrong slot,
 of a wrong length or with a rejected token in it changes all that is drawn from then on.
-Integers are exact: chunks of any size give the same.
+Integers are exact: chunks of any size give the same. A slot has as many of the states
+before its own, the latest first, as drafts may be taken back.
 """
 
 import types
@@ -25,8 +26,8 @@ class Recall(nnx.Module):
     def __init__(self):
         self.config = types.SimpleNamespace(vocab_size=VOCAB)
 
-    def init_cache(self, num_slots, *, dtype=None, ssm_dtype=None):
-        return jnp.zeros((num_slots, 1), jnp.uint32)
+    def init_cache(self, num_slots, *, dtype=None, ssm_dtype=None, max_drafts=0):
+        return jnp.zeros((num_slots, 1 + max_drafts), jnp.uint32)
 
     def packed(
         self,
@@ -36,6 +37,7 @@ class Recall(nnx.Module):
         *,
         cache_indices,
         has_initial_state,
+        num_rejected_tokens=None,
         write_indices=None,
         snapshot_ends=None,
         snapshot_indices=None,
@@ -43,13 +45,20 @@ class Recall(nnx.Module):
         **_,
     ):
         starts, ends = query_start_loc[:-1], query_start_loc[1:]
-        first = jnp.where(has_initial_state[:, None], cache[cache_indices], 0)
+        depth = jnp.arange(cache.shape[1])[None]
+        if num_rejected_tokens is not None:
+            depth = jnp.minimum(
+                depth + num_rejected_tokens[:, None], cache.shape[1] - 1
+            )
+        states = cache[cache_indices[:, None], depth]
+        first = jnp.where(has_initial_state[:, None], states, 0)
         sequence = jnp.searchsorted(ends, jnp.arange(len(tokens)), side="right")
 
         def see(states, inputs):
             token, i = inputs
-            new = states[i] * jnp.uint32(MULTIPLIER) + token.astype(jnp.uint32)
+            new = states[i, 0] * jnp.uint32(MULTIPLIER) + token.astype(jnp.uint32)
             new += jnp.uint32(INCREMENT)
+            new = jnp.concatenate([new[None], states[i, :-1]])
             return states.at[i].set(new, mode="drop"), new
 
         last, after = jax.lax.scan(see, first, (tokens, sequence))

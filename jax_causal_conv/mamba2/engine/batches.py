@@ -22,7 +22,6 @@ class Row(NamedTuple):
         tokens: what they are; None for a single one that is on the device.
         num_drafts: how many of the last tokens are guesses, after each of which (and
             after the token before) a token is drawn.
-        slot: where the states after its tokens, but for the guesses, go.
         source: the snapshot that it starts from instead of its own slot.
         leaves: the snapshot that it leaves, of its tokens up to there.
     """
@@ -33,7 +32,6 @@ class Row(NamedTuple):
     draws: bool
     tokens: np.ndarray | None = None
     num_drafts: int = 0
-    slot: int = PAD_SLOT_ID
     source: Snapshot | None = None
     leaves: Snapshot | None = None
 
@@ -126,6 +124,8 @@ def pack(rows: list[Row], bucket: Bucket, features: Features) -> Batch:
             "snapshot_indices": np.full(n, PAD_SLOT_ID, np.int32),
             "snapshot_ends": np.zeros(n, np.int32),
         }
+    if features.max_drafts:
+        states["num_rejected_tokens"] = np.zeros(n, np.int32)
     end = 0
     for i, row in enumerate(rows):
         generation, start = row.generation, row.start
@@ -138,12 +138,10 @@ def pack(rows: list[Row], bucket: Bucket, features: Features) -> Batch:
         source = generation.slot if row.source is None else row.source.slot
         states["cache_indices"][i] = source
         states["has_initial_state"][i] = start > 0
-        if row.num_drafts:
-            # Some of the guesses may be wrong, so the states after them are not kept.
-            states["snapshot_indices"][i] = row.slot
-            states["snapshot_ends"][i] = row.length - row.num_drafts
-        elif features.moves:
-            states["write_indices"][i] = row.slot
+        if features.max_drafts:
+            states["num_rejected_tokens"][i] = generation.rejected
+        if features.moves:
+            states["write_indices"][i] = generation.slot
             if row.leaves is not None:
                 states["snapshot_indices"][i] = row.leaves.slot
                 states["snapshot_ends"][i] = len(row.leaves.tokens) - start
@@ -172,7 +170,7 @@ def _draws(rows: list[Row], offsets: np.ndarray, m: int, several: bool) -> Draws
         if row.draws:
             generation, sampling = row.generation, row.generation.terms.sampling
             last = row.start + row.length
-            slots[first - 1] = row.slot
+            slots[first - 1] = generation.slot
             positions[of_row] = np.arange(last - row.num_drafts, last + 1)
             seeds[of_row] = generation.seed
             temperature[of_row] = sampling.temperature

@@ -10,7 +10,7 @@ class Bucket(NamedTuple):
     Attributes:
         tokens: T, how many tokens it has room for.
         sequences: N, how many rows it has room for.
-        prefills: how many of the rows may have more than one token.
+        prefills: how many of the rows may have more tokens than one and its drafts.
     """
 
     tokens: int
@@ -51,22 +51,19 @@ class Buckets:
         decode_sizes = sizes_of("decode_buckets", decode_buckets, num_slots, 1)
         mixed_sizes = sizes_of("token_buckets", token_buckets, max_tokens_per_step, 16)
         decodes = [Bucket(n, n, 0) for n in decode_sizes]
-        prefills = max_prefills_per_step
-        if max_drafts:  # Rows with drafts have several tokens as well.
-            prefills += num_slots
+        self._short = 1 + max_drafts
+        with_drafts = [Bucket(n * self._short, n, 0) for n in decode_sizes]
         mixed = {
-            Bucket(t, min(t, num_slots), min(t // 2, num_slots, prefills))
+            Bucket(t, min(t, num_slots), min(t // 2, num_slots, max_prefills_per_step))
             for t in mixed_sizes
             if t > 1
         }
-        if max_drafts:
-            mixed |= {Bucket(n * (1 + 2 * max_drafts), n, n) for n in decode_sizes}
-        self.all = (*decodes, *sorted(mixed))
+        self.all = tuple(dict.fromkeys([*decodes, *with_drafts, *sorted(mixed)]))
 
     def fit(self, lengths: list[list[int]]) -> Bucket:
         """The first bucket that holds rows of these lengths, on each of the devices."""
         needs = [
-            Bucket(sum(own), len(own), sum(length > 1 for length in own))
+            Bucket(sum(own), len(own), sum(length > self._short for length in own))
             for own in lengths
         ]
         need = Bucket(*map(max, zip(*needs, strict=True)))

@@ -58,7 +58,12 @@ class Device:
         self._features = features
         self.executables: dict[Bucket, jax.stages.Compiled] = {}
         self.state = DeviceState(
-            model.init_cache(num_slots, dtype=cache_dtype, ssm_dtype=ssm_dtype),
+            model.init_cache(
+                num_slots,
+                dtype=cache_dtype,
+                ssm_dtype=ssm_dtype,
+                **({"max_drafts": most} if (most := features.max_drafts) else {}),
+            ),
             jnp.zeros(num_slots, jnp.int32),
         )
         self._state_types = placement.states(self.state)

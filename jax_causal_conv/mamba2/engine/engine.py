@@ -105,7 +105,7 @@ class Engine:
                 `init_cache`. Its parameters are read once.
             num_slots: requests that run at a time.
             max_tokens_per_step: budget of a step, at least `num_slots`; with drafts, at
-                least `num_slots * (1 + 2 * max_drafts)`.
+                least `num_slots * (1 + max_drafts)`.
             max_prefills_per_step: chunks of more than one token in a step.
             token_buckets: sizes T of steps with such chunks. The largest must be
                 `max_tokens_per_step`. None: it and its halves, down to 16.
@@ -124,10 +124,10 @@ class Engine:
                 step. A function (`NgramDraft()` is one) of a sequence of
                 `DraftRequest`s, which returns as many sequences of tokens; or a
                 smaller model of the same vocabulary. What requests generate is the
-                same; each step waits for the one before it, and every request has two
-                slots. If it raises an error, or
-                returns what it must not, `step` raises an error, and the requests
-                concerned go on without drafts.
+                same; each step waits for the one before it, and slots remember their
+                last `max_drafts` tokens, which can be taken back (see `DraftStates`).
+                If it raises an error, or returns what it must not, `step` raises an
+                error, and the requests concerned go on without drafts.
             max_drafts: how many guesses a request gets in a step.
             mesh: the devices; None is where the model is. With it comes
             data_axis: the mesh's axis along which each device has its own requests.
@@ -162,9 +162,8 @@ class Engine:
             raise ValueError(f"max_drafts must be at least 1, got {max_drafts}")
         if draft is None:
             max_drafts = 0
-        # A row has the newest token, accepted drafts, and drafts.
-        if max_tokens_per_step < (least := num_slots * (1 + 2 * max_drafts)):
-            name = "num_slots * (1 + 2 * max_drafts)" if max_drafts else "num_slots"
+        if max_tokens_per_step < (least := num_slots * (1 + max_drafts)):
+            name = "num_slots * (1 + max_drafts)" if max_drafts else "num_slots"
             raise ValueError(
                 f"max_tokens_per_step must be at least {name}, got "
                 f"{max_tokens_per_step} < {least}"
@@ -179,9 +178,8 @@ class Engine:
             decode_buckets,
             max_drafts,
         )
-        own = num_slots * (2 if draft is not None else 1)
-        total = own + prefix_slots
-        self._features = Features(moves=total > num_slots, max_drafts=max_drafts)
+        total = num_slots + prefix_slots
+        self._features = Features(moves=prefix_slots > 0, max_drafts=max_drafts)
         self._device = Device(
             model, total, self._features, cache_dtype, ssm_dtype, mesh, data_axis
         )
@@ -222,7 +220,7 @@ class Engine:
                     num_slots,
                     max_tokens_per_step,
                     max_prefills_per_step,
-                    Prefixes(range(own, total), self._blocks),
+                    Prefixes(range(num_slots, total), self._blocks),
                     tokens_on_host=self._drafting is not None,
                 )
                 for _ in range(self._device.placement.shares)
@@ -507,6 +505,8 @@ class Engine:
             if not row.draws or generation.finish_reason is not None:
                 continue
             right = row.right_guesses(drawn)
+            generation.scheduled += right
+            generation.rejected -= right
             accepted -= 1  # The last token is the model's own.
             for token in drawn[: right + 1]:
                 accepted += 1
@@ -547,7 +547,6 @@ class Engine:
         rows = list(itertools.chain(*flight.rows))
         decodes = sum(row.decodes for row in rows)
         drafts = sum(row.num_drafts for row in rows)
-        tokens = sum(row.length for row in rows)
         prefills = sum(row.length for row in rows if not row.decodes)
         hits = [row.start for row in rows if row.source is not None]
         self._stats.steps.append(
@@ -556,7 +555,6 @@ class Engine:
                 devices=len(flight.rows),
                 decode_tokens=decodes,
                 prefill_tokens=prefills,
-                reread_tokens=tokens - decodes - drafts - prefills,
                 prefill_rows=len(rows) - decodes,
                 draft_tokens=drafts,
                 accepted_tokens=accepted,

@@ -43,7 +43,7 @@ def settle(active: dict[int, Generation], delivery: Delivery, stats: Stats) -> N
         generation.slot = PAD_SLOT_ID
         if generation.finish_reason is None:
             if generation.saved is None:  # What is saved is whole, and valid still.
-                generation.scheduled = 0
+                generation.scheduled = generation.rejected = 0
                 generation.text = generation.all_tokens()
         elif generation.id in active:
             generation.paused, generation.saved = False, None

@@ -137,8 +137,9 @@ class Generation:
         share: of the engine's slots, to which it belongs: 0, or a device's number along
             the data axis.
         scheduled: tokens (of the prompt, then drawn ones) that were given to the model,
-            or that a snapshot spared it: those whose states are in the slot. Accepted
-            drafts are not among them until the next step has read them again.
+            or that a snapshot spared it, but for drafts that were not accepted.
+        rejected: drafts that were given to the model behind those, which the next step
+            takes back from the slot's states.
         reused: tokens of the prompt that the last snapshot it started from spared it.
         paused: whether it is.
         saved: its states on the host, from pausing it until it has a slot again.
@@ -161,6 +162,7 @@ class Generation:
     slot: int = PAD_SLOT_ID
     share: int = 0
     scheduled: int = 0
+    rejected: int = 0
     reused: int = 0
     paused: bool = False
     saved: Any = None

@@ -19,11 +19,6 @@ class Slots:
     prompt that begins with what another one is just reading waits until that has left
     a snapshot.
 
-    With drafts every slot has a twin. The states that a row with guesses starts from
-    stay where they are until it is known which guesses are right; those after what was
-    certain at the time go to the twin, which takes the slot's place. What was accepted
-    is read again with the next guesses, and so nothing is ever taken back.
-
     Attributes:
         free: slots that nobody has.
         running: requests with one by their number, in the order of admission.
@@ -106,7 +101,6 @@ class Slots:
                     length,
                     draws=start + length == len(generation.text),
                     tokens=generation.text[start : start + length],
-                    slot=generation.slot,
                     source=source,
                     leaves=leaves,
                 )
@@ -116,15 +110,12 @@ class Slots:
         return rows
 
     def _decode(self, generation: Generation, guess: Sequence[int]) -> Row:
-        """A row of the newest tokens and what is guessed to follow them."""
-        start, slot = generation.scheduled, generation.slot
+        """A row of the newest token and what is guessed to follow it."""
+        start = generation.scheduled
         if not self._tokens_on_host:
-            return Row(generation, start, 1, True, slot=slot)
-        new = generation.tokens[start - len(generation.prompt) :]
-        tokens = np.array([*new, *guess], np.int32)
-        if guess:
-            slot = (slot + self._num_slots) % (2 * self._num_slots)
-        return Row(generation, start, len(tokens), True, tokens, len(guess), slot)
+            return Row(generation, start, 1, True)
+        tokens = np.array([generation.tokens[-1], *guess], np.int32)
+        return Row(generation, start, len(tokens), True, tokens, len(guess))
 
     def _leaves(
         self, generation: Generation, start: int, length: int, reading: set[int]
@@ -154,8 +145,9 @@ class Slots:
         """The device has been given these."""
         for row in rows:
             generation = row.generation
+            # Guesses are wrong until they are known to be right: see `Generation`.
             generation.scheduled = row.start + row.length - row.num_drafts
-            generation.slot = row.slot
+            generation.rejected = row.num_drafts
             if row.source is not None:
                 generation.reused = row.start
                 self.prefixes.used(row.source)
@@ -172,7 +164,7 @@ class Slots:
         takes the steps in turn, and a new request does not read what it finds there.
         """
         if self.running.pop(generation.id, None) is not None:
-            self.free.append(generation.slot % self._num_slots)
+            self.free.append(generation.slot)
             generation.slot = PAD_SLOT_ID
             self.prefixes.drop(generation)
 

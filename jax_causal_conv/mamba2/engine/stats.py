@@ -18,7 +18,6 @@ class StepStats:
         decode_tokens: rows of one drawn token each, not counting drafts.
         draft_tokens: drafts in these rows.
         accepted_tokens: drafts that turned out right.
-        reread_tokens: drafts accepted in the step before, which are read again.
         prefill_tokens: tokens of prompts.
         prefill_rows: the rows that these came in.
         prefix_hits: prompts that started from a snapshot.
@@ -36,7 +35,6 @@ class StepStats:
     decode_tokens: int
     draft_tokens: int
     accepted_tokens: int
-    reread_tokens: int
     prefill_tokens: int
     prefill_rows: int
     prefix_hits: int
@@ -50,8 +48,8 @@ class StepStats:
     @property
     def padding(self) -> int:
         """Tokens of the buckets that belong to nobody."""
-        decode = self.decode_tokens + self.draft_tokens + self.reread_tokens
-        return self.devices * self.bucket.tokens - decode - self.prefill_tokens
+        used = self.decode_tokens + self.draft_tokens + self.prefill_tokens
+        return self.devices * self.bucket.tokens - used
 
 
 class Stats(NamedTuple):
