@@ -287,6 +287,10 @@ def test_what_followed_the_last_tokens_before_is_guessed_again():
     assert guess([1, 2, 3, 4, 5, 9, 1, 2], limit=1) == [3]
     assert guess([1, 2, 3, 1, 2]) == [3, 1, 2]
     assert guess([1, 2, 3, 1, 2, 4, 1, 2]) == [4, 1, 2]  # the latest
+    # The latest that is followed by enough: else a cycle would cut its own guess short.
+    assert guess([7] * 9) == [7, 7, 7]
+    assert guess([1, 2, 1, 2, 1, 2, 1, 2]) == [1, 2, 1]
+    assert guess([3, 1, 2, 1, 2], limit=9) == [1, 2]
     # A longer match counts more than a later one.
     assert guess([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], limit=1) == [3]
     assert guess([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], limit=1, longest=2) == [4]

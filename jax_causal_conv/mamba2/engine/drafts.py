@@ -49,7 +49,7 @@ class NgramDraft:
     Attributes:
         longest: so many last tokens are looked for at first,
         shortest: and down to so many where they do not occur. The latest occurrence
-            counts.
+            that is followed by as many tokens as are wanted counts, else the first.
 
     Raises:
         ValueError: not 1 <= shortest <= longest.
@@ -75,8 +75,10 @@ class NgramDraft:
             earlier = np.lib.stride_tricks.sliding_window_view(tokens[:-1], n)
             (starts,) = np.nonzero((earlier == tokens[-n:]).all(axis=1))
             if len(starts):
-                follows = starts[-1] + n
-                return tokens[follows : follows + request.limit]
+                follows = starts + n
+                enough = follows[follows + request.limit <= len(tokens)]
+                first = enough[-1] if len(enough) else follows[0]
+                return tokens[first : first + request.limit]
         return tokens[:0]
 
 
