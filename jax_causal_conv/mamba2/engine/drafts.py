@@ -70,16 +70,20 @@ class NgramDraft:
         return [self._continue(request) for request in requests]
 
     def _continue(self, request: DraftRequest) -> np.ndarray:
-        tokens = request.tokens
-        for n in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
-            earlier = np.lib.stride_tricks.sliding_window_view(tokens[:-1], n)
-            (starts,) = np.nonzero((earlier == tokens[-n:]).all(axis=1))
-            if len(starts):
-                follows = starts + n
-                enough = follows[follows + request.limit <= len(tokens)]
-                first = enough[-1] if len(enough) else follows[0]
-                return tokens[first : first + request.limit]
-        return tokens[:0]
+        tokens, size = request.tokens, 1
+        ends = np.flatnonzero(tokens[:-1] == tokens[-1])
+        while len(ends) and size < self.longest:
+            longer = ends[ends >= size]
+            longer = longer[tokens[longer - size] == tokens[-1 - size]]
+            if not len(longer):
+                break
+            ends, size = longer, size + 1
+        if size < self.shortest or not len(ends):
+            return tokens[:0]
+        follows = ends + 1
+        enough = follows[follows + request.limit <= len(tokens)]
+        first = enough[-1] if len(enough) else follows[0]
+        return tokens[first : first + request.limit]
 
 
 class ModelDraft:
