@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import jax_causal_conv as jcc
+from jax_causal_conv.kernels import tiles
 from jax_causal_conv.kernels.lowered import lowered_kernels
 from jax_causal_conv.mamba2 import DraftStates
 from tests.support import gradients, ssd_cases
@@ -142,6 +143,7 @@ def test_conv_of_columns_of_wider_rows_into_parts(draw):
 # --- the SSD ----------------------------------------------------------------------
 
 TINY = {"heads": 2, "dim": 16, "groups": 1, "size": 16, "num_tokens": 16}
+LONG = TINY | {"num_tokens": 512}
 SSD = {
     "D": flag("d", None, FLOAT32),
     "bias": flag("bias", None, FLOAT32),
@@ -198,7 +200,33 @@ def test_ssd_packed(changes, most):
     assert lowered(*ssd(case, drafts)) == kernels
 
 
+@pytest.fixture
+def chosen(monkeypatch):
+    """The tiles of the SSD that were chosen."""
+    tiles_of = []
+
+    def recorded(choose):
+        return lambda *known: tiles_of.append(choose(*known)) or tiles_of[-1]
+
+    for name in ("ssd_chunks", "ssd_backward"):
+        monkeypatch.setattr(tiles, name, recorded(getattr(tiles, name)))
+    return tiles_of
+
+
+@pytest.mark.parametrize("drafts", [0, 2], ids=["", "drafts"])
 @pytest.mark.parametrize("options", [{}, dict.fromkeys(MOVES, True)], ids=["", "moves"])
-def test_ssd_packed_by_stretches_of_chunks(options):
-    case = ssd_cases.draw_packed(**TINY | {"num_tokens": 300}, **options)
-    assert lowered(*ssd(case)) == CHUNKS
+def test_ssd_packed_by_stretches_of_chunks(options, drafts, chosen):
+    case = ssd_cases.draw_packed(**LONG, **options, max_prefills=1)
+    kernels = CHUNKS | ({"recent_kernel"} if drafts else set())
+    assert lowered(*ssd(case, drafts)) == kernels
+    assert chosen and all(tile.stretch for tile in chosen)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_gradient_of_ssd_by_groups_of_tiles_and_parts_of_states(dtype, chosen):
+    changes = {"dim": 64, "size": 128} | dict.fromkeys(("x", "B", "C"), dtype)
+    run, *arguments = ssd(ssd_cases.draw_rows(**LONG | changes))
+    assert lowered(pulled(run), *arguments) == CHUNKS | BACKWARD
+    tile = chosen[-1]
+    assert tile.tiles > 1 and tile.state_k < tile.k_block
+    assert tile.head_tiles == (2 if dtype == BFLOAT16 else 1)
