@@ -7,6 +7,7 @@ primitive of ours on their way in, which vanishes when they are transposed and r
 otherwise.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,17 @@ def without(op: Op, implementation: str | None, operands: Any) -> Any:
     for i, leaf in zip(floats, passed, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(tree, leaves)
+
+
+def undifferentiated(op: Op, implementation: str, function: Callable) -> Callable:
+    """The same function, which has no derivatives: not even those of a rule's parts."""
+    refusing = jax.custom_jvp(function)
+
+    @refusing.defjvp
+    def _(*_):
+        raise NotImplementedError(refusal(op, implementation))
+
+    return refusing
 
 
 def _pass(*leaves, **_):

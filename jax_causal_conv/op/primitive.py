@@ -19,7 +19,7 @@ from .. import checks
 from ..compat import __version__, kernel_compilers, require_jax_triton
 from ..promotion import promoting
 from . import sharding
-from .forward_mode import refusal
+from .forward_mode import refusal, undifferentiated
 from .record import Op
 
 DEFAULT_COMPUTE_CAPABILITY = 90
@@ -93,6 +93,7 @@ def _jitted(op: Op, implementation: str, spec: Any) -> Callable:
         from ..kernels import interpreter
 
         function = _launched(op, spec, interpreter.call)
+        function = undifferentiated(op, implementation, function)
     return jax.jit(function, inline=True)
 
 

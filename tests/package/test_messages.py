@@ -32,10 +32,6 @@ def ones(*shape):
     return jnp.ones(shape)
 
 
-def conv_of(weight):
-    return causal_conv1d(ones(1, 5, D), weight)
-
-
 # What is called, the error, and what its message must say: argument, got, cure.
 CASES = {
     "torch's layout": (
@@ -133,11 +129,6 @@ CASES = {
         ValueError,
         ["cache", "2 layers", "got 1"],
     ),
-    "a derivative of a derivative": (
-        lambda: jax.hessian(lambda weight: conv_of(weight).sum())(WEIGHT),
-        NotImplementedError,
-        ["causal_conv1d", "higher order", 'implementation="xla"'],
-    ),
 }
 
 
@@ -210,3 +201,28 @@ def test_forward_mode_of_each_op(op, implementation):
     if implementation:
         pytest.importorskip("triton")
     refuses(op, "jvp in jit", implementation)
+
+
+TWICE = {
+    "forward over reverse": jax.hessian,
+    "reverse over reverse in jit": lambda f: jax.jit(jax.jacrev(jax.grad(f))),
+}
+
+
+@pytest.mark.parametrize("implementation", [None, "interpret", "triton"], ids=str)
+@pytest.mark.parametrize("mode", TWICE)
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivatives_name_the_op_and_the_cure(op, mode, implementation):
+    if implementation:
+        pytest.importorskip("triton")
+    call, x = OPS[op]
+
+    def total(x):
+        out = call(x, implementation=implementation)
+        return jax.tree.leaves(out)[0].sum()
+
+    with pytest.raises(NotImplementedError) as raised:
+        TWICE[mode](total)(x)
+    message = str(raised.value)
+    parts = [f"{op}: ", "higher order", f"got implementation={implementation!r}"]
+    assert all(part in message for part in [*parts, 'need implementation="xla"'])
