@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 import time
 import types
 
@@ -677,27 +676,3 @@ def test_logits_are_those_of_the_tokens_that_are_asked_for(model):
     places = [(1, 3), (0, 3), (0, 3), (0, 0), (1, 3), (0, 7)]
     want = np.stack([rows[place] for place in places])
     np.testing.assert_allclose(logits, want, atol=1e-4 * abs(want).max())
-
-
-@pytest.mark.skipif(
-    jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11),
-    reason="XLA:CPU copies a donated cache before jax 0.11",
-)
-def test_no_step_and_no_resumption_copies_the_caches(model):
-    jax.config.update("jax_disable_most_optimizations", False)
-    sizes = {"num_slots": 40, "max_tokens_per_step": 200}
-    buckets = {"decode_buckets": [40], "token_buckets": [200]}
-    engine = Engine(
-        model, **sizes, **buckets, prefix_slots=7, draft=lambda r: [], max_drafts=2
-    )
-    device = engine._device
-    slots = len(device.state.newest)
-    assert slots == 47
-    programs = [device.executable(bucket).as_text() for bucket in engine.buckets]
-    saved = device.save(0, 0)
-    lowered = device._load.lower(device.state, np.int32(0), np.int32(0), saved)
-    programs.append(lowered.compile().as_text())
-    for text in programs:
-        assert not (
-            copies := re.findall(rf"= f32\[{slots},[\d,]+\]\S* copy\(.*", text)
-        ), copies
