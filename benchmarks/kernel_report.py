@@ -160,6 +160,25 @@ def gradient(
     return call, (arguments, results), outputs
 
 
+def _whole(model: ModelShape) -> int:
+    """Bytes of the widest access of a thread."""
+    return 16
+
+
+def _four_channels(model: ModelShape) -> int:
+    """Bytes of an access by a kernel whose threads have four channels."""
+    return 4 * jnp.dtype(model.dtype).itemsize
+
+
+def _large_groups(model: ModelShape) -> int:
+    """Bytes of an access by a forward kernel in a loop.
+
+    Four channels a thread go by large groups of rows, which only filters of four taps
+    over 16-bit data have; all others access as much as a thread can.
+    """
+    return _four_channels(model) if model.width == 4 else _whole(model)
+
+
 def _is_float(argument) -> bool:
     dtype = getattr(argument, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
@@ -179,7 +198,8 @@ class KernelCase:
         goal: the same for bfloat16 on sm_90, if it is tighter.
         max_registers: a thread's, if it may have more than others.
         max_spills: bytes that it may spill, stores and loads together.
-        access: bytes of its narrowest access to an input or output, where rows align.
+        access: from a model to the bytes of the kernel's narrowest access to an input
+            or output, where rows align.
         models: whose convs it is compiled for.
     """
 
@@ -191,7 +211,7 @@ class KernelCase:
     goal: float = math.inf
     max_registers: int = 0
     max_spills: int = 0
-    access: int = 16
+    access: Callable[[ModelShape], int] = _whole
     models: tuple[ModelShape, ...] = tuple(by_kernel())
 
     def bound(self, model: ModelShape, compute_capability: int) -> float:
@@ -204,8 +224,13 @@ _ONE_MODEL = tuple(m for m in MODELS if m.name == "Mamba2-2.7B")
 _THREE_MODELS = tuple(
     m for m in MODELS if m.name in ("Mamba2-130M", "Mamba2-2.7B", "LFM2-1.2B")
 )
-_FORWARD = {"loops": True, "max_per_output": 14, "access": 8}
-_BACKWARD = {"loops": True, "max_per_output": 27, "goal": 26, "access": 8}
+_FORWARD = {"loops": True, "max_per_output": 14, "access": _large_groups}
+_BACKWARD = {
+    "loops": True,
+    "max_per_output": 27,
+    "goal": 26,
+    "access": _four_channels,
+}
 _DECODE = {"loops": False, "max_per_output": 48}
 _packed_drafts = functools.partial(packed, drafts=4)
 _update_drafts = functools.partial(update, tokens=4, drafts=4)
@@ -269,7 +294,7 @@ KERNELS = (
         _dense_segments,
         loops=True,
         max_per_output=24,
-        access=8,
+        access=_large_groups,
         models=_ONE_MODEL,
     ),
     KernelCase(

@@ -64,10 +64,11 @@ def test_kernel_is_lean_and_its_accesses_are_wide(case, model, capability):
     max_registers = case.max_registers or MAX_REGISTERS
     assert_stays_in_registers(row.code, max_registers, case.max_spills)
     assert row.per_output <= case.bound(model, capability)
-    assert min(row.stores) >= case.access, row.stores
+    access = case.access(model)
+    assert min(row.stores) >= access, row.stores
     # Flags, slots, segment ids and the filter may be narrower, but no row of x.
-    wide = sum(width for width in row.loads if width >= case.access)
-    rows = sum(row.stores) if case.loops else model.width * case.access
+    wide = sum(width for width in row.loads if width >= access)
+    rows = sum(row.stores) if case.loops else model.width * access
     assert wide >= rows, row.loads
 
 
@@ -77,7 +78,7 @@ def test_stores_are_as_wide_as_the_rows_alignment_allows(case, dim, width):
     """Up to the 8 bytes of a thread in groups of rows, and else to 16."""
     model = dataclasses.replace(case.models[1], dim=dim)
     row = kernel_report.compile_row(case, model, 90)
-    assert set(row.stores) == {min(width, case.access)}
+    assert set(row.stores) == {min(width, case.access(model))}
 
 
 def test_code_is_for_the_gpu_that_is_asked_for():
