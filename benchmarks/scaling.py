@@ -1,13 +1,14 @@
 """The suite of several devices: an engine's decode steps on one, and on all of them.
 
 Requests have prompts of one token, so that all steps but the first few are decodes in
-full batches. Engines are prepared at the same time, as compiling them takes longest.
+full batches. There is one engine at a time, so that a device need hold no other's
+parameters and states.
 """
 
 import functools
+import gc
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jax_causal_conv.mamba2 import (
     Mamba2Config,
     Mamba2LM,
     Request,
+    StepStats,
     tensor_parallel,
 )
 
@@ -56,16 +58,10 @@ def _measure(
             tensor_parallel(model, heads, "model"), slots
         ),
     }
-    with ThreadPoolExecutor() as pool:
-        engines = list(pool.map(lambda made: made(), ways.values()))
     rows: list[Row] = []
     alone = 0.0
-    for how, engine in zip(ways, engines, strict=True):
-        requests = slots * max(step.devices for step in engine.stats.steps)
-        engine.stats.steps.clear()
-        _submit(engine, config, requests, new)
-        engine.run()
-        full = [s for s in engine.stats.steps if s.decode_tokens == requests]
+    for how, made in ways.items():
+        requests, full = _full_steps(made, config, slots, new)
         low, median, high = np.percentile([1e6 * s.seconds for s in full], [10, 50, 90])
         host = statistics.median(s.host_seconds for s in full) * 1e6
         speed = requests / median * 1e6
@@ -84,6 +80,19 @@ def _measure(
             )
         )
     return rows
+
+
+def _full_steps(
+    made: Callable[[], Engine], config: Mamba2Config, slots: int, new: int
+) -> tuple[int, list[StepStats]]:
+    """How many requests an engine serves at a time, and its steps with all of them."""
+    gc.collect()  # the caches of the engine before, which must go first
+    engine = made()
+    requests = slots * max(step.devices for step in engine.stats.steps)
+    engine.stats.steps.clear()
+    _submit(engine, config, requests, new)
+    engine.run()
+    return requests, [s for s in engine.stats.steps if s.decode_tokens == requests]
 
 
 def _engine(model: Mamba2LM, slots: int, **options: Any) -> Engine:

@@ -4,6 +4,8 @@ import ast
 import functools
 import importlib
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict, replace
 
@@ -609,3 +611,23 @@ def test_a_kernel_that_is_missing_or_fails_is_worse():
     assert line[-1] == "WORSE: NEW ImportError: no"
     _, line = compare_sass.compare(key, [OLD, OLD], [OLD])
     assert line[-1] == "WORSE: a kernel in OLD alone"
+
+
+def test_several_devices_serve_one_engine_after_the_other():
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.support.scaling_worker"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        timeout=300,
+    )
+    assert child.returncode == 0, child.stderr
+    rows = json.loads(child.stdout.splitlines()[-1])
+    ways = ["1 device", "2 devices by requests", "2 devices by heads"]
+    assert [row["candidate"] for row in rows] == ways
+    for row, slots in zip(rows, [4, 8, 4], strict=True):
+        assert row["samples"] > 0
+        made = row["tokens_per_second"] * row["microseconds"] / 1e6
+        assert made == pytest.approx(slots)
