@@ -49,7 +49,7 @@ SHAPES = {
 # What kernels of a profile are for, by their names: the first that fits.
 _KERNELS = {
     "conv": re.compile(r"^(packed|update|dense|rows)(_backward)?_kernel"),
-    "SSD": re.compile(r"^(ssd_)?(decode|prepare|chunks)_kernel"),
+    "SSD": re.compile(r"^(decode|prepare|chunks|recent)_kernel"),
     "matmuls": re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk|dot", re.IGNORECASE),
 }
 PARTS = (*_KERNELS, "sampling", "other kernels", "host, and gaps")
@@ -340,7 +340,7 @@ class Serving:
                 steps = np.arange(2 * _CYCLE)
                 prompt = _in_cycle(rng.integers(self.config.vocab_size), steps)
                 running.append(engine.submit(Request(prompt, max_new_tokens=10**6)))
-            for _ in range(8):  # until all prompts are read
+            while any(generation.prompt_left for generation in running):
                 engine.step()
             engine.stats.steps.clear()
             for _ in range(load.steps):

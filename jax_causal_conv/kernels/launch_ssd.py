@@ -267,7 +267,7 @@ def packed(
     columns, widest = tiles.ssd_recent(operands.num_drafts), max(C.H * C.P, C.G * C.K)
     recent = yield Launch(
         recent_kernel,
-        # That of the states which the other launches leave makes it the last one.
+        # It takes the states as the other launches left them, so it runs last.
         inputs._replace(states=states),
         SsdOutputs(),
         grid=num_seqs * -(-widest // columns),

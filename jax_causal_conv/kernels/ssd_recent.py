@@ -113,11 +113,11 @@ def _renew(pointers, its, stores, bias, columns, WIDTH: tl.constexpr, C: tl.cons
     slot, begin, kept = its
     last, early = stores
     SIZE: tl.constexpr = C.DRAFTS * WIDTH
-    pointers = fresh, recent + slot.to(tl.int64) * SIZE
-    its = begin, kept
-    rows = _rows_after(pointers, its, last.end, bias, columns, WIDTH, C)
+    rows_of = fresh, recent + slot.to(tl.int64) * SIZE
+    tokens = begin, kept
+    rows = _rows_after(rows_of, tokens, last.end, bias, columns, WIDTH, C)
     if C.STORES > 1:
-        before = _rows_after(pointers, its, early.end, bias, columns, WIDTH, C)
+        before = _rows_after(rows_of, tokens, early.end, bias, columns, WIDTH, C)
     tl.debug_barrier()
     if C.STORES > 1:
         _store_rows(recent, early, before, columns, WIDTH, C)

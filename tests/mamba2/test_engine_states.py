@@ -665,6 +665,36 @@ def test_a_language_model_draws_the_same_with_all_of_it(model):
     assert stats.acceptance == 1 and stats.tokens_per_step > 2.5
     assert stats.prefix_hits >= 5 and stats.prefix_tokens > 80
 
+    length = len(requests[0].prompt)
+    forks = [dataclasses.replace(sampling, seed=5 + i) for i in range(2)]
+    requested = requests + [
+        dataclasses.replace(requests[-1], sampling=f) for f in forks
+    ]
+
+    def key(prompt, sampling):
+        return (*prompt, sampling.temperature and sampling.seed)
+
+    answers = {
+        key(request.prompt, request.sampling): drawn
+        for request, drawn in zip(requested, plain, strict=True)
+    }
+
+    def spoiled(asked):
+        """The answers, each time with an error in another place, or none."""
+        guesses = []
+        for text, limit, sampling in asked:
+            drawn = len(text) - length
+            guess = answers[key(text[:length].tolist(), sampling)][drawn:][:limit]
+            if (wrong := drawn % 3) < len(guess):
+                guess[wrong] = (guess[wrong] + 1) % VOCAB
+            guesses.append(guess)
+        return guesses
+
+    tokens, stats = serve(model, requests, **features, draft=spoiled, max_drafts=3)
+    assert tokens == plain
+    assert 0.1 < stats.acceptance < 0.8 and stats.tokens_per_step > 1.2
+    assert stats.prefix_hits >= 5 and stats.prefix_tokens > 80
+
 
 def test_logits_are_those_of_the_tokens_that_are_asked_for(model):
     tokens = prompt_of(12)

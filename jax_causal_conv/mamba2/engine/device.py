@@ -20,7 +20,8 @@ class DeviceState(NamedTuple):
 
     Attributes:
         cache: of the model, S slots; along a data axis those of all devices.
-        newest: `(S,)` int32, the token that each slot's request drew last.
+        newest: `(S,)` int32, the token that each slot's request drew last; with drafts
+            the one after its last guess, which nobody reads.
     """
 
     cache: Any
@@ -161,9 +162,11 @@ class Device:
         if (axis := self.placement.axis) is None:
             return rows
         here = jax.lax.axis_index(axis) == share
-        return jax.tree.map(
-            lambda row: jax.lax.psum(jnp.where(here, row, 0), axis), rows
-        )
+
+        def shared(row):  # To add -0 changes no number, not even the other zero.
+            return jax.lax.psum(jnp.where(here, row, -jnp.zeros_like(row)), axis)
+
+        return jax.tree.map(shared, rows)
 
     def _loaded(
         self, state: DeviceState, share: Any, slot: Any, saved: DeviceState

@@ -56,11 +56,12 @@ class Engine:
     must not call the engine themselves.
 
     Requests get slots in the order of their arrival. In each step, decoding requests
-    come first, with one token each, so that no prompt holds them up; prompts share the
-    rest of the budget, the oldest first, in chunks.
+    come first, with one token each (and its drafts), so that no prompt holds them up;
+    prompts share the rest of the budget, the oldest first, in chunks.
 
     What a request generates depends on the request alone (up to the last bits of
-    floating point, which XLA may round differently in another bucket).
+    floating point, which XLA may round differently in another bucket; and up to the
+    rounding of states in a narrower dtype, which are stored once a step).
 
     On a mesh of devices, a model that `tensor_parallel` has divided is served by all of
     them together. With a `data_axis` each device along it has the model, and slots and
@@ -109,7 +110,8 @@ class Engine:
             max_prefills_per_step: chunks of more than one token in a step.
             token_buckets: sizes T of steps with such chunks. The largest must be
                 `max_tokens_per_step`. None: it and its halves, down to 16.
-            decode_buckets: sizes of steps without, one token per row. The largest must
+            decode_buckets: sizes N of steps without, one token per row; with drafts
+                there are steps of `N * (1 + max_drafts)` tokens, too. The largest must
                 be `num_slots`. None: it and its halves, down to 1.
             max_waiting: requests that may wait for a slot.
             cache_dtype: of the conv states, `dtype` of the model's `init_cache`.
@@ -125,7 +127,8 @@ class Engine:
                 `DraftRequest`s, which returns as many sequences of tokens; or a
                 smaller model of the same vocabulary. What requests generate is the
                 same; each step waits for the one before it, and slots remember their
-                last `max_drafts` tokens, which can be taken back (see `DraftStates`).
+                last `max_drafts` tokens in `cache_dtype`, which can be taken back (see
+                `DraftStates`); one that is narrower than the model's rounds them.
                 If it raises an error, or returns what it must not, `step` raises an
                 error, and the requests concerned go on without drafts.
             max_drafts: how many guesses a request gets in a step.
