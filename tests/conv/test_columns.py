@@ -470,17 +470,20 @@ CODE = {
 
 @needs_kernels
 @pytest.mark.parametrize("name", CODE)
-def test_mamba2_columns_are_read_and_written_sixteen_bytes_at_a_time(name):
+def test_mamba2_columns_are_read_and_written_by_wide_accesses(name):
+    """Of 4 channels a thread in loops over tokens, else of 8."""
     function, arguments = CODE[name]
     (code,) = machine_code.compile_kernels(function, arguments, 90)
     assert code.name == f"{name}_kernel"
     assert (code.spills, code.stack, code.local_accesses()) == (0, 0, 0)
-    assert set(code.accesses("STG")) == {16}, code.accesses("STG")
     if (loop := code.steady_loop()) is not None:
-        assert set(loop.accesses("LDG")) == {16}, loop.accesses("LDG")
+        assert set(code.accesses("STG")) <= {8, 16}, code.accesses("STG")
+        assert set(loop.accesses("STG")) == {8}, loop.accesses("STG")
+        assert set(loop.accesses("LDG")) == {8}, loop.accesses("LDG")
         outputs = sum(loop.accesses("STG")) / 2
         assert len(loop.instructions) / outputs < 14
     else:  # but for the slot's number
+        assert set(code.accesses("STG")) == {16}, code.accesses("STG")
         assert set(code.accesses("LDG")) == {16, 4}, code.accesses("LDG")
 
 
