@@ -497,7 +497,7 @@ def test_the_time_of_a_step_goes_to_its_parts():
     kernels = {
         "packed_kernel": [1.0, 3.0],
         "update_kernel": [2.0],
-        "ssd_decode_kernel": [10.0, 10.0],
+        "decode_kernel": [10.0, 10.0],
         "chunks_kernel": [4.0],
         "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": [6.0],
         "gemm_fusion_dot_3": [2.0],
@@ -513,7 +513,7 @@ def test_the_time_of_a_step_goes_to_its_parts():
         "other kernels": 3.5,
         "host, and gaps": 6.0,
     }
-    assert found["SSD"][1] == "ssd_decode_kernel 10 us, chunks_kernel 2 us"
+    assert found["SSD"][1] == "decode_kernel 10 us, chunks_kernel 2 us"
     assert serving.parts(kernels, 2, 1.5, wall=20.0)["host, and gaps"][0] == 0
 
 
