@@ -163,7 +163,7 @@ def _package_lowered() -> Any:
 
 def _machine_code(kernel: Any, compute_capability: int) -> MachineCode:
     # Triton is optional.
-    from triton.backends.nvidia.compiler import get_ptxas  # noqa: PLC0415
+    from triton.backends.nvidia.compiler import get_ptxas  # noqa: PLC0415 (Triton is optional)
 
     ptxas = get_ptxas(compute_capability).path
     with tempfile.TemporaryDirectory() as folder:

@@ -134,7 +134,7 @@ def _add_product(acc, mixed, seen, dy, C: tl.constexpr):
 # Here as in the kernels below a matrix of scores or decays is `[r, t]`: r is a token
 # that writes, t one that reads, not before r.
 @triton.jit
-def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
+def backward_tokens_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915 (steps of one kernel)
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     P_BLOCK: tl.constexpr = C.P_BLOCK
@@ -286,7 +286,7 @@ def _pair_scales(inputs, group, i, j, item, C: tl.constexpr):
 #
 # Here a matrix of tokens is `[t, r]`, so that sums over r stay within few threads.
 @triton.jit
-def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
+def backward_pairs_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915 (steps of one kernel)
     program = tl.program_id(0)
     ITEMS: tl.constexpr = C.H * C.P_BLOCKS
     PAIRS: tl.constexpr = C.TILES * (C.TILES + 1) // 2

@@ -68,7 +68,7 @@ def _sum_later(values):
 
 
 @triton.jit
-def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):  # noqa: PLR0915
+def _finish_steps(inputs, outputs, group, i, block, C: tl.constexpr):  # noqa: PLR0915 (steps of one kernel)
     """The gradient of dt of a tile, for a block of heads; dA and that of the bias.
 
     Nothing that does not pass a token is in the sum of its decay's derivative: that of

@@ -319,7 +319,7 @@ def _through_stores(inputs, y_ptr, work, state, low, stops, channels, C: tl.cons
 # where there are several, nobody reads the slot here, since `prepare_kernel` has left a
 # copy. Tokens belong to one program each.
 @triton.jit
-def chunks_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915
+def chunks_kernel(inputs, outputs, C: tl.constexpr):  # noqa: PLR0915 (steps of one kernel)
     program = tl.program_id(0)
     P_BLOCK: tl.constexpr = C.P_BLOCK
     y_ptr = inputs.y if C.IN_PLACE else outputs.y

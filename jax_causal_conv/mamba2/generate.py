@@ -81,7 +81,7 @@ def text_of(folder: Path, config: Mamba2Config, prompt: str) -> Text:
 def _tokenized(file: Path, config: Mamba2Config, prompt: str) -> Text:
     try:
         import tokenizers  # noqa: PLC0415 (needs the extra `generate`) (models over bytes do without)
-        from tokenizers import decoders  # noqa: PLC0415
+        from tokenizers import decoders  # noqa: PLC0415 (extra "generate")
     except ModuleNotFoundError:
         raise ImportError(
             f'{file} needs tokenizers: pip install "jax-causal-conv[generate]"'

@@ -477,7 +477,7 @@ def _scan_chunks(spec: SSDSpec, inputs: _Inputs, table: _ChunkTable, initial):
     return _chunk_outputs(spec.exact, chunks, entering, None), states, entering
 
 
-def packed(  # noqa: PLR0915
+def packed(  # noqa: PLR0915 (steps in their order)
     spec: SSDSpec, operands: SSDPackedOperands, write_ends: Any = None
 ):
     """`ssd_packed` on checked arguments: y, and the new states.

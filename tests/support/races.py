@@ -66,7 +66,7 @@ class Recorder:
         return recording_call
 
 
-def race(accesses, barriers_needed=True, rereads=False):  # noqa: PLR0911, PLR0912
+def race(accesses, barriers_needed=True, rereads=False):  # noqa: PLR0911, PLR0912 (a case each)
     """None, or a sentence about the first hazard among a kernel's accesses.
 
     Args:
