@@ -2,11 +2,13 @@
 
 Decode steps and steps with prompts, with float32 and with bfloat16 states; prompts that
 begin alike, with and without hits in the prefix cache; drafts of which a known share is
-right. What a step's time goes to is read from a profile on a GPU: the durations of all
-kernels by what they are for, and the rest of the step's wall time, in which the GPU
-waits for the host. On a CPU, where XLA fuses the conv with its neighbours, no profile
-can tell; there it is the time of a jitted program of the convs alone (all layers, the
-step's shapes, donated caches): what the conv would cost by itself.
+right; and decode steps and prompts of mamba_ssm's own model.
+
+What a step's time goes to is read from a profile on a GPU: the durations of all kernels
+by what they are for, and the rest of the step's wall time, in which the GPU waits for
+the host. On a CPU, where XLA fuses the conv with its neighbours, no profile can tell.
+There it is the time of a jitted program of the convs alone (all layers, the step's
+shapes, donated caches): what the conv would cost by itself.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import timing
+from benchmarks import engine_peers, timing
 from benchmarks.cases import Case, Options, Row
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
@@ -100,6 +102,7 @@ def cases(options: Options) -> Iterator[Case]:
         "bfloat16 states": functools.partial(serving.steps, "bfloat16"),
         "prefix cache": serving.prefixes,
         "drafts": serving.drafts,
+        "in PyTorch": functools.partial(serving.beside, options),
     }.items():
         name = f"Mamba2 {options.shape}, {load.slots} slots, {part}"
         row = functools.partial(Row, "engine", name, load.slots, dtype)
@@ -363,6 +366,15 @@ class Serving:
                 engine.cancel(generation.id)
             engine.run()
         return rows
+
+    # ---- Another framework ---------------------------------------------------------
+
+    def beside(self, options: Options, row: NewRow) -> list[Row]:
+        """Decode steps, and as many prompts as a step reads, of mamba_ssm's model."""
+        load = self.load
+        length = load.shared + load.own
+        prompts = load.budget // length, length
+        return engine_peers.measure(self.config, load.slots, prompts, options, row)
 
 
 class SpoiledDraft:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from dataclasses import asdict, replace
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 
 from benchmarks import (
     compare_sass,
+    engine_peers,
     imports,
     machine_code,
     peers,
@@ -491,6 +493,44 @@ def test_as_many_drafts_are_right_as_are_said_to_be():
     ):
         said = f"{accepted} of the drafts accepted, {tokens} tokens a request"
         assert said in note
+
+
+def test_what_becomes_of_another_framework_is_told(tmp_path, monkeypatch):
+    """It is measured, it fails by itself, or it is not there and nothing is said."""
+
+    def rows(**paths):
+        options = Options(dtypes=("float32",), paths=paths)
+        return engine_peers.measure(SERVED.config, 4, (2, 6), options, ENGINE_ROW)
+
+    monkeypatch.setattr(Options, "on_gpu", True)
+    fake = types.SimpleNamespace(
+        float32="float32",
+        cuda=types.SimpleNamespace(synchronize=lambda: None),
+        randint=lambda high, shape, device: np.zeros(shape, np.int32),
+    )
+    torch = types.SimpleNamespace(torch=fake)
+    monkeypatch.setattr(engine_peers, "Torch", lambda: torch)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    assert rows() == []  # mamba_ssm is not installed
+    (failed,) = rows(**{"mamba-ssm": tmp_path / "nowhere"})
+    assert failed.note.startswith("failed: FileNotFoundError")
+    folder = tmp_path / "mamba_ssm" / "models"
+    folder.mkdir(parents=True)
+    (folder / "config_mamba.py").write_text("MambaConfig = dict\n")
+    (folder / "mixer_seq_simple.py").write_text(
+        "import time\n"
+        "class MambaLMHeadModel:\n"
+        "    def __init__(self, config, device, dtype):\n"
+        "        assert config['ssm_cfg']['headdim'] == 16 and dtype == 'float32'\n"
+        "    def generate(self, tokens, length, top_k, cg=False):\n"
+        "        time.sleep(1e-3 * (length - tokens.shape[1]))\n"
+    )
+    step, prompts = rows(**{"mamba-ssm": tmp_path})
+    assert step.candidate == "mamba_ssm: decode step" and step.microseconds > 1000
+    assert step.tokens_per_second == pytest.approx(4e6 / step.microseconds)
+    assert prompts.tokens_per_second == pytest.approx(12e6 / prompts.microseconds)
+    for name in ("config_mamba", "mixer_seq_simple"):
+        del sys.modules[f"mamba_ssm.models.{name}"]
 
 
 def test_the_time_of_a_step_goes_to_its_parts():
