@@ -58,4 +58,11 @@ CANDIDATES = (
         platforms=_GPU,
         package="causal-conv1d",
     ),
+    Candidate(
+        "cudnn-frontend",
+        torch_peers.cudnn,
+        ("packed", "update", *_ROWS),
+        platforms=_GPU,
+        package="cudnn-frontend",
+    ),
 )

@@ -74,6 +74,26 @@ class _Tensors(Torch):
 
         return self.prepared(call, view, gradient=True)
 
+    def updated(self, update: Callable, states) -> Prepared:
+        """`update` as Dao-AILab's is called, of a cache `(S, D, W-1)` in place."""
+        slots = self.tensor(self.work.cache_indices)
+
+        def call():
+            return update(
+                self.x,
+                states,
+                self.weight,
+                self.bias,
+                "silu",
+                conv_state_indices=slots,
+            )
+
+        def view(out):
+            left = states[slots.long()].transpose(1, 2)
+            return {"out": self.pick(out), "states": self.pick(left)}
+
+        return self.prepared(call, view)
+
 
 def torch_conv(work: Workload, path: Path | None) -> Prepared:
     """A depthwise `F.conv1d` of `(B, D, T)` and silu."""
@@ -233,23 +253,7 @@ def dao(work: Workload, path: Path | None) -> Prepared:
     module = imports.load("causal_conv1d", path)
     if work.op == "update":
         states = torch.states().transpose(1, 2).contiguous()
-        slots = torch.tensor(work.cache_indices)
-
-        def update():
-            return module.causal_conv1d_update(
-                torch.x,
-                states,
-                torch.weight,
-                torch.bias,
-                "silu",
-                conv_state_indices=slots,
-            )
-
-        def view(out):
-            left = states[slots.long()].transpose(1, 2)
-            return {"out": torch.pick(out), "states": torch.pick(left)}
-
-        return torch.prepared(update, view)
+        return torch.updated(module.causal_conv1d_update, states)
     return torch.rows(
         lambda x, weight, bias: module.causal_conv1d_fn(
             x.transpose(1, 2), weight, bias, activation="silu"
@@ -284,3 +288,48 @@ def _build_dao(path: Path) -> None:
             *undefine,
         ],
     )
+
+
+def cudnn(work: Workload, path: Path | None) -> Prepared:
+    """cudnn-frontend, channel-last; in packed batches with states apart.
+
+    A note says so where it computes by other kernels than those for such arrays.
+    """
+    torch = _Tensors(work)
+    ops = imports.load("cudnn.ops", path)
+    if work.op == "update":
+        return torch.updated(ops.causal_conv1d_update, torch.states().transpose(1, 2))
+    if work.op == "packed":
+        states = torch.gathered() if work.seen else None
+        offsets = torch.tensor(work.offsets)
+
+        def packed():
+            return ops.causal_conv1d(
+                torch.x[None].transpose(1, 2),
+                torch.weight,
+                torch.bias,
+                "silu",
+                cu_seqlens=offsets,
+                initial_states=states,
+                return_final_states=True,
+            )
+
+        def view(result):
+            out, left = result
+            left = left.transpose(1, 2)
+            return {"out": torch.pick(out[0].T), "states": torch.pick(left)}
+
+        one = torch.prepared(packed, view)
+    else:
+        one = torch.rows(
+            lambda x, weight, bias: ops.causal_conv1d(
+                x.transpose(1, 2), weight, bias, "silu"
+            ).transpose(1, 2),
+            channel_last=True,
+        )
+    one.wait(one.call())
+    module = imports.load("cudnn.ops.causal_conv1d", path)
+    route = module._get_causal_conv1d_last_route()
+    if route not in ("native-inference", "native-autograd"):
+        one.note = f"by its route {route}"
+    return one
