@@ -18,10 +18,10 @@ import numpy as np
 
 from benchmarks import imports, programs
 from benchmarks.cases import BY_XLA, OURS, Candidate
-from benchmarks.peers import vllm_ops
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.tensors import Torch
 from benchmarks.timing import Prepared
+from benchmarks.vllm import vllm_ops
 from jax_causal_conv import ssd, ssd_packed
 
 # What Mamba2's configuration says; vLLM and mamba_ssm tune their kernels for it.

@@ -14,9 +14,11 @@ import numpy as np
 import jax_causal_conv
 from benchmarks import peers, programs, ssd_peers, ssd_steps, timing, whole_layer
 from benchmarks.cases import BY_XLA, OURS, Candidate, Case, Options, Work
+from benchmarks.ours import projected
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.timing import Prepared
 from benchmarks.workload import Workload
+from benchmarks.yardsticks import YARDSTICKS
 from jax_causal_conv import build_metadata, causal_conv1d_fn
 
 DIM, WIDTH, TOKENS = 5376, 4, 2048
@@ -35,11 +37,11 @@ def _workload_case(
     yardstick: str = "copy",
     with_peers: bool = True,
 ) -> Case:
-    candidates: list[Candidate] = [peers.YARDSTICKS[yardstick]]
+    candidates: list[Candidate] = [YARDSTICKS[yardstick]]
     if yardstick == "copy" and not options.on_gpu:
-        candidates.append(peers.YARDSTICKS["memcpy"])
+        candidates.append(YARDSTICKS["memcpy"])
     if work.op == "update" and options.on_gpu:
-        candidates.append(peers.YARDSTICKS["empty kernel"])
+        candidates.append(YARDSTICKS["empty kernel"])
     for one in peers.CANDIDATES:
         is_ours = one.name.startswith(OURS)
         if one.takes(work) and (is_ours or (with_peers and options.with_peers)):
@@ -163,9 +165,7 @@ def columns(options: Options) -> Iterator[Case]:
     ):
         work = Workload("packed", lengths, sum(split), WIDTH, dtype, slots=512)
         prepare = {
-            who: functools.partial(
-                peers.projected, work, d_inner, width, split, cut=cut
-            )
+            who: functools.partial(projected, work, d_inner, width, split, cut=cut)
             for who, cut in ((_CUT, True), (OURS, False))
         }
         yield Case("columns", name, len(lengths), dtype, prepare, work, _CUT)
@@ -310,7 +310,7 @@ def ssd(options: Options) -> Iterator[Case]:
 
 
 def _ssd_case(name: str, work: SsdWorkload, options: Options) -> Case:
-    candidates = [peers.YARDSTICKS["copy"]]
+    candidates = [YARDSTICKS["copy"]]
     for one in ssd_peers.CANDIDATES:
         is_ours = one.name.startswith(OURS)
         # There is nothing to be rounded in a decode step, and XLA takes its time.
@@ -366,7 +366,7 @@ def layer(options: Options) -> Iterator[Case]:
         work = whole_layer.LayerWorkload(
             tuple(_mixture(tokens, share)), dtype, heads=heads
         )
-        candidates = [peers.YARDSTICKS["copy"]] + [
+        candidates = [YARDSTICKS["copy"]] + [
             one
             for one in whole_layer.CANDIDATES
             if one.takes(work)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import peers, timing
+from benchmarks import jitted, timing
 from benchmarks.model_shapes import MODELS, ModelShape
 from benchmarks.timing import Prepared
 from benchmarks.workload import Op, Workload
@@ -213,7 +213,7 @@ def prepared(work: Workload, chosen: Tiles, call: Callable) -> Prepared:
             out, states = run(rest._replace(states=states))
             return out.reshape(work.x.shape), states
 
-        return peers.with_states(work, update, inputs._replace(states=None))
+        return jitted.with_states(work, update, inputs._replace(states=None))
 
     def view(results):
         if work.op == "dense":

@@ -17,10 +17,10 @@ import numpy as np
 
 from benchmarks import programs
 from benchmarks.cases import OURS, Candidate
-from benchmarks.peers import vllm_metadata, vllm_ops
 from benchmarks.ssd_peers import Tensors, vllm_prompts
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.timing import Prepared
+from benchmarks.vllm import vllm_metadata, vllm_ops
 from benchmarks.workload import Workload, compare
 from jax_causal_conv import build_metadata, causal_conv1d_fn, ssd_packed
 

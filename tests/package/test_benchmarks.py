@@ -34,6 +34,7 @@ from benchmarks.cases import BY_XLA, FALLBACK, OURS, Case, Options, Row, run_cas
 from benchmarks.compare_sass import Code, Key
 from benchmarks.imports import Absent
 from benchmarks.model_shapes import MODELS
+from benchmarks.ours import ours
 from benchmarks.ssd_workload import SsdWorkload
 from benchmarks.suites import calls_into
 from benchmarks.timing import Prepared
@@ -264,7 +265,7 @@ def test_failing_peers_are_reported_and_the_others_timed():
         return Prepared(lambda: next(calls))
 
     prepare = {
-        OURS: lambda: peers.ours(MIXED),
+        OURS: lambda: ours(MIXED),
         "absent": absent,
         "broken": broken,
         "wrong": wrong,
