@@ -107,7 +107,8 @@ class Engine:
             num_slots: requests that run at a time.
             max_tokens_per_step: budget of a step, at least `num_slots`; with drafts, at
                 least `num_slots * (1 + max_drafts)`.
-            max_prefills_per_step: chunks of more than one token in a step.
+            max_prefills_per_step: chunks of prompts in a step, but for those of one
+                token, or, with drafts, of up to `1 + max_drafts`.
             token_buckets: sizes T of steps with such chunks. The largest must be
                 `max_tokens_per_step`. None: it and its halves, down to 16.
             decode_buckets: sizes N of steps without, one token per row; with drafts
@@ -223,6 +224,7 @@ class Engine:
                     num_slots,
                     max_tokens_per_step,
                     max_prefills_per_step,
+                    self._buckets.short,
                     Prefixes(range(num_slots, total), self._blocks),
                     tokens_on_host=self._drafting is not None,
                 )
