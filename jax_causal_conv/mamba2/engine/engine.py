@@ -33,7 +33,8 @@ class Flight(NamedTuple):
     Attributes:
         rows: who takes part, on each of the devices.
         tokens: `(devices * M,)`, what the rows of each draw, one after another.
-        bucket, running, waiting, start, host_seconds: as in `StepStats`.
+        bucket, running, waiting, start, host_seconds, dispatch_seconds: as in
+            `StepStats`.
     """
 
     rows: list[list[Row]]
@@ -43,6 +44,7 @@ class Flight(NamedTuple):
     waiting: int
     start: float
     host_seconds: float
+    dispatch_seconds: float
 
 
 class Engine:
@@ -476,11 +478,21 @@ class Engine:
         # From here until the results are in their places, an interruption loses the
         # caches: they are donated.
         self._intact = False
+        planned = time.perf_counter()
         tokens = self._device.step(executable, batches)
+        dispatched = time.perf_counter()
         schedule.took(rows)
-        host_seconds = time.perf_counter() - start
         self._flights.append(
-            Flight(rows, tokens, bucket, running, self.num_waiting, start, host_seconds)
+            Flight(
+                rows=rows,
+                tokens=tokens,
+                bucket=bucket,
+                running=running,
+                waiting=self.num_waiting,
+                start=start,
+                host_seconds=planned - start,
+                dispatch_seconds=dispatched - planned,
+            )
         )
         self._intact = True
 
@@ -569,6 +581,7 @@ class Engine:
                 waiting=flight.waiting,
                 start=flight.start,
                 host_seconds=flight.host_seconds,
+                dispatch_seconds=flight.dispatch_seconds,
                 seconds=now - max(flight.start, self._last_collect),
             )
         )
