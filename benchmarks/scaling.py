@@ -7,7 +7,6 @@ parameters and states.
 
 import functools
 import gc
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -63,10 +62,9 @@ def _measure(
     for how, made in ways.items():
         requests, full = _full_steps(made, config, slots, new)
         low, median, high = np.percentile([1e6 * s.seconds for s in full], [10, 50, 90])
-        host = statistics.median(s.host_seconds for s in full) * 1e6
         speed = requests / median * 1e6
         alone = alone or speed
-        note = f"{speed / alone:.2f} of one device's; the host's part {host:,.0f} us"
+        note = f"{speed / alone:.2f} of one device's; {serving.by_host(full)}"
         rows.append(
             row(
                 how,

@@ -14,6 +14,7 @@ shapes, donated caches): what the conv would cost by itself.
 import dataclasses
 import functools
 import gc
+import itertools
 import re
 import statistics
 import time
@@ -58,6 +59,7 @@ PARTS = (*_KERNELS, "sampling", "other kernels", "host, and gaps")
 """What a step's time is divided into."""
 
 _CYCLE = 8  # divides the vocabularies
+_SKIPPED = 3  # steps of a load, before the ones whose time is divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,21 +196,37 @@ class Serving:
             rows += [_timed(row("step with prompts"), own), _throughput(row, steps)]
         if not self.on_gpu:
             return [*rows, self._conv_alone(row, rows[0])]
-        self._submit(engine, load.slots, 64, longest=1)
-        rows += self._parts(engine, row, rows[0], 20)
+        rows += self._parts(engine, row, "decode step", 1)
         if ssm_dtype == "float32":
-            self._submit(engine, 2 * load.slots, 64, load.longest)
-            rows += self._parts(engine, row, rows[1], 10)
+            rows += self._parts(engine, row, "step with prompts", load.longest)
         return rows
 
     def _submit(self, engine: Engine, count: int, new: int, longest: int) -> None:
         for prompt in self.prompts(count, longest):
             engine.submit(Request(prompt, max_new_tokens=new))
 
-    def _parts(self, engine: Engine, row: NewRow, of: Row, count: int) -> list[Row]:
-        """What the next steps' time goes to; serves what is left to the end."""
-        for _ in range(3):
-            engine.step()
+    def _parts(self, engine: Engine, row: NewRow, what: str, longest: int) -> list[Row]:
+        """What the time of steps goes to, with prompts up to so many tokens or none.
+
+        A load is served twice, in the same steps: without a profiler, for the wall
+        time, and with one. Steps of the other kind are in neither.
+        """
+
+        def begin():
+            engine.stats.steps.clear()
+            self._submit(engine, 2 * self.load.slots, 64, longest)
+            for _ in range(_SKIPPED):
+                engine.step()
+
+        begin()
+        engine.run()
+        alike = itertools.takewhile(
+            lambda step: bool(step.prefill_tokens) == (longest > 1),
+            list(engine.stats.steps)[_SKIPPED:],
+        )
+        times = [step.seconds * 1e6 for step in alike][:20]
+        count = len(times)
+        begin()
 
         # The step that is under way must end before the profile begins, and the last
         # one in it.
@@ -227,7 +245,7 @@ class Serving:
         jax.block_until_ready(draw())
         alone = timing.device_kernels(Prepared(draw), count)[1]
         sampling = sum(map(sum, alone.values())) / count
-        found = parts(kernels, count, sampling, of.microseconds or 0.0)
+        found = parts(kernels, count, sampling, statistics.mean(times))
         whole = sum(time for time, _ in found.values())
         rows = []
         for part, (spent, names) in found.items():
@@ -235,7 +253,7 @@ class Serving:
             share = f"{spent / whole:.1%} of the step"
             rows.append(
                 row(
-                    f"{of.candidate}: {part}",
+                    f"{what}: {part}",
                     spent,
                     spent,
                     spent,
@@ -438,7 +456,6 @@ def _timed(row: Row, steps: Sequence[StepStats]) -> Row:
     times = np.array([step.seconds for step in steps])
     low, median, high = np.percentile(times, [10, 50, 90]) * 1e6
     tokens = statistics.mean(s.decode_tokens + s.prefill_tokens for s in steps)
-    host = statistics.median(s.host_seconds for s in steps) * 1e6
     return dataclasses.replace(
         row,
         microseconds=median,
@@ -447,8 +464,15 @@ def _timed(row: Row, steps: Sequence[StepStats]) -> Row:
         samples=len(steps),
         clock="wall",
         tokens_per_second=tokens * 1e6 / median,
-        note=f"{tokens:.0f} tokens; the host's part {host:,.0f} us",
+        note=f"{tokens:.0f} tokens; {by_host(steps)}",
     )
+
+
+def by_host(steps: Sequence[StepStats]) -> str:
+    """What the host does for a step. To hand it over it may have to wait."""
+    planned = statistics.median(s.host_seconds for s in steps) * 1e6
+    handed = statistics.median(s.dispatch_seconds for s in steps) * 1e6
+    return f"planned in {planned:,.0f} us, handed over in {handed:,.0f} us"
 
 
 def _throughput(row: NewRow, steps: Sequence[StepStats]) -> Row:

@@ -86,6 +86,29 @@ def future(requests, wrong_from=None):
     return guesses
 
 
+def test_prompts_as_short_as_decodes_need_no_prefill():
+    """The model takes rows of a token and its drafts for decodes, prompts or not."""
+    engine = Engine(
+        Recall(),
+        num_slots=5,
+        max_tokens_per_step=20,
+        max_prefills_per_step=1,
+        token_buckets=[20],
+        decode_buckets=[5],
+        draft=no_idea,
+        max_drafts=MAX_DRAFTS,
+    )
+    prompts = [[1] * length for length in (4, 5, 4, 5, 2)]
+    generations = [engine.submit(Request(prompt, 1)) for prompt in prompts]
+    engine.run()
+    first, second = engine.stats.steps
+    # Of the two longer ones the second must wait.
+    assert (first.prefill_rows, second.prefill_rows) == (4, 1)
+    assert generations[3].first_token > generations[4].first_token
+    for generation in generations:
+        assert generation.tokens == answer(generation.request)
+
+
 @pytest.mark.parametrize("right", range(MAX_DRAFTS + 1))
 def test_tokens_are_the_same_and_acceptance_is_counted(engine, draft, right):
     draft.answer = lambda requests: future(requests, right)

@@ -152,7 +152,7 @@ def drafts_of_a_model_on_each_device():
 def test_requests_go_where_their_prompt_was_read_unless_there_are_many():
     blocks = Blocks(2)
     shares = [
-        Slots(4, 32, 4, Prefixes(range(4, 8), blocks), tokens_on_host=False)
+        Slots(4, 32, 4, 1, Prefixes(range(4, 8), blocks), tokens_on_host=False)
         for _ in range(2)
     ]
     schedule, ids = Schedule(shares), itertools.count()

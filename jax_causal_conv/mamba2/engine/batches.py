@@ -1,10 +1,10 @@
 """Who takes part in a step, and the arrays that tell the device so."""
 
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...metadata import ConvMetadata, build_metadata
 from ...operands import PAD_SLOT_ID
 from .buckets import Bucket
 from .prefixes import Snapshot
@@ -64,6 +64,19 @@ class Features(NamedTuple):
         return min(bucket.tokens, bucket.sequences * (1 + self.max_drafts))
 
 
+# A token to draw, as in `Draws`.
+_DRAW = np.dtype(
+    [
+        ("slots", np.int32),
+        ("seeds", np.uint32),
+        ("positions", np.int32),
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+    ]
+)
+
+
 class Draws(NamedTuple):
     """M tokens to draw. `seeds` and what follows are zero where nobody wants one.
 
@@ -97,7 +110,6 @@ class Batch(NamedTuple):
         states: arguments of the model's `packed` by name, each `(N,)`: where states
             come from and go to.
         draws: the tokens to draw.
-        metadata: of `query_start_loc`, for the convs of all layers.
     """
 
     tokens: np.ndarray
@@ -105,83 +117,85 @@ class Batch(NamedTuple):
     decodes: np.ndarray
     states: dict[str, np.ndarray]
     draws: Draws
-    metadata: ConvMetadata
 
 
 def pack(rows: list[Row], bucket: Bucket, features: Features) -> Batch:
     """Puts the rows back to back, followed by empty rows and unused tokens."""
     num_tokens, n, _ = bucket
+    offsets = [0, *itertools.accumulate(row.length for row in rows)]
     tokens = np.zeros(num_tokens, np.int32)
-    offsets = np.zeros(n + 1, np.int32)
-    decodes = np.zeros(n, bool)
+    for row, start in zip(rows, offsets, strict=False):
+        if row.tokens is not None:
+            tokens[start : start + row.length] = row.tokens
+    slots = [row.generation.slot for row in rows]
+    sources = [
+        slot if row.source is None else row.source.slot
+        for row, slot in zip(rows, slots, strict=True)
+    ]
     states = {
-        "cache_indices": np.full(n, PAD_SLOT_ID, np.int32),
-        "has_initial_state": np.zeros(n, bool),
+        "cache_indices": _padded(sources, n, PAD_SLOT_ID),
+        "has_initial_state": _padded([row.start > 0 for row in rows], n, False, bool),
     }
     if features.moves:
-        states |= {
-            "write_indices": np.full(n, PAD_SLOT_ID, np.int32),
-            "snapshot_indices": np.full(n, PAD_SLOT_ID, np.int32),
-            "snapshot_ends": np.zeros(n, np.int32),
-        }
+        left = [
+            (PAD_SLOT_ID, 0)
+            if row.leaves is None
+            else (row.leaves.slot, len(row.leaves.tokens) - row.start)
+            for row in rows
+        ]
+        states["write_indices"] = _padded(slots, n, PAD_SLOT_ID)
+        states["snapshot_indices"] = _padded([slot for slot, _ in left], n, PAD_SLOT_ID)
+        states["snapshot_ends"] = _padded([end for _, end in left], n)
     if features.max_drafts:
-        states["num_rejected_tokens"] = np.zeros(n, np.int32)
-    end = 0
-    for i, row in enumerate(rows):
-        generation, start = row.generation, row.start
-        if row.tokens is None:
-            decodes[i] = True
-        else:
-            tokens[end : end + row.length] = row.tokens
-        end += row.length
-        offsets[i + 1] = end
-        source = generation.slot if row.source is None else row.source.slot
-        states["cache_indices"][i] = source
-        states["has_initial_state"][i] = start > 0
-        if features.max_drafts:
-            states["num_rejected_tokens"][i] = generation.rejected
-        if features.moves:
-            states["write_indices"][i] = generation.slot
-            if row.leaves is not None:
-                states["snapshot_indices"][i] = row.leaves.slot
-                states["snapshot_ends"][i] = len(row.leaves.tokens) - start
-    offsets[len(rows) + 1 :] = end
+        rejected = [row.generation.rejected for row in rows]
+        states["num_rejected_tokens"] = _padded(rejected, n)
     return Batch(
         tokens=tokens,
-        query_start_loc=offsets,
-        decodes=decodes,
+        query_start_loc=_padded(offsets, n + 1, offsets[-1]),
+        decodes=_padded([row.tokens is None for row in rows], n, False, bool),
         states=states,
         draws=_draws(rows, offsets, features.draws(bucket), features.max_drafts > 0),
-        metadata=build_metadata(offsets, num_tokens),
     )
 
 
-def _draws(rows: list[Row], offsets: np.ndarray, m: int, several: bool) -> Draws:
+def _padded(values: Any, count: int, rest: Any = 0, dtype: Any = np.int32):
+    """The values, and as many of the rest as make `count`."""
+    array = np.full(count, rest, dtype)
+    array[: len(values)] = values
+    return array
+
+
+def _draws(rows: list[Row], offsets: list[int], m: int, several: bool) -> Draws:
     """A token for every row, whether it draws or not, and one more for each draft."""
-    after, positions, top_k = np.zeros((3, m), np.int32)
-    slots = np.full(m, PAD_SLOT_ID, np.int32)
-    temperature, top_p = np.zeros((2, m), np.float32)
-    seeds = np.zeros(m, np.uint32)
-    first = 0
-    for row, end in zip(rows, offsets[1:], strict=False):
-        of_row = slice(first, first + 1 + row.num_drafts)
-        first = of_row.stop
-        after[of_row] = np.arange(end - 1 - row.num_drafts, end)
-        if row.draws:
-            generation, sampling = row.generation, row.generation.terms.sampling
-            last = row.start + row.length
-            slots[first - 1] = generation.slot
-            positions[of_row] = np.arange(last - row.num_drafts, last + 1)
-            seeds[of_row] = generation.seed
-            temperature[of_row] = sampling.temperature
-            top_k[of_row] = sampling.top_k
-            top_p[of_row] = sampling.top_p
+    counts = np.array([1 + row.num_drafts for row in rows], np.int32)
+    ends = np.cumsum(counts)
+    owners = np.repeat(np.arange(len(rows)), counts)
+    # How many tokens of the same row are drawn after each; rows that do not draw have
+    # no drafts.
+    later = ends[owners] - 1 - np.arange(len(owners))
+    table = np.zeros(m, _DRAW)
+    table["slots"] = PAD_SLOT_ID
+    wanted = table[: len(owners)]
+    wanted[:] = np.array([_last_draw(row) for row in rows], _DRAW)[owners]
+    wanted["positions"] -= later
+    wanted["slots"][later > 0] = PAD_SLOT_ID
+    after = np.array(offsets[1:], np.int32)[owners] - 1 - later
     return Draws(
-        after=after if several else None,
-        slots=slots,
-        seeds=seeds,
-        positions=positions,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        after=_padded(after, m) if several else None,
+        **{name: table[name] for name in _DRAW.names or ()},
+    )
+
+
+def _last_draw(row: Row) -> tuple:
+    """What is drawn after a row's last token."""
+    if not row.draws:
+        return PAD_SLOT_ID, 0, 0, 0.0, 0, 0.0
+    generation, sampling = row.generation, row.generation.terms.sampling
+    return (
+        generation.slot,
+        generation.seed,
+        row.start + row.length,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
     )

@@ -37,6 +37,7 @@ class Buckets:
 
     Attributes:
         all: of these, in the order in which they are tried.
+        short: tokens of a row up to which it is no prefill: one and its drafts.
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class Buckets:
         decode_sizes = sizes_of("decode_buckets", decode_buckets, num_slots, 1)
         mixed_sizes = sizes_of("token_buckets", token_buckets, max_tokens_per_step, 16)
         decodes = [Bucket(n, n, 0) for n in decode_sizes]
-        self._short = 1 + max_drafts
-        with_drafts = [Bucket(n * self._short, n, 0) for n in decode_sizes]
+        self.short = 1 + max_drafts
+        with_drafts = [Bucket(n * self.short, n, 0) for n in decode_sizes]
         mixed = {
             Bucket(t, min(t, num_slots), min(t // 2, num_slots, max_prefills_per_step))
             for t in mixed_sizes
@@ -63,7 +64,7 @@ class Buckets:
     def fit(self, lengths: list[list[int]]) -> Bucket:
         """The first bucket that holds rows of these lengths, on each of the devices."""
         needs = [
-            Bucket(sum(own), len(own), sum(length > self._short for length in own))
+            Bucket(sum(own), len(own), sum(length > self.short for length in own))
             for own in lengths
         ]
         need = Bucket(*map(max, zip(*needs, strict=True)))

@@ -73,17 +73,17 @@ class Device:
             as_before = jax.tree.map(lambda a: a.sharding, self._state_types)
             self.reset()
 
-        def step(params, state, batch, *, bucket):
+        def step(params, state, words, *, bucket):
             like = pack([], bucket, features)
 
-            def on_one(params, state, batch):
-                batch = placement.read(batch, like)
+            def on_one(params, state, words):
+                batch = placement.read(words, like)
                 return _model_step(
                     graph, params_tree, params, state, batch, bucket.prefills
                 )
 
             on_each = placement.on_each(on_one, False, True, True, out=(True, True))
-            return on_each(params, state, batch)
+            return on_each(params, state, words)
 
         self._jitted = jax.jit(
             step,
@@ -144,8 +144,7 @@ class Device:
 
     def load(self, share: int, slot: int, saved: DeviceState) -> None:
         """Puts it into a slot again. The caches are donated, as in `step`."""
-        if self.placement.mesh is not None:
-            saved = jax.tree.map(self.placement.put, saved)
+        saved = jax.tree.map(self.placement.put, saved)
         with self.placement.context():
             self.state = self._load(self.state, np.int32(share), np.int32(slot), saved)
 
@@ -195,7 +194,6 @@ def _model_step(
         batch.query_start_loc,
         **batch.states,
         **({} if draws.after is None else {"logits_at": draws.after}),
-        metadata=batch.metadata,
         max_prefills=max_prefills,
     )
     drawn = sample(

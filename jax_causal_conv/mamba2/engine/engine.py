@@ -33,7 +33,8 @@ class Flight(NamedTuple):
     Attributes:
         rows: who takes part, on each of the devices.
         tokens: `(devices * M,)`, what the rows of each draw, one after another.
-        bucket, running, waiting, start, host_seconds: as in `StepStats`.
+        bucket, running, waiting, start, host_seconds, dispatch_seconds: as in
+            `StepStats`.
     """
 
     rows: list[list[Row]]
@@ -43,6 +44,7 @@ class Flight(NamedTuple):
     waiting: int
     start: float
     host_seconds: float
+    dispatch_seconds: float
 
 
 class Engine:
@@ -107,7 +109,8 @@ class Engine:
             num_slots: requests that run at a time.
             max_tokens_per_step: budget of a step, at least `num_slots`; with drafts, at
                 least `num_slots * (1 + max_drafts)`.
-            max_prefills_per_step: chunks of more than one token in a step.
+            max_prefills_per_step: chunks of prompts in a step, but for those of one
+                token, or, with drafts, of up to `1 + max_drafts`.
             token_buckets: sizes T of steps with such chunks. The largest must be
                 `max_tokens_per_step`. None: it and its halves, down to 16.
             decode_buckets: sizes N of steps without, one token per row; with drafts
@@ -223,6 +226,7 @@ class Engine:
                     num_slots,
                     max_tokens_per_step,
                     max_prefills_per_step,
+                    self._buckets.short,
                     Prefixes(range(num_slots, total), self._blocks),
                     tokens_on_host=self._drafting is not None,
                 )
@@ -474,11 +478,21 @@ class Engine:
         # From here until the results are in their places, an interruption loses the
         # caches: they are donated.
         self._intact = False
+        planned = time.perf_counter()
         tokens = self._device.step(executable, batches)
+        dispatched = time.perf_counter()
         schedule.took(rows)
-        host_seconds = time.perf_counter() - start
         self._flights.append(
-            Flight(rows, tokens, bucket, running, self.num_waiting, start, host_seconds)
+            Flight(
+                rows=rows,
+                tokens=tokens,
+                bucket=bucket,
+                running=running,
+                waiting=self.num_waiting,
+                start=start,
+                host_seconds=planned - start,
+                dispatch_seconds=dispatched - planned,
+            )
         )
         self._intact = True
 
@@ -567,6 +581,7 @@ class Engine:
                 waiting=flight.waiting,
                 start=flight.start,
                 host_seconds=flight.host_seconds,
+                dispatch_seconds=flight.dispatch_seconds,
                 seconds=now - max(flight.start, self._last_collect),
             )
         )

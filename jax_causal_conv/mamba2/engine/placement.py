@@ -149,26 +149,23 @@ class Placement:
         )
 
     def batch(self, batches: Sequence[Batch]) -> Any:
-        """A step's input; on a mesh `(shares, L)` int32, for a single transfer."""
-        if self.mesh is None:
-            return batches[0]
-        words = np.stack([_words(batch) for batch in batches])
-        return self.put(words, self.axis)
+        """A step's input as `(shares, L)` int32, for a single transfer."""
+        return self.put(np.stack([_words(batch) for batch in batches]), self.axis)
 
-    def put(self, array: np.ndarray, *spec: Any) -> jax.Array:
-        """What all processes have, on the mesh."""
+    def put(self, array: np.ndarray, *spec: Any) -> Any:
+        """What all processes have, on the mesh; a single device gets it when called."""
+        if self.mesh is None:
+            return array
         return jax.make_array_from_callback(
             array.shape, self.sharding(*spec), array.__getitem__
         )
 
-    def read(self, batch: Any, like: Batch) -> Batch:
+    def read(self, words: jax.Array, like: Batch) -> Batch:
         """The batch of one device, in the jitted step."""
-        if self.mesh is None:
-            return batch
         tree: Any
         leaves, tree = jax.tree.flatten(like)
         ends = np.cumsum([leaf.size for leaf in leaves])
-        parts = jnp.split(batch[0], ends[:-1])
+        parts = jnp.split(words[0], ends[:-1])
         return tree.unflatten(
             jax.lax.bitcast_convert_type(part, leaf.dtype)
             if leaf.dtype.itemsize == 4

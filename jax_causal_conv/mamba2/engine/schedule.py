@@ -30,12 +30,24 @@ class Slots:
         num_slots: int,
         budget: int,
         max_prefills: int,
+        short: int,
         prefixes: Prefixes,
         tokens_on_host: bool,
     ):
+        """All slots are free.
+
+        Args:
+            num_slots: how many there are.
+            budget: tokens of a step.
+            max_prefills: rows of a step with more tokens than are
+            short: which count as decodes to the model; see `Buckets`.
+            prefixes: the snapshots.
+            tokens_on_host: whether decodes take their tokens from there.
+        """
         self._num_slots = num_slots
         self._budget = budget
         self._max_prefills = max_prefills
+        self._short = short
         self._tokens_on_host = tokens_on_host
         self.prefixes = prefixes
         self.clear()
@@ -87,7 +99,7 @@ class Slots:
                 if source is not None:
                     start = len(source.tokens)
             length = min(len(generation.text) - start, left)
-            if length > 1 and prefills == self._max_prefills:
+            if length > self._short and prefills == self._max_prefills:
                 continue
             if length == 0:
                 break
@@ -106,7 +118,7 @@ class Slots:
                 )
             )
             left -= length
-            prefills += length > 1
+            prefills += length > self._short
         return rows
 
     def _decode(self, generation: Generation, guess: Sequence[int]) -> Row:

@@ -25,7 +25,9 @@ class StepStats:
         running: requests with a slot.
         waiting: requests without one.
         start: when the host began to plan it (`time.perf_counter`).
-        host_seconds: planning, packing and dispatching.
+        host_seconds: planning and packing.
+        dispatch_seconds: handing it to the device. On a GPU that is behind this is
+            mostly waiting, as its queue holds fewer kernels than large steps have.
         seconds: until its tokens were on the host, counted from `start` or from the end
             of the step before it, whichever is later: these add up to the busy time.
     """
@@ -43,6 +45,7 @@ class StepStats:
     waiting: int
     start: float
     host_seconds: float
+    dispatch_seconds: float
     seconds: float
 
     @property
