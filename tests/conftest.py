@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import pytest
 
+from tests.support.eight_devices import on_eight_devices  # noqa: F401 (a fixture)
 from tests.support.platforms import HAS_GPU, HAS_TRITON
 
 IMPLEMENTATIONS = ["xla", None, "interpret"] + (["triton"] if HAS_GPU else [])

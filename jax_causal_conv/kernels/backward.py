@@ -6,28 +6,28 @@ import triton
 import triton.language as tl
 
 from .activations import through_activation
-from .device import (
+from .offsets import Offsets, offset_bound, zero_uncovered
+from .rows import (
     Filter,
-    Offsets,
     Rows,
     channel_block,
-    count_from,
-    in_walk,
     load_filter,
     load_plain,
     load_row,
     load_rows,
+    only_if,
+    widen,
+    zero_rows,
+)
+from .walks import (
+    count_from,
+    in_walk,
     load_window,
     next_token,
-    offset_bound,
-    only_if,
     preactivation,
     segments_before,
     walk_of,
-    widen,
     within_reach,
-    zero_rows,
-    zero_uncovered,
 )
 
 

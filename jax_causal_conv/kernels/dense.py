@@ -5,11 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import (
-    channel_block,
-    filter_rows,
-    load_filter,
-)
+from .rows import channel_block, load_filter
+from .walks import filter_rows
 
 
 class DenseInputs(NamedTuple):

@@ -31,8 +31,8 @@ from .backward import (
     packed_backward_kernel,
     rows_backward_kernel,
 )
+from .constants import Constants
 from .dense import DenseInputs, DenseOutputs, dense_kernel
-from .device import Constants
 from .packed import PackedInputs, PackedOutputs, packed_kernel
 from .record import Launch, Launches
 from .tiles import Tiles

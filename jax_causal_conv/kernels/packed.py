@@ -5,21 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import (
-    Offsets,
-    Rows,
-    Store,
-    channel_block,
-    filter_rows,
-    load_filter,
-    offset_bound,
-    roll_slot,
-    snapshot_store,
-    store_window,
-    written_store,
-    zero_rows,
-    zero_uncovered,
-)
+from .offsets import Offsets, offset_bound, zero_uncovered
+from .rows import Rows, channel_block, load_filter, zero_rows
+from .slots import Store, roll_slot, snapshot_store, store_window, written_store
+from .walks import filter_rows
 
 
 class PackedInputs(NamedTuple):

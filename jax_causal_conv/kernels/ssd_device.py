@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import Offsets, offset_bound
+from .offsets import Offsets, offset_bound
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # LOG2E minus its float32: together they have the precision of two float32.

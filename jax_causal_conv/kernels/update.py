@@ -5,21 +5,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import (
-    Rows,
-    Store,
-    channel_block,
-    convolve_rows,
-    filter_rows,
-    in_walk,
-    load_filter,
-    load_plain,
-    roll_slot,
-    store_window,
-    walk_of,
-    written_store,
-    zero_rows,
-)
+from .rows import Rows, channel_block, load_filter, load_plain, zero_rows
+from .slots import Store, roll_slot, store_window, written_store
+from .walks import convolve_rows, filter_rows, in_walk, walk_of
 
 
 class UpdateInputs(NamedTuple):

@@ -340,11 +340,6 @@ def wrong_arguments_are_named():
         call(x, axis="nowhere")
 
 
-@pytest.fixture(scope="module")
-def results():
-    return eight_devices.run(__name__)
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_on_eight_devices(results, check):
-    eight_devices.verify(results, check)
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_eight_devices(on_eight_devices, name):
+    on_eight_devices(name)

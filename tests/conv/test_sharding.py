@@ -565,14 +565,9 @@ def shard_map_of_interpreted_kernels(op):
     check_shard_map(mesh, parts_of(op, 2), "interpret")
 
 
-@pytest.fixture(scope="module")
-def results():
-    return eight_devices.run(__name__)
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_on_eight_devices(results, check):
-    eight_devices.verify(results, check)
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_eight_devices(on_eight_devices, name):
+    on_eight_devices(name)
 
 
 # --- programs for four GPUs -------------------------------------------------------

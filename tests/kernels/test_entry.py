@@ -19,19 +19,23 @@ from jax_causal_conv.kernels import (
     activations,
     backward,
     dense,
-    device,
     interpreter,
+    offsets,
     packed,
     record,
+    rows,
+    slots,
     update,
+    walks,
 )
 from jax_causal_conv.kernels.entry import arrays, entry, leaves, position, replaced
 from jax_causal_conv.kernels.record import Launch
 
-MODULES = (activations, backward, dense, device, packed, update)
+OPS = (backward, dense, packed, update)
+SHARED = (activations, offsets, rows, slots, walks)
 FUNCTIONS = {
     f"{function.fn.__module__}.{name}": function
-    for module in MODULES
+    for module in OPS + SHARED
     for name, function in vars(module).items()
     if isinstance(function, JITFunction)
 }

@@ -30,13 +30,16 @@ from jax_causal_conv import build_metadata
 from jax_causal_conv.kernels import (
     backward,
     dense,
-    device,
     interpreter,
     launch,
+    offsets,
     packed,
     record,
+    rows,
+    slots,
     tiles,
     update,
+    walks,
 )
 from jax_causal_conv.kernels.entry import arrays, replaced
 from jax_causal_conv.operands import (
@@ -50,6 +53,7 @@ from jax_causal_conv.xla import backward as xla_backward
 from jax_causal_conv.xla import forward as xla
 from tests.support import checks, guard, reference
 
+KERNELS = (backward, dense, packed, update, offsets, rows, slots, walks)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ELEMENTS = 2**31
 SILU = ConvSpec("silu")
@@ -88,7 +92,7 @@ def int32_range(*bounds):
 @pytest.fixture(autouse=True)
 def loops_count_in_int32():
     with contextlib.ExitStack() as stack:
-        for module in (backward, dense, device, packed, update):
+        for module in KERNELS:
             for function in vars(module).values():
                 if isinstance(function, triton.JITFunction):
                     names = interpreter._interpreted(function).__globals__

@@ -195,11 +195,6 @@ def test_meshes_that_do_not_fit_are_refused():
         make_engine(divided, mesh=other, data_axis="other")
 
 
-@pytest.fixture(scope="module")
-def on_eight_devices():
-    return eight_devices.run(__name__)
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_eight_devices(on_eight_devices, name):
-    eight_devices.verify(on_eight_devices, name)
+    on_eight_devices(name)

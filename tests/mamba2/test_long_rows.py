@@ -244,14 +244,9 @@ def model_over_time():
     assert_close(got, want)
 
 
-@pytest.fixture(scope="module")
-def results():
-    return eight_devices.run(__name__)
-
-
 @pytest.mark.parametrize("name", CHECKS)
-def test_over_eight_devices(results, name):
-    eight_devices.verify(results, name)
+def test_on_eight_devices(on_eight_devices, name):
+    on_eight_devices(name)
 
 
 @pytest.mark.parametrize("name", ["one document", "documents"])

@@ -2,8 +2,9 @@
 
     python -m tests.support.eight_devices MODULE
 
-Each of `MODULE.CHECKS` runs; a line of JSON says how it went. pytest's own process
-keeps its single CPU device: their number also decides how XLA:CPU divides its work.
+Each of `MODULE.CHECKS` runs; a line of JSON says how it went, and the fixture
+`on_eight_devices` tells pytest. pytest's own process keeps its single CPU device: their
+number also decides how XLA:CPU divides its work.
 """
 
 import functools
@@ -46,6 +47,20 @@ class Checks(dict[str, Callable[[], None]]):
         return register
 
 
+@pytest.fixture(scope="module")
+def on_eight_devices(request) -> Callable[[str], None]:
+    """Passes, fails or skips as the check of a name did in the child process."""
+    results = run(request.module.__name__)
+
+    def verify(name: str) -> None:
+        result = results.get(name) or results["crash"]
+        if result["skipped"]:
+            pytest.skip(result["skipped"])
+        assert result["failure"] is None, result["failure"]
+
+    return verify
+
+
 def run(module: str) -> dict[str, dict]:
     """Runs the checks of a module in a child process.
 
@@ -70,14 +85,6 @@ def run(module: str) -> dict[str, dict]:
         crash = f"{' '.join(command)} ended here: {child.stderr[-4000:]}"
         results.append({"name": "crash", "skipped": None, "failure": crash})
     return {result.pop("name"): result for result in results}
-
-
-def verify(results: dict[str, dict], name: str) -> None:
-    """Passes, fails or skips as the check did in the child process."""
-    result = results.get(name) or results["crash"]
-    if result["skipped"]:
-        pytest.skip(result["skipped"])
-    assert result["failure"] is None, result["failure"]
 
 
 def _result(name: str, check: Callable[[], None]) -> dict:
