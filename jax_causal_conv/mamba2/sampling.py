@@ -129,14 +129,19 @@ def sample(
         `(N,)` int32 tokens in [0, V). Logits that are not as above draw some token.
     """
     logits = logits.astype(jnp.float32)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    likeliest = most_likely(logits)
 
     def draw():
         kept = filtered(logits, temperature, top_k, top_p)
         drawn = jax.vmap(_from_distribution)(kept, seeds, positions)
-        return jnp.where(temperature > 0, drawn, greedy)
+        return jnp.where(temperature > 0, drawn, likeliest)
 
-    return _where_any(temperature > 0, draw, greedy)
+    return _where_any(temperature > 0, draw, likeliest)
+
+
+def most_likely(logits: jax.Array) -> jax.Array:
+    """What `sample` draws for `(N, V)` logits if all rows are greedy."""
+    return jnp.argmax(logits.astype(jnp.float32), axis=-1).astype(jnp.int32)
 
 
 @promoting

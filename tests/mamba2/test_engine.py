@@ -33,6 +33,7 @@ from jax_causal_conv.mamba2 import (
 )
 from tests.support import quick
 from tests.support.interruptions import Interrupter, Timer
+from tests.support.platforms import HAS_GPU
 
 pytestmark = pytest.mark.xdist_group("mamba2_engine")
 
@@ -326,6 +327,29 @@ def test_without_warmup_buckets_are_compiled_on_first_use():
     assert engine.num_compilations == 2
     used = {step.bucket for step in engine.stats.steps}
     assert used == {Bucket(1, 1, 0), Bucket(16, 4, 4)}
+
+
+def test_a_gpu_decodes_without_a_sampler_where_nothing_is_left_to_chance():
+    engine = Engine(Bigram(nnx.Rngs(0)), num_slots=2, max_tokens_per_step=8)
+    assert engine._device.has_greedy_steps == HAS_GPU
+    engine._device.has_greedy_steps = True
+    requests = Request([1, 2], 4), Request([3], 6, SamplingParams(1.0, seed=1))
+    greedy = engine.submit(requests[0])
+    engine.run()
+    kinds = set(engine._device.executables)
+    assert kinds == {(Bucket(8, 2, 2), False), (Bucket(1, 1, 0), True)}
+    both = [engine.submit(request) for request in requests]
+    engine.run()
+    new = engine._device.executables.keys() - kinds
+    assert new == {(Bucket(2, 2, 0), False), (Bucket(1, 1, 0), False)}
+    assert both[0].tokens == greedy.tokens
+    as_on_a_cpu = Engine(Bigram(nnx.Rngs(0)), num_slots=2, max_tokens_per_step=8)
+    as_on_a_cpu._device.has_greedy_steps = False
+    again = [as_on_a_cpu.submit(request) for request in requests]
+    as_on_a_cpu.run()
+    assert [g.tokens for g in again] == [g.tokens for g in both]
+    engine.warmup()
+    assert engine.num_compilations == len(engine.buckets) + 2
 
 
 def test_a_step_gets_one_array_from_the_host():
@@ -946,7 +970,7 @@ def test_lost_caches_are_made_anew_and_the_failure_is_raised(
         jobs = submit_all(engine)
         returned = [event for _ in range(steps) for event in engine.step()]
         with monkeypatch.context() as patch:
-            patch.setattr(engine._device, "executable", lambda _: failing)
+            patch.setattr(engine._device, "executable", lambda *_: failing)
             for _ in range(2):
                 with pytest.raises(RuntimeError, match="out of memory"):
                     engine.step()

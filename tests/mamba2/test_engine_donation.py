@@ -35,7 +35,7 @@ def test_no_step_and_no_resumption_copies_the_caches():
     device = engine._device
     slots = len(device.state.newest)
     assert slots == 47
-    programs = [device.executable(bucket).as_text() for bucket in engine.buckets]
+    programs = [device.executable(bucket, False).as_text() for bucket in engine.buckets]
     saved = device.save(0, 0)
     lowered = device._load.lower(device.state, np.int32(0), np.int32(0), saved)
     programs.append(lowered.compile().as_text())

@@ -574,7 +574,7 @@ def test_lost_caches_lose_the_snapshots_but_not_what_is_paused(engine, monkeypat
         engine.step()
     assert engine.pause(paused.id) and paused.tokens
     with monkeypatch.context() as patch:
-        patch.setattr(engine._device, "executable", lambda _: failing)
+        patch.setattr(engine._device, "executable", lambda *_: failing)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.step()
     engine.run()

@@ -4,7 +4,8 @@ A step packs one token of every decoding request and, within its budget of token
 next chunks of the prompts that still wait. It runs the model over all of them and draws
 the next tokens, in one executable with donated caches. Batches are padded to one of a
 few shapes (`Bucket`), each of which is compiled once, by `Engine.warmup` or when it is
-first used.
+first used. On a GPU decodes are compiled once more without a sampler, for steps that
+leave nothing to chance.
 
 The newest token of each slot stays on the device, where the next step finds it. So the
 engine can dispatch a step before the host knows what the previous one has drawn, and

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from ..model import Mamba2LM
-from ..sampling import sample
+from ..sampling import most_likely, sample
 from .batches import Batch, Features, pack
 from .buckets import Bucket
 from .placement import Placement
@@ -28,6 +28,18 @@ class DeviceState(NamedTuple):
     newest: jax.Array
 
 
+class Kind(NamedTuple):
+    """What of a step is fixed when it is compiled.
+
+    Attributes:
+        bucket: its shape.
+        greedy: whether nothing is left to chance, so that it has no sampler.
+    """
+
+    bucket: Bucket
+    greedy: bool
+
+
 class Device:
     """A model's parameters and caches, and the compiled functions that use them.
 
@@ -35,6 +47,8 @@ class Device:
         placement: the mesh that all this is on, if any.
         state: the caches and the newest tokens.
         executables: the steps that were compiled.
+        has_greedy_steps: whether decode steps without a sampler are compiled apart. A
+            CPU does not need them: there `sample` leaves out what no row asks for.
     """
 
     def __init__(
@@ -57,7 +71,8 @@ class Device:
         )
         self._params = placement.params(leaves)
         self._features = features
-        self.executables: dict[Bucket, jax.stages.Compiled] = {}
+        self.executables: dict[Kind, jax.stages.Compiled] = {}
+        self.has_greedy_steps = placement.platform(leaves) != "cpu"
         self.state = DeviceState(
             model.init_cache(
                 num_slots,
@@ -73,21 +88,19 @@ class Device:
             as_before = jax.tree.map(lambda a: a.sharding, self._state_types)
             self.reset()
 
-        def step(params, state, words, *, bucket):
-            like = pack([], bucket, features)
+        def step(params, state, words, *, kind):
+            like = pack([], kind.bucket, features)
 
             def on_one(params, state, words):
                 batch = placement.read(words, like)
-                return _model_step(
-                    graph, params_tree, params, state, batch, bucket.prefills
-                )
+                return _model_step(graph, params_tree, params, state, batch, kind)
 
             on_each = placement.on_each(on_one, False, True, True, out=(True, True))
             return on_each(params, state, words)
 
         self._jitted = jax.jit(
             step,
-            static_argnames="bucket",
+            static_argnames="kind",
             donate_argnames="state",
             out_shardings=(placement.sharding(data_axis), as_before),
         )
@@ -102,17 +115,17 @@ class Device:
         )
         self._share = jax.jit(lambda a: a, out_shardings=placement.sharding())
 
-    def executable(self, bucket: Bucket) -> jax.stages.Compiled:
+    def executable(self, bucket: Bucket, greedy: bool) -> jax.stages.Compiled:
         """The step of that shape, compiled on its first use."""
-        if bucket not in self.executables:
+        apart = self.has_greedy_steps and not bucket.prefills
+        kind = Kind(bucket, greedy and apart)
+        if kind not in self.executables:
             batches = [pack([], bucket, self._features)] * self.placement.shares
             batch = self.placement.batch(batches)
             with self.placement.context():
-                lowered = self._jitted.lower(
-                    self._params, self.state, batch, bucket=bucket
-                )
-                self.executables[bucket] = lowered.compile()
-        return self.executables[bucket]
+                lowered = self._jitted.lower(self._params, self.state, batch, kind=kind)
+                self.executables[kind] = lowered.compile()
+        return self.executables[kind]
 
     def step(
         self, executable: jax.stages.Compiled, batches: Sequence[Batch]
@@ -180,7 +193,7 @@ class Device:
 
 
 def _model_step(
-    graph, params_tree, params, state: DeviceState, batch: Any, max_prefills: int
+    graph, params_tree, params, state: DeviceState, batch: Any, kind: Kind
 ) -> tuple[jax.Array, DeviceState]:
     """The jitted part: completes the tokens, runs the model, draws the next ones."""
     model = nnx.merge(graph, params_tree.unflatten(params))
@@ -194,16 +207,19 @@ def _model_step(
         batch.query_start_loc,
         **batch.states,
         **({} if draws.after is None else {"logits_at": draws.after}),
-        max_prefills=max_prefills,
+        max_prefills=kind.bucket.prefills,
     )
-    drawn = sample(
-        logits,
-        draws.seeds,
-        draws.positions,
-        draws.temperature,
-        draws.top_k,
-        draws.top_p,
-    )
+    if kind.greedy:
+        drawn = most_likely(logits)
+    else:
+        drawn = sample(
+            logits,
+            draws.seeds,
+            draws.positions,
+            draws.temperature,
+            draws.top_k,
+            draws.top_p,
+        )
     outside = state.newest.shape[0]
     newest_of = jnp.where(draws.slots >= 0, draws.slots, outside)
     newest = state.newest.at[newest_of].set(drawn, mode="drop")

@@ -420,14 +420,15 @@ class Engine:
 
     @property
     def num_compilations(self) -> int:
-        """Compiled steps so far, at most one per bucket."""
+        """Compiled steps so far: at most one per bucket, on a GPU two for decodes."""
         return len(self._device.executables)
 
     def warmup(self) -> None:
         """Compiles all buckets, so that no request has to wait for that."""
         self._mend()
         for bucket in self.buckets:
-            self._device.executable(bucket)
+            for greedy in (True, False):
+                self._device.executable(bucket, greedy)
         if self._drafting is not None and isinstance(self._drafting.draft, ModelDraft):
             self._drafting.draft.engine.warmup()
 
@@ -474,7 +475,8 @@ class Engine:
             return
         bucket = self._buckets.fit([[row.length for row in own] for own in rows])
         batches = [pack(own, bucket, self._features) for own in rows]
-        executable = self._device.executable(bucket)
+        greedy = not any(batch.draws.temperature.any() for batch in batches)
+        executable = self._device.executable(bucket, greedy)
         # From here until the results are in their places, an interruption loses the
         # caches: they are donated.
         self._intact = False
