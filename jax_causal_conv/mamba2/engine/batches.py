@@ -190,10 +190,10 @@ def _last_draw(row: Row) -> tuple:
     """What is drawn after a row's last token."""
     if not row.draws:
         return PAD_SLOT_ID, 0, 0, 0.0, 0, 0.0
-    generation, sampling = row.generation, row.generation.terms.sampling
+    generation, sampling = row.generation, row.generation.sampling
     return (
         generation.slot,
-        generation.seed,
+        sampling.seed,
         row.start + row.length,
         sampling.temperature,
         sampling.top_k,

@@ -72,7 +72,6 @@ class Device:
         self._params = placement.params(leaves)
         self._features = features
         self.executables: dict[Kind, jax.stages.Compiled] = {}
-        self.has_greedy_steps = placement.platform(leaves) != "cpu"
         self.state = DeviceState(
             model.init_cache(
                 num_slots,
@@ -87,6 +86,8 @@ class Device:
         if placement.mesh is not None:
             as_before = jax.tree.map(lambda a: a.sharding, self._state_types)
             self.reset()
+        (platform,) = {device.platform for device in self.state.newest.devices()}
+        self.has_greedy_steps = platform != "cpu"
 
         def step(params, state, words, *, kind):
             like = pack([], kind.bucket, features)

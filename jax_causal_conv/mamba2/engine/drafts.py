@@ -134,9 +134,7 @@ class Drafting:
             if generation.drafts and not generation.prompt_left and limit > 0:
                 tokens = generation.all_tokens()
                 tokens.flags.writeable = False
-                sampling = generation.terms.sampling
-                sampling = dataclasses.replace(sampling, seed=generation.seed)
-                asked[generation] = DraftRequest(tokens, limit, sampling)
+                asked[generation] = DraftRequest(tokens, limit, generation.sampling)
         if not asked:
             return {}
         concerned = list(asked)

@@ -96,11 +96,6 @@ class Placement:
         """How many devices, or groups of them, have slots of their own."""
         return 1 if self.axis is None else self.mesh.shape[self.axis]
 
-    def platform(self, params: Sequence[jax.Array]) -> str:
-        """Of the devices that run the steps."""
-        own = params[0].devices() if self.mesh is None else self.mesh.devices.flat
-        return next(iter(own)).platform
-
     def sharding(self, *spec: Any) -> Any:
         """Of an array with these axes; nothing is said on a single device."""
         return None if self.mesh is None else NamedSharding(self.mesh, P(*spec))

@@ -1,6 +1,7 @@
 """What to generate, what has become of it so far, and the events on the way."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -176,11 +177,18 @@ class Generation:
         """`(P,)` int32, read-only."""
         return self.terms.prompt
 
+    @functools.cached_property
+    def sampling(self) -> SamplingParams:
+        """How it draws, with a seed even where the request has none."""
+        sampling = self.terms.sampling
+        if sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=self.id % 2**32)
+        return sampling
+
     @property
-    def seed(self) -> int:
+    def seed(self) -> int | None:
         """The seed of its draws, which depend on it and on their positions alone."""
-        seed = self.terms.sampling.seed
-        return self.id % 2**32 if seed is None else seed
+        return self.sampling.seed
 
     def all_tokens(self) -> np.ndarray:
         """`(P + D,)` int32, the prompt and what has been drawn."""
