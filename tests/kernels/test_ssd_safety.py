@@ -17,7 +17,7 @@ from tests.support.draws import ints
 from tests.support.races import ORDERS, Recorder, race
 from tests.support.ssd_cases import BFLOAT16, FLOAT16, batch, draw_packed, draw_rows
 
-SEEDS = 24
+SEEDS = 18  # of 6 shapes
 SIZES = {"heads": 2, "groups": 1, "dim": 17, "size": 5}
 STRETCHES = {"chunk": 16, "stretch": 1}
 

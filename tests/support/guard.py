@@ -56,7 +56,8 @@ from tests.support import (
 )
 from tests.support.cases import Case, choose
 
-CASES_PER_CONFIGURATION = 8  # consecutive seeds share a shape, thus one compilation
+CASES_PER_CONFIGURATION = 4  # consecutive seeds share a shape, thus one compilation
+SSD_CASES_PER_CONFIGURATION = 3  # of the SSD's sweep, likewise
 PLACEMENTS = ("end", "start")
 
 # Running kernels.
@@ -412,10 +413,10 @@ def check_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
 def ssd_case(seed: int) -> tuple[ssd_cases.Case, dict[str, int]]:
     """A random case, full of far integers, and changes to its tiles: short stretches.
 
-    Four consecutive seeds share a shape: rows, a decode step, or any two batches; every
+    Consecutive seeds share a shape: rows, a decode step, or any two batches; every
     other step and second batch has drafts.
     """
-    configuration, index = divmod(seed, 4)
+    configuration, index = divmod(seed, SSD_CASES_PER_CONFIGURATION)
     rng = np.random.default_rng([8, configuration])
     if configuration % 4 == 0:
         shape = ssd_cases.random_rows_shape(rng)
