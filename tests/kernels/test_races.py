@@ -26,6 +26,8 @@ from tests.support import cases, checks, fuzz, guard
 from tests.support.cases import FLOATS, PackedShape, UpdateShape
 from tests.support.races import ORDERS, Access, Recorder, race
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PACKED = PackedShape(
     num_tokens=40,
     num_seqs=5,

@@ -17,6 +17,8 @@ from tests.support.races import ORDERS, Recorder, race
 from tests.support.ssd_backward import assert_close, draw, expected, launch
 from tests.support.ssd_cases import BFLOAT16, FLOAT16
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SPEC = SSDSpec(16, dt_softplus=True)
 SMALL = {"chunk": 16, "tiles": 2, "head_tiles": 2}
 ALL_BFLOAT16 = dict.fromkeys(("x", "B", "C", "dt"), BFLOAT16)

@@ -17,6 +17,8 @@ from tests.support.draws import ints
 from tests.support.races import ORDERS, Recorder, race
 from tests.support.ssd_cases import BFLOAT16, FLOAT16, batch, draw_packed, draw_rows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SEEDS = 18  # of 6 shapes
 SIZES = {"heads": 2, "groups": 1, "dim": 17, "size": 5}
 STRETCHES = {"chunk": 16, "stretch": 1}

@@ -49,6 +49,7 @@ from tests.support import (
     REPOSITORY,
     cases,
     checks,
+    quick,
     reference,
     ssd_backward,
     ssd_cases,
@@ -583,7 +584,8 @@ def _child(options) -> int:
     check = check_ssd_case if options.ssd else check_case
     for seed in range(options.seed, options.seed + options.cases):
         try:
-            check(seed, arena, placements)
+            with quick.compilation():
+                check(seed, arena, placements)
         except Exception:
             traceback.print_exc()
             print(f"case {seed} compared", flush=True)
