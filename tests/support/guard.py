@@ -442,7 +442,8 @@ def check_ssd_case(seed: int, arena: Arena, placements: Sequence[str]) -> None:
         print(f"case {seed} {at}", flush=True)
         got = ssd_launches.launch(case, guarded_caller(arena, at), **tile)
         ssd_cases.compare(case, got, expected, "interpret")
-        if not case.packed:
+        # The gradient's six kernels take longest: each seed has one place for them.
+        if not case.packed and at == placements[seed % len(placements)]:
             spec, operands = ssd_backward.operands_of(case)
             changes = {"chunk": 16, "tiles": 2} if tile else {}
             ssd_backward.launch(spec, operands, guarded_caller(arena, at), **changes)
