@@ -1,5 +1,6 @@
 """Every implementation runs the same tests: take the fixture `implementation`."""
 
+import gc
 import os
 
 # The CUDA plugin is here for its compiler; without its libraries it would complain.
@@ -33,3 +34,9 @@ def pytest_collection_modifyitems(config, items):
         (repeated if again and not HAS_GPU else kept).append(item)
     config.hook.pytest_deselected(items=repeated)
     items[:] = kept
+
+
+def pytest_collection_finish():
+    """Tests and modules stay: no search for garbage need visit their many objects."""
+    gc.collect()
+    gc.freeze()

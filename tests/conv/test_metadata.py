@@ -179,6 +179,7 @@ def live_slots(case):
     return {slot for slot, length in pairs if length > 0}
 
 
+@pytest.mark.forward_only
 def test_metadata_of_another_batch_touches_no_slot_that_is_not_live(implementation):
     case = draw_packed(
         3,
@@ -200,6 +201,7 @@ def test_metadata_of_another_batch_touches_no_slot_that_is_not_live(implementati
         checks.assert_same_bits(got[untouched], states[untouched], lengths)
 
 
+@pytest.mark.forward_only
 @pytest.mark.parametrize("value", [INT_MIN, -2, 4, 5, 2**28, INT_MAX])
 @pytest.mark.parametrize("field", ["chunk_seq", "chunk_offset"])
 def test_metadata_entries_out_of_range_do_nothing(implementation, field, value):
@@ -213,6 +215,7 @@ def test_metadata_entries_out_of_range_do_nothing(implementation, field, value):
     checks.assert_same_bits(states[untouched], old[untouched], value)
 
 
+@pytest.mark.forward_only
 def test_surplus_entries_out_of_range_change_nothing(implementation):
     """Programs that have nothing to do may hold any numbers out of range."""
     case = draw_packed(5, arrays={"query_start_loc": ints(0, 6, 7, 9, 24)})

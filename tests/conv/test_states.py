@@ -57,6 +57,7 @@ def test_states_after_some_tokens_of_each_sequence(x_dtype, state_len):
             check_states(x, offsets, state_len, **keywords)
 
 
+@pytest.mark.forward_only
 def test_without_ends_it_is_the_state_that_the_op_leaves(implementation):
     case = draw_packed(1, arrays={"cache_indices": ints(4, 0, 5, 2)})
     _, states = checks.call(case, implementation)
@@ -70,6 +71,7 @@ def test_without_ends_it_is_the_state_that_the_op_leaves(implementation):
         checks.assert_same_bits(np.asarray(got[i]), states[slot])
 
 
+@pytest.mark.forward_only
 def test_snapshot_continues_the_request_like_the_whole(implementation):
     """The use: prefill once, snapshot after 7 tokens, continue from there."""
     case = draw_packed(2, num_seqs=1, arrays={"query_start_loc": ints(0, 24)})
@@ -182,6 +184,7 @@ def test_layer_slots_of_any_integer_dtype():
         assert got.tolist() == [8, 11] + [PAD_SLOT_ID] * (len(slots) - 2)
 
 
+@pytest.mark.forward_only
 def test_layers_scan_over_one_big_cache(implementation):
     """A traced layer number, one flattened cache, one skipped sequence."""
     layers, num_slots = 3, 6

@@ -33,19 +33,26 @@ from jax_causal_conv.kernels.lowered import lowered_kernels
 MAX_REGISTERS = 168
 CHOOSES_PTX = not importlib.metadata.version("jax-triton").startswith("0.3.")
 
-# Every kernel for every model on sm_90, whose bounds are the tightest, and on the other
-# GPUs for one of each dtype. The report has all.
+# Every kernel on sm_90, whose bounds are the tightest, and on the other GPUs for one
+# model of each dtype. Models that differ in D alone get the same instructions with
+# other numbers in them: one of them will do, beside that whose D wastes most of a
+# block. The report has all.
 DIFFERENT = [
     model
     for model in kernel_report.MODELS
     if model.name in ("Mamba2-130M", "Mamba2-2.7B")
+]
+OTHERS = [
+    model
+    for model in kernel_report.MODELS
+    if model.name in ("Zamba2-2.7B", "Qwen3-Next-80B", "LFM2-1.2B")
 ]
 CASES = [
     pytest.param(case, model, capability, id=f"{case.name}-{model.name}-{capability}")
     for case in kernel_report.KERNELS
     for model in case.models
     for capability in kernel_report.COMPUTE_CAPABILITIES
-    if capability == 90 or model in DIFFERENT
+    if model in DIFFERENT or (capability == 90 and model in OTHERS)
 ]
 
 
@@ -146,7 +153,7 @@ def _with_state(function, arguments, at, state, _):
     return state, out.sum()
 
 
-@pytest.mark.parametrize("width", [1, 5, 9, 17])
+@pytest.mark.parametrize("width", [1, 5, 17])
 def test_kernels_of_any_width_compile_forward_and_backward(width):
     x, weight, bias = jnp.ones((2, 9, 64)), jnp.ones((64, width)), jnp.ones(64)
     states = jnp.ones((2, width + 1, 64))

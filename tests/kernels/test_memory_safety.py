@@ -20,7 +20,7 @@ from jax_causal_conv.operands import ConvSpec, PackedBackwardOperands
 from tests.support import cases, checks, fuzz, guard
 from tests.support.cases import INT_MAX, INT_MIN, PackedShape
 
-SEEDS = 120  # about 20 s
+SEEDS = 60  # of 15 shapes
 
 
 @pytest.mark.parametrize("name", [name for name in guard.PLANTED if name != "correct"])
@@ -76,7 +76,7 @@ def test_adversarial_cases_are_what_they_claim():
                 extremes = {INT_MIN, INT_MAX, 2**64 - 1, 2**63 - 1, 2**31 + 3}
                 seen[name] += bool(extremes & set(map(int, array)))
     assert min(seen.values()) > 0, seen
-    assert foreign > 20 and own > 20
+    assert foreign > 10 and own > 10
 
 
 SHAPE = PackedShape(

@@ -13,9 +13,11 @@ pytest.importorskip("triton")
 
 from jax_causal_conv.operands import SSDSpec
 from tests.support import guard
-from tests.support.races import Recorder, orders, race
+from tests.support.races import ORDERS, Recorder, race
 from tests.support.ssd_backward import assert_close, draw, expected, launch
 from tests.support.ssd_cases import BFLOAT16, FLOAT16
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SPEC = SSDSpec(16, dt_softplus=True)
 SMALL = {"chunk": 16, "tiles": 2, "head_tiles": 2}
@@ -127,12 +129,13 @@ ORDERED = ("groups of heads", "channels in blocks", "documents")
 def test_order_of_programs_does_not_matter(name):
     operands, tile, _ = CASES[name]
     first = None
-    for index in range(3):
-        call = guard.caller(lambda grid, i=index: [*orders(grid)][i][1])
-        got = launch(SPEC, operands, call, **tile)
+    for order, programs in ORDERS.items():
+        got = launch(SPEC, operands, guard.caller(programs), **tile)
         first = first or got
         for gradient, array in got.items():
-            np.testing.assert_array_equal(array, first[gradient], gradient)
+            np.testing.assert_array_equal(
+                array, first[gradient], f"{order}: {gradient}"
+            )
 
 
 @pytest.mark.parametrize("name", ORDERED)

@@ -248,12 +248,13 @@ def test_states_may_be_bfloat16(model):
     generation = narrow.submit(request)
     narrow.run()
 
+    packed = quick.jit(model.packed)
     cache = model.init_cache(1, ssm_dtype=jnp.bfloat16)
     assert {layer.ssm.dtype for layer in cache} == {jnp.dtype(jnp.bfloat16)}
     tokens, seen, want = request.prompt, False, []
     for _ in range(4):
         offsets = jnp.array([0, len(tokens)])
-        logits, cache = model.packed(
+        logits, cache = packed(
             jnp.array(tokens), cache, offsets, has_initial_state=jnp.array([seen])
         )
         tokens, seen = [int(logits[0].argmax())], True

@@ -16,7 +16,7 @@ from tests.support import checks, eight_devices, quick
 
 pytestmark = pytest.mark.xdist_group("mesh")
 
-CHECKS = eight_devices.Checks()
+CHECKS = eight_devices.Checks(quick.compilation)
 KINDS = ("Auto", "Explicit")
 GROUPS = {"Auto": 1, "Explicit": 2}  # of four shards: one in all, or one in two
 ROWS = np.random.default_rng(0).integers(0, 32, (2, 9), np.int32)
@@ -176,8 +176,7 @@ def tokens_of(model):
     drawn = mamba2.SamplingParams(temperature=1.0, top_k=9, seed=1)
     requests.append(mamba2.Request([7, 8], 2, drawn))
     generations = [engine.submit(request) for request in requests]
-    with quick.compilation():
-        engine.run()
+    engine.run()
     return [generation.tokens for generation in generations]
 
 

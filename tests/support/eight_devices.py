@@ -7,6 +7,7 @@ Each of `MODULE.CHECKS` runs; a line of JSON says how it went, and the fixture
 number also decides how XLA:CPU divides its work.
 """
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -28,7 +29,15 @@ TIMEOUT = 600  # seconds, for all checks of a module
 
 
 class Checks(dict[str, Callable[[], None]]):
-    """Functions that raise where something is wrong, by name."""
+    """Functions that raise where something is wrong, by name.
+
+    Attributes:
+        around: makes the context that each runs in.
+    """
+
+    def __init__(self, around: Callable = contextlib.nullcontext):
+        super().__init__()
+        self.around = around
 
     def over(self, *parameters: Iterable) -> Callable:
         """Decorator: registers a function once for each combination of parameters."""
@@ -105,7 +114,9 @@ def main() -> None:
     checks = importlib.import_module(module).CHECKS
     assert jax.device_count() == DEVICES, jax.devices()
     for name in names or checks:
-        print(json.dumps(_result(name, checks[name])), flush=True)
+        with checks.around():
+            result = _result(name, checks[name])
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
