@@ -79,8 +79,8 @@ def _rows(
 
         seconds(slots, 1, 8 + _STEPS, cg=True)  # The longest first: it fixes the graph.
         for name, tokens, call in (
-            ("mamba_ssm: decode step", slots, step),
-            ("mamba_ssm: prompts", prompts[0] * prompts[1], read),
+            ("decode step of mamba_ssm", slots, step),
+            ("prompts of mamba_ssm", prompts[0] * prompts[1], read),
         ):
             call()  # compiles, and chooses among its kernels
             times = sorted(1e6 * call() for _ in range(_REPEATS))

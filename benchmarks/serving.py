@@ -236,15 +236,8 @@ class Serving:
         wait()
         kernels = timing.device_kernels(Prepared(engine.step, wait), count)[1]
         engine.run()
-        logits = jnp.zeros((self.load.slots, self.config.vocab_size), jnp.float32)
-        none = jnp.zeros(self.load.slots)
-        greedy = none.astype(jnp.uint32), none.astype(jnp.int32), none
-        draw = functools.partial(
-            jax.jit(sample), logits, *greedy, none.astype(jnp.int32), none + 1
-        )
-        jax.block_until_ready(draw())
-        alone = timing.device_kernels(Prepared(draw), count)[1]
-        sampling = sum(map(sum, alone.values())) / count
+        # All requests are greedy: decode steps have no sampler on a GPU.
+        sampling = self._sampling(count) if longest > 1 else 0.0
         found = parts(kernels, count, sampling, statistics.mean(times))
         whole = sum(time for time, _ in found.values())
         rows = []
@@ -264,6 +257,18 @@ class Serving:
                 )
             )
         return rows
+
+    def _sampling(self, count: int) -> float:
+        """Microseconds of the kernels that draw a token for each slot."""
+        logits = jnp.zeros((self.load.slots, self.config.vocab_size), jnp.float32)
+        none = jnp.zeros(self.load.slots)
+        greedy = none.astype(jnp.uint32), none.astype(jnp.int32), none
+        draw = functools.partial(
+            jax.jit(sample), logits, *greedy, none.astype(jnp.int32), none + 1
+        )
+        jax.block_until_ready(draw())
+        alone = timing.device_kernels(Prepared(draw), count)[1]
+        return sum(map(sum, alone.values())) / count
 
     def _conv_alone(self, row: NewRow, step: Row) -> Row:
         config, slots = self.config, self.load.slots
@@ -444,7 +449,7 @@ def parts(
         names = ", ".join(f"{name} {own[name]:,.0f} us" for name in longest)
         found[part] = sum(own.values()), names
     rest, names = found["other kernels"]
-    found["sampling"] = sampling, "run alone"
+    found["sampling"] = sampling, "run alone" if sampling else "no sampler"
     found["other kernels"] = max(rest - sampling, 0.0), names
     busy = sum(time for time, _ in found.values())
     found["host, and gaps"] = max(wall - busy, 0.0), "wall time without a profiler"
