@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 from rich.console import Console
 from rich.table import Table
 
@@ -229,8 +230,16 @@ def prepared(work: Workload, chosen: Tiles, call: Callable) -> Prepared:
 
 
 def _on_gpu(capability: int) -> Callable:
+    from jax_triton import triton_lib  # noqa: PLC0415 (optional)
+
     from jax_causal_conv.kernels import bridge  # noqa: PLC0415 (needs jax-triton)
 
+    # A launch in a jitted function, as here and nowhere in the package, is asked what
+    # of it is needed. jax 0.12 asks with an argument more than jax-triton 0.4.1 knows.
+    partial_eval.dce_rules[triton_lib.triton_kernel_call_p] = lambda used, *rest: (
+        [True] * len(rest[-1].invars),
+        rest[-1],
+    )
     return functools.partial(bridge.call, compute_capability=capability)
 
 
