@@ -239,8 +239,11 @@ def _roll_slots(seqs: Sequences, columns: Columns, keeps_old: bool, *sources):
             states = lax.dynamic_update_slice_in_dim(states, rows, slot, 0)
         return states, old_slots
 
-    # The barrier hides the number from XLA, which would unroll a loop of one trip, and
-    # then copy the cache.
+    # A single trip is no loop, which would wait for all that it carries. But a loop
+    # keeps the old slots, where to read them before would cost a copy of the cache.
+    if num_seqs == 1 and not keeps_old:
+        return step(0, (states, old_slots))
+    # The barrier hides the number from XLA, which would unroll a loop of one trip.
     trips = lax.optimization_barrier(jnp.int32(num_seqs))
     return lax.fori_loop(0, trips, step, (states, old_slots))
 
