@@ -14,10 +14,10 @@ def implementation(lowered: Any) -> str:
 
 
 def cache_copies(hlo: str, shape: tuple[int, ...]) -> int:
-    """Copies and converts of `shape`, or its rows flattened, in HLO text."""
+    """Copies and conversions of `shape`, or its rows flattened, in HLO text."""
     flat = (shape[0] * shape[1], shape[2])
     sizes = "|".join(re.escape(",".join(map(str, s))) for s in (shape, flat))
-    return len(re.findall(rf"\[(?:{sizes})\]\S* (?:copy|convert)\(", hlo))
+    return len(re.findall(rf"\[(?:{sizes})\]\S* (?:copy|(?:bitcast-)?convert)\(", hlo))
 
 
 def peak_bytes(compiled: Any) -> int:

@@ -1,5 +1,7 @@
 """State is a value: donation, jit, scan, export, and the choice of implementation."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,22 @@ def test_donated_cache_is_neither_copied_nor_converted(op, lengths, drafts, dtyp
     hlo = compiled.as_text()
     assert compiled.memory_analysis().alias_size_in_bytes == states.nbytes
     assert cache_copies(hlo, shape) == 0, hlo
+
+
+@pytest.mark.skipif(OLD_XLA, reason="before jax 0.11 no loop updates bfloat16")
+@pytest.mark.skipif(not ON_CPU, reason="the loop is that for a CPU")
+def test_slots_of_bfloat16_are_copied_as_bits():
+    # XLA:CPU copies bfloat16 one number at a time.
+    states, x = jnp.ones((64, WIDTH - 1, 24), "bfloat16"), jnp.ones((5, 24), "bfloat16")
+    slots, weight = jnp.arange(5), jnp.ones((24, WIDTH), "bfloat16")
+
+    def step(states, x, weight, slots):
+        return causal_conv1d_update(x, states, weight, conv_state_indices=slots)
+
+    hlo = jax.jit(step, donate_argnums=0).lower(states, x, weight, slots)
+    hlo = hlo.compile().as_text()
+    made = set(re.findall(rf"= (\w+)\[1,{WIDTH - 1},24\]\S* fusion\(", hlo))
+    assert made == {"u16"}, hlo
 
 
 def test_state_carried_through_scan(implementation):
