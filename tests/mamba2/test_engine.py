@@ -343,6 +343,9 @@ def test_a_gpu_decodes_without_a_sampler_where_nothing_is_left_to_chance():
     engine.run()
     new = engine._device.executables.keys() - kinds
     assert new == {(Bucket(2, 2, 0), False), (Bucket(1, 1, 0), False)}
+    steps = engine._device.executables
+    assert "threefry" not in steps[Bucket(1, 1, 0), True].as_text()
+    assert "threefry" in steps[Bucket(1, 1, 0), False].as_text()
     assert both[0].tokens == greedy.tokens
     as_on_a_cpu = Engine(Bigram(nnx.Rngs(0)), num_slots=2, max_tokens_per_step=8)
     as_on_a_cpu._device.has_greedy_steps = False

@@ -117,7 +117,12 @@ class Device:
         self._share = jax.jit(lambda a: a, out_shardings=placement.sharding())
 
     def executable(self, bucket: Bucket, greedy: bool) -> jax.stages.Compiled:
-        """The step of that shape, compiled on its first use."""
+        """The step of that shape, compiled on its first use.
+
+        Args:
+            bucket: its shape.
+            greedy: whether no row of the batch leaves anything to chance.
+        """
         apart = self.has_greedy_steps and not bucket.prefills
         kind = Kind(bucket, greedy and apart)
         if kind not in self.executables:

@@ -180,15 +180,13 @@ class Generation:
     @functools.cached_property
     def sampling(self) -> SamplingParams:
         """How it draws, with a seed even where the request has none."""
-        sampling = self.terms.sampling
-        if sampling.seed is None:
-            sampling = dataclasses.replace(sampling, seed=self.id % 2**32)
-        return sampling
+        return dataclasses.replace(self.terms.sampling, seed=self.seed)
 
     @property
-    def seed(self) -> int | None:
+    def seed(self) -> int:
         """The seed of its draws, which depend on it and on their positions alone."""
-        return self.sampling.seed
+        seed = self.terms.sampling.seed
+        return self.id % 2**32 if seed is None else seed
 
     def all_tokens(self) -> np.ndarray:
         """`(P + D,)` int32, the prompt and what has been drawn."""

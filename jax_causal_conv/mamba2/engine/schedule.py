@@ -39,8 +39,8 @@ class Slots:
         Args:
             num_slots: how many there are.
             budget: tokens of a step.
-            max_prefills: rows of a step with more tokens than are
-            short: which count as decodes to the model; see `Buckets`.
+            max_prefills: rows of a step that have more tokens than `short`.
+            short: tokens of a row up to which it is no prefill; see `Buckets`.
             prefixes: the snapshots.
             tokens_on_host: whether decodes take their tokens from there.
         """
