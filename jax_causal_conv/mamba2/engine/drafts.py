@@ -70,20 +70,21 @@ class NgramDraft:
         return [self._continue(request) for request in requests]
 
     def _continue(self, request: DraftRequest) -> np.ndarray:
-        tokens, size = request.tokens, 1
-        ends = np.flatnonzero(tokens[:-1] == tokens[-1])
-        while len(ends) and size < self.longest:
-            longer = ends[ends >= size]
-            longer = longer[tokens[longer - size] == tokens[-1 - size]]
-            if not len(longer):
+        tokens, limit = request.tokens, request.limit
+        # Whether the last `size` tokens begin at a place before, too: a byte for each,
+        # as bytes are searched in less time than arrays.
+        size, same = 1, tokens[:-1] == tokens[-1]
+        begins = same.tobytes()
+        while size < self.longest and 1 in begins:
+            same = same[1:] & (tokens[: -1 - size] == tokens[-1 - size])
+            if 1 not in (longer := same.tobytes()):
                 break
-            ends, size = longer, size + 1
-        if size < self.shortest or not len(ends):
+            begins, size = longer, size + 1
+        if size < self.shortest or 1 not in begins:
             return tokens[:0]
-        follows = ends + 1
-        enough = follows[follows + request.limit <= len(tokens)]
-        first = enough[-1] if len(enough) else follows[0]
-        return tokens[first : first + request.limit]
+        latest = begins.rfind(1, 0, max(len(tokens) - limit - size + 1, 0))
+        first = size + (latest if latest >= 0 else begins.find(1))
+        return tokens[first : first + limit]
 
 
 class ModelDraft:
