@@ -109,6 +109,29 @@ class ModelDraft:
         return [generation.tokens for generation in self._asked]
 
 
+class Text:
+    """A prompt and what has been drawn, in an array with room for more.
+
+    Only what is new is converted. What has been returned stays as it is, since there
+    are only ever tokens added to it.
+    """
+
+    def __init__(self, prompt: np.ndarray):
+        self._room = np.resize(prompt, 2 * len(prompt))
+        self._start = self._end = len(prompt)
+
+    def followed_by(self, tokens: list[int]) -> np.ndarray:
+        """The prompt and all of these, read-only."""
+        end = self._start + len(tokens)
+        if end > len(self._room):
+            self._room = np.resize(self._room, 2 * end)
+        self._room[self._end : end] = tokens[self._end - self._start :]
+        self._end = end
+        text = self._room[:end]
+        text.setflags(write=False)
+        return text
+
+
 class Drafting:
     """Asks a draft, and checks what it says.
 
@@ -121,6 +144,7 @@ class Drafting:
         self.draft = draft
         self._vocab_size = vocab_size
         self.most = most
+        self._texts: dict[int, Text] = {}  # of the last call, by number
 
     def ask(self, generations: Iterable[Generation]) -> dict[int, list[int]]:
         """Guesses by the number of the request.
@@ -128,14 +152,16 @@ class Drafting:
         Where the draft fails, the requests concerned go on without drafts, and the
         error is raised.
         """
-        asked = {}
+        asked, texts = {}, {}
         for generation in generations:
             left = generation.terms.max_new_tokens - len(generation.tokens)
             limit = min(self.most, left - 1)  # the model draws one more
             if generation.drafts and not generation.prompt_left and limit > 0:
-                tokens = generation.all_tokens()
-                tokens.flags.writeable = False
+                text = self._texts.get(generation.id) or Text(generation.prompt)
+                texts[generation.id] = text
+                tokens = text.followed_by(generation.tokens)
                 asked[generation] = DraftRequest(tokens, limit, generation.sampling)
+        self._texts = texts
         if not asked:
             return {}
         concerned = list(asked)
@@ -163,7 +189,8 @@ class Drafting:
     def _check(self, id: int, guess: Any, request: DraftRequest) -> list[int]:
         name = f"the draft for request {id}"
         what = f"at most {request.limit} tokens in [0, {self._vocab_size})"
-        tokens = [int(token) for token in items_of(name, guess, what, refused=(Set,))]
+        items = items_of(name, guess, what, refused=(Set,))
+        tokens = items.tolist() if isinstance(items, np.ndarray) else items
         if len(tokens) > request.limit:
             raise ValueError(f"{name} must be {what}, got {len(tokens)}")
         if outside := [t for t in tokens if not 0 <= t < self._vocab_size]:
