@@ -35,6 +35,9 @@ class DraftRequest(NamedTuple):
     sampling: SamplingParams
 
 
+# How many of the last tokens are searched for a repetition before all others.
+RECENT = 256
+
 # Guesses for each of the requests: at most `limit` tokens, none if it has no idea.
 Draft = Callable[[Sequence[DraftRequest]], Sequence[Sequence[int] | np.ndarray]]
 
@@ -71,6 +74,15 @@ class NgramDraft:
 
     def _continue(self, request: DraftRequest) -> np.ndarray:
         tokens, limit = request.tokens, request.limit
+        # A text that goes round in circles has all of them just before: its bytes say
+        # so at once. (What is found between two tokens does not count.)
+        start, width = max(len(tokens) - RECENT, 0), tokens.itemsize
+        recent = tokens[start:].tobytes()
+        before = max(len(recent) - limit * width, 0)
+        place = recent.rfind(recent[-self.longest * width :], 0, before)
+        if place >= 0 and place % width == 0:
+            first = start + place // width + self.longest
+            return tokens[first : first + limit]
         # Whether the last `size` tokens begin at a place before, too: a byte for each,
         # as bytes are searched in less time than arrays.
         size, same = 1, tokens[:-1] == tokens[-1]
