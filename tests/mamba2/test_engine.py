@@ -1007,7 +1007,7 @@ def test_an_interruption_while_waiting_for_the_device_costs_nothing(
     returned += engine.run()
     check(engine, jobs, returned)
     prompts = sum(len(job.generation.prompt) for job in jobs)
-    assert sum(s.prefill_tokens for s in since(engine, flight.start)) == prompts
+    assert sum(s.prefill_tokens for s in since(engine, flight.stats.start)) == prompts
 
 
 def since(engine, start):

@@ -321,6 +321,11 @@ def test_what_followed_the_last_tokens_before_is_guessed_again():
     assert guess([1, 2, 3, 4]) == guess([1]) == guess([1, 1]) == []
     assert guess([1, 9, 1]) == []
     assert guess([1, 9, 1], shortest=1) == [9, 1]
+    # However far back it was,
+    assert guess([1, 2, 3, 4, 5, *range(10, 999), 1, 2]) == [3, 4, 5]
+    assert guess([*range(10, 999), 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4]) == [5, 6, 7]
+    # and not where the bytes are the same, but of other tokens.
+    assert guess([1, 1, 5, 6, 7, 256, 256, 0, 9, 9, 9, 1, 1], longest=2) == [5, 6, 7]
 
 
 def test_sizes_of_n_grams_are_checked():

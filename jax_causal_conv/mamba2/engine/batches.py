@@ -30,7 +30,7 @@ class Row(NamedTuple):
     start: int
     length: int
     draws: bool
-    tokens: np.ndarray | None = None
+    tokens: np.ndarray | list[int] | None = None
     num_drafts: int = 0
     source: Snapshot | None = None
     leaves: Snapshot | None = None
@@ -44,8 +44,11 @@ class Row(NamedTuple):
         """How many of its drafts, from the first, are what was drawn in their place."""
         if self.tokens is None or self.num_drafts == 0:
             return 0
-        right = self.tokens[-self.num_drafts :] == drawn[:-1]
-        return self.num_drafts if right.all() else int(right.argmin())
+        guesses = self.tokens[-self.num_drafts :]
+        for right, (guess, token) in enumerate(zip(guesses, drawn, strict=False)):
+            if guess != token:
+                return right
+        return self.num_drafts
 
 
 class Features(NamedTuple):

@@ -35,6 +35,9 @@ class DraftRequest(NamedTuple):
     sampling: SamplingParams
 
 
+# How many of the last tokens are searched for a repetition before all others.
+RECENT = 256
+
 # Guesses for each of the requests: at most `limit` tokens, none if it has no idea.
 Draft = Callable[[Sequence[DraftRequest]], Sequence[Sequence[int] | np.ndarray]]
 
@@ -70,20 +73,30 @@ class NgramDraft:
         return [self._continue(request) for request in requests]
 
     def _continue(self, request: DraftRequest) -> np.ndarray:
-        tokens, size = request.tokens, 1
-        ends = np.flatnonzero(tokens[:-1] == tokens[-1])
-        while len(ends) and size < self.longest:
-            longer = ends[ends >= size]
-            longer = longer[tokens[longer - size] == tokens[-1 - size]]
-            if not len(longer):
+        tokens, limit = request.tokens, request.limit
+        # A text that goes round in circles has all of them just before: its bytes say
+        # so at once. (What is found between two tokens does not count.)
+        start, width = max(len(tokens) - RECENT, 0), tokens.itemsize
+        recent = tokens[start:].tobytes()
+        before = max(len(recent) - limit * width, 0)
+        place = recent.rfind(recent[-self.longest * width :], 0, before)
+        if place >= 0 and place % width == 0:
+            first = start + place // width + self.longest
+            return tokens[first : first + limit]
+        # Whether the last `size` tokens begin at a place before, too: a byte for each,
+        # as bytes are searched in less time than arrays.
+        size, same = 1, tokens[:-1] == tokens[-1]
+        begins = same.tobytes()
+        while size < self.longest and 1 in begins:
+            same = same[1:] & (tokens[: -1 - size] == tokens[-1 - size])
+            if 1 not in (longer := same.tobytes()):
                 break
-            ends, size = longer, size + 1
-        if size < self.shortest or not len(ends):
+            begins, size = longer, size + 1
+        if size < self.shortest or 1 not in begins:
             return tokens[:0]
-        follows = ends + 1
-        enough = follows[follows + request.limit <= len(tokens)]
-        first = enough[-1] if len(enough) else follows[0]
-        return tokens[first : first + request.limit]
+        latest = begins.rfind(1, 0, max(len(tokens) - limit - size + 1, 0))
+        first = size + (latest if latest >= 0 else begins.find(1))
+        return tokens[first : first + limit]
 
 
 class ModelDraft:
@@ -108,6 +121,29 @@ class ModelDraft:
         return [generation.tokens for generation in self._asked]
 
 
+class Text:
+    """A prompt and what has been drawn, in an array with room for more.
+
+    Only what is new is converted. What has been returned stays as it is, since there
+    are only ever tokens added to it.
+    """
+
+    def __init__(self, prompt: np.ndarray):
+        self._room = np.resize(prompt, 2 * len(prompt))
+        self._start = self._end = len(prompt)
+
+    def followed_by(self, tokens: list[int]) -> np.ndarray:
+        """The prompt and all of these, read-only."""
+        end = self._start + len(tokens)
+        if end > len(self._room):
+            self._room = np.resize(self._room, 2 * end)
+        self._room[self._end : end] = tokens[self._end - self._start :]
+        self._end = end
+        text = self._room[:end]
+        text.setflags(write=False)
+        return text
+
+
 class Drafting:
     """Asks a draft, and checks what it says.
 
@@ -120,6 +156,7 @@ class Drafting:
         self.draft = draft
         self._vocab_size = vocab_size
         self.most = most
+        self._texts: dict[int, Text] = {}  # of the last call, by number
 
     def ask(self, generations: Iterable[Generation]) -> dict[int, list[int]]:
         """Guesses by the number of the request.
@@ -127,14 +164,16 @@ class Drafting:
         Where the draft fails, the requests concerned go on without drafts, and the
         error is raised.
         """
-        asked = {}
+        asked, texts = {}, {}
         for generation in generations:
             left = generation.terms.max_new_tokens - len(generation.tokens)
             limit = min(self.most, left - 1)  # the model draws one more
             if generation.drafts and not generation.prompt_left and limit > 0:
-                tokens = generation.all_tokens()
-                tokens.flags.writeable = False
+                text = self._texts.get(generation.id) or Text(generation.prompt)
+                texts[generation.id] = text
+                tokens = text.followed_by(generation.tokens)
                 asked[generation] = DraftRequest(tokens, limit, generation.sampling)
+        self._texts = texts
         if not asked:
             return {}
         concerned = list(asked)
@@ -162,7 +201,8 @@ class Drafting:
     def _check(self, id: int, guess: Any, request: DraftRequest) -> list[int]:
         name = f"the draft for request {id}"
         what = f"at most {request.limit} tokens in [0, {self._vocab_size})"
-        tokens = [int(token) for token in items_of(name, guess, what, refused=(Set,))]
+        items = items_of(name, guess, what, refused=(Set,))
+        tokens = items.tolist() if isinstance(items, np.ndarray) else items
         if len(tokens) > request.limit:
             raise ValueError(f"{name} must be {what}, got {len(tokens)}")
         if outside := [t for t in tokens if not 0 <= t < self._vocab_size]:

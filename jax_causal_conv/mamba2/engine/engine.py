@@ -1,5 +1,6 @@
 """The engine: what a server calls, and a step from its plan to its events."""
 
+import dataclasses
 import itertools
 import time
 from collections import deque
@@ -33,18 +34,12 @@ class Flight(NamedTuple):
     Attributes:
         rows: who takes part, on each of the devices.
         tokens: `(devices * M,)`, what the rows of each draw, one after another.
-        bucket, running, waiting, start, host_seconds, dispatch_seconds: as in
-            `StepStats`.
+        stats: what is known of it before its tokens are.
     """
 
     rows: list[list[Row]]
     tokens: jax.Array
-    bucket: Bucket
-    running: int
-    waiting: int
-    start: float
-    host_seconds: float
-    dispatch_seconds: float
+    stats: StepStats
 
 
 class Engine:
@@ -484,18 +479,17 @@ class Engine:
         tokens = self._device.step(executable, batches)
         dispatched = time.perf_counter()
         schedule.took(rows)
-        self._flights.append(
-            Flight(
-                rows=rows,
-                tokens=tokens,
-                bucket=bucket,
-                running=running,
-                waiting=self.num_waiting,
-                start=start,
-                host_seconds=planned - start,
-                dispatch_seconds=dispatched - planned,
-            )
+        stats = StepStats.of(
+            list(itertools.chain(*rows)),
+            bucket=bucket,
+            devices=len(rows),
+            running=running,
+            waiting=self.num_waiting,
+            start=start,
+            host_seconds=planned - start,
+            dispatch_seconds=dispatched - planned,
         )
+        self._flights.append(Flight(rows, tokens, stats))
         self._intact = True
 
     def _collect(self) -> None:
@@ -517,6 +511,7 @@ class Engine:
             for rows, draws in zip(flight.rows, map(iter, tokens), strict=True)
             for row in rows
         )
+        news = self._delivery.news
         for row, drawn in drawn_by_row:
             generation = row.generation
             # The request may have been cancelled, or stopped by the previous step's
@@ -526,16 +521,24 @@ class Engine:
             right = row.right_guesses(drawn)
             generation.scheduled += right
             generation.rejected -= right
-            accepted -= 1  # The last token is the model's own.
-            for token in drawn[: right + 1]:
-                accepted += 1
-                generation.token_times.append(now)  # before the token: see `recovery`
-                generation.tokens.append(token)
-                if (reason := generation.reason_to_end()) is not None:
-                    self._finish(generation, reason, now)
-                    break
-                self._delivery.news.append(generation)
-        self._record(flight, accepted, now)
+            new = generation.up_to_end(drawn[: right + 1])
+            accepted += len(new) - 1  # The last token is the model's own.
+            # Before the tokens: see `recovery`.
+            generation.token_times.extend([now] * len(new))
+            generation.tokens.extend(new)
+            news.extend([generation] * (len(new) - 1))
+            if (reason := generation.reason_to_end()) is not None:
+                self._finish(generation, reason, now)
+            else:
+                news.append(generation)
+        self._stats.steps.append(
+            dataclasses.replace(
+                flight.stats,
+                accepted_tokens=accepted,
+                seconds=now - max(flight.stats.start, self._last_collect),
+            )
+        )
+        self._last_collect = now
         self._intact = True
 
     def _finish(self, generation: Generation, reason: FinishReason, now: float) -> None:
@@ -561,30 +564,3 @@ class Engine:
         self._schedule.reset([g for g in self._active.values() if not g.paused])
         self._device.reset()
         self._intact = True
-
-    def _record(self, flight: Flight, accepted: int, now: float) -> None:
-        rows = list(itertools.chain(*flight.rows))
-        decodes = sum(row.decodes for row in rows)
-        drafts = sum(row.num_drafts for row in rows)
-        prefills = sum(row.length for row in rows if not row.decodes)
-        hits = [row.start for row in rows if row.source is not None]
-        self._stats.steps.append(
-            StepStats(
-                bucket=flight.bucket,
-                devices=len(flight.rows),
-                decode_tokens=decodes,
-                prefill_tokens=prefills,
-                prefill_rows=len(rows) - decodes,
-                draft_tokens=drafts,
-                accepted_tokens=accepted,
-                prefix_hits=len(hits),
-                prefix_tokens=sum(hits),
-                running=flight.running,
-                waiting=flight.waiting,
-                start=flight.start,
-                host_seconds=flight.host_seconds,
-                dispatch_seconds=flight.dispatch_seconds,
-                seconds=now - max(flight.start, self._last_collect),
-            )
-        )
-        self._last_collect = now

@@ -221,6 +221,15 @@ class Generation:
         reason = self.finish_reason if last else None
         return Event(self.id, self.tokens[index], reason)
 
+    def up_to_end(self, drawn: list[int]) -> list[int]:
+        """Of the tokens that come next, those up to the one that ends it, if any."""
+        most = self.terms.max_new_tokens - len(self.tokens)
+        stops = self.terms.stop_token_ids
+        if not stops.isdisjoint(drawn):
+            first = next(i for i, token in enumerate(drawn) if token in stops)
+            most = min(most, first + 1)
+        return drawn[:most]
+
     def reason_to_end(self) -> FinishReason | None:
         """Why its last token ends it, if that does."""
         if self.tokens and self.tokens[-1] in self.terms.stop_token_ids:

@@ -3,8 +3,6 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from ...operands import PAD_SLOT_ID
 from .batches import Row
 from .prefixes import Prefixes, Snapshot
@@ -126,7 +124,7 @@ class Slots:
         start = generation.scheduled
         if not self._tokens_on_host:
             return Row(generation, start, 1, True)
-        tokens = np.array([generation.tokens[-1], *guess], np.int32)
+        tokens = [generation.tokens[-1], *guess]
         return Row(generation, start, len(tokens), True, tokens, len(guess))
 
     def _leaves(

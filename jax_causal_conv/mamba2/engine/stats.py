@@ -2,8 +2,9 @@
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .batches import Row
 from .buckets import Bucket
 from .requests import Generation
 
@@ -47,6 +48,23 @@ class StepStats:
     host_seconds: float
     dispatch_seconds: float
     seconds: float
+
+    @classmethod
+    def of(cls, rows: list[Row], **attributes: Any) -> "StepStats":
+        """Of a step of these rows, whose tokens are not on the host yet."""
+        decodes = sum(row.decodes for row in rows)
+        hits = [row.start for row in rows if row.source is not None]
+        return cls(
+            decode_tokens=decodes,
+            draft_tokens=sum(row.num_drafts for row in rows),
+            accepted_tokens=0,
+            prefill_tokens=sum(row.length for row in rows if not row.decodes),
+            prefill_rows=len(rows) - decodes,
+            prefix_hits=len(hits),
+            prefix_tokens=sum(hits),
+            seconds=0.0,
+            **attributes,
+        )
 
     @property
     def padding(self) -> int:

@@ -26,10 +26,11 @@ def items_of(
         what: what it must be, in words.
         refused: types that are not wanted, beside text and what can be read once only.
     """
-    refused = (str, bytes, bytearray, Iterator, Mapping, *refused)
-    accepted = isinstance(value, Iterable) and isinstance(value, Sized)
-    if not accepted or isinstance(value, refused):
-        raise TypeError(f"{name} must be {what}, got {brief(value)}")
+    if not isinstance(value, np.ndarray):
+        refused = (str, bytes, bytearray, Iterator, Mapping, *refused)
+        accepted = isinstance(value, Iterable) and isinstance(value, Sized)
+        if not accepted or isinstance(value, refused):
+            raise TypeError(f"{name} must be {what}, got {brief(value)}")
     if hasattr(value, "__array__"):
         array = np.asarray(value)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
