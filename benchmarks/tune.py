@@ -230,7 +230,7 @@ def prepared(work: Workload, chosen: Tiles, call: Callable) -> Prepared:
 
 
 def _on_gpu(capability: int) -> Callable:
-    from jax_triton import triton_lib  # noqa: PLC0415 (optional)
+    from jax_triton import triton_lib  # noqa: PLC0415 (jax-triton is optional)
 
     from jax_causal_conv.kernels import bridge  # noqa: PLC0415 (needs jax-triton)
 

@@ -27,8 +27,8 @@ class StepStats:
         waiting: requests without one.
         start: when the host began to plan it (`time.perf_counter`).
         host_seconds: planning and packing.
-        dispatch_seconds: handing it to the device. On a GPU that is behind this is
-            mostly waiting, as its queue holds fewer kernels than large steps have.
+        dispatch_seconds: handing it to the device. On a GPU much of it may be waiting
+            for steps before it.
         seconds: until its tokens were on the host, counted from `start` or from the end
             of the step before it, whichever is later: these add up to the busy time.
     """
