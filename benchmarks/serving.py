@@ -11,6 +11,7 @@ There it is the time of a jitted program of the convs alone (all layers, the ste
 shapes, donated caches): what the conv would cost by itself.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -59,7 +60,7 @@ PARTS = (*_KERNELS, "sampling", "other kernels", "host, and gaps")
 """What a step's time is divided into."""
 
 _CYCLE = 8  # divides the vocabularies
-_SKIPPED = 3  # steps of a load, before the ones whose time is divided
+_SKIPPED = 3  # steps of a load, before the ones that are timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,8 @@ class Serving:
     def engine(self, budget: int | None = None, **options: Any) -> Engine:
         """An engine with few shapes: each is compiled, which takes a large model long.
 
-        Shapes are compiled when they are first needed.
+        Shapes are compiled when they are first needed; `without_compiling` makes sure
+        that this is before steps are timed.
         """
         gc.collect()  # the caches of the engine before, which must go first
         budget = budget or self.load.budget
@@ -188,10 +190,9 @@ class Serving:
             # Once to compile the step.
             self._submit(engine, 1, 1, longest=load.longest)
             engine.run()
-            engine.stats.steps.clear()
-            self._submit(engine, 2 * load.slots, load.new_tokens, load.longest)
-            engine.run()
-            steps = list(engine.stats.steps)
+            with without_compiling(engine) as steps:
+                self._submit(engine, 2 * load.slots, load.new_tokens, load.longest)
+                engine.run()
             own = [step for step in steps if step.prefill_tokens]
             rows += [_timed(row("step with prompts"), own), _throughput(row, steps)]
         if not self.on_gpu:
@@ -331,9 +332,8 @@ class Serving:
         for name, shared in (("missed", None), ("hit", common)):
             # Two, so that what they share is known; and all is compiled.
             read(2, shared)
-            engine.stats.steps.clear()
-            read(load.prompts, shared)
-            steps = list(engine.stats.steps)
+            with without_compiling(engine) as steps:
+                read(load.prompts, shared)
             seconds = sum(s.seconds for s in steps)
             tokens = load.prompts * (load.shared + load.own)
             spared = engine.stats.prefix_tokens / tokens
@@ -368,10 +368,11 @@ class Serving:
                 running.append(engine.submit(Request(prompt, max_new_tokens=10**6)))
             while any(generation.prompt_left for generation in running):
                 engine.step()
-            engine.stats.steps.clear()
-            for _ in range(load.steps):
+            for _ in range(_SKIPPED):
                 engine.step()
-            steps = list(engine.stats.steps)
+            with without_compiling(engine) as steps:
+                for _ in range(load.steps):
+                    engine.step()
             stats = engine.stats
             made = _timed(
                 row(f"decode step, {right} of {load.drafts} drafts right"), steps
@@ -419,6 +420,21 @@ class SpoiledDraft:
             spoiled[self.right :] = (spoiled[self.right :] + _CYCLE) % self._vocab_size
             guesses.append(spoiled)
         return guesses
+
+
+@contextlib.contextmanager
+def without_compiling(engine: Engine) -> Iterator[list[StepStats]]:
+    """The steps within, once they are done.
+
+    Raises:
+        RuntimeError: a step was compiled among them, so that their times mean nothing.
+    """
+    compiled, steps = engine.num_compilations, list[StepStats]()
+    engine.stats.steps.clear()
+    yield steps
+    if engine.num_compilations > compiled:
+        raise RuntimeError("a step was compiled while steps were timed")
+    steps += engine.stats.steps
 
 
 def _in_cycle(tokens, steps):

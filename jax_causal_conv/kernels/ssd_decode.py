@@ -127,11 +127,10 @@ def serve_drafts(
     kept = kept_of(inputs, seq, known, C)
     stores = stores_of(inputs, seq, slot, length, C)
     last, early = without(stores, C.DRAFTS - kept)
-    # Up to the first state that is stored, to the second if there are two, to the end.
-    early_first = (C.STORES > 1) & (early.end <= last.end)
+    # Up to the snapshot, if there may be one, then to the last state, then to the end.
     done = kept * 0
     for part in range(C.STORES + 1):
-        is_early = (part == 0) == early_first
+        is_early = part < C.STORES - 1
         upto = tl.where(is_early, early.end, last.end)
         upto = tl.where(part == C.STORES, kept + length, upto)
         recent = tl.minimum(upto, kept)

@@ -261,6 +261,33 @@ def test_prompts_of_equal_hashes_are_told_apart(engine, monkeypatch):
     assert engine.stats.prefix_hits >= 6
 
 
+def test_the_longest_snapshot_is_found():
+    """Among many that begin alike; compared with a look at each."""
+    rng = np.random.default_rng(0)
+    blocks = prefixes.Blocks(3)
+    found = prefixes.Prefixes(range(9), blocks)
+    kept, lengths = [], set()
+    for id in range(300):
+        prompt = rng.integers(0, 2, rng.integers(1, 12)).astype(np.int32)
+        generation = types.SimpleNamespace(
+            id=id, prompt=prompt, digests=blocks.digests(prompt)
+        )
+        blocks.saw(generation.digests)
+        begins = [
+            len(tokens)
+            for tokens in kept
+            if len(tokens) < len(prompt) and (tokens == prompt[: len(tokens)]).all()
+        ]
+        snapshot = found.find(generation)
+        assert (0 if snapshot is None else len(snapshot.tokens)) == max(begins or [0])
+        lengths.add(max(begins or [0]))
+        found.promise(generation, 0)
+        if rng.random() < 0.7:
+            found.drop(generation)
+        kept += [snapshot.tokens for snapshot in found.due(generation)]
+    assert lengths >= set(range(9))
+
+
 def test_only_so_many_blocks_are_remembered(engine, monkeypatch):
     monkeypatch.setattr(prefixes, "BLOCKS_REMEMBERED", 5)
     for i in range(4):

@@ -40,7 +40,7 @@ from benchmarks.suites import calls_into
 from benchmarks.timing import Prepared
 from benchmarks.tune import Change, changes
 from benchmarks.workload import Workload, WrongResult
-from jax_causal_conv.mamba2 import Mamba2Config
+from jax_causal_conv.mamba2 import Mamba2Config, Request
 from tests.support import REPOSITORY, quick, reference, ssd_reference
 
 MIXED = Workload("packed", (1, 7, 1, 12), 40, 3, "float32", slots=9)
@@ -479,6 +479,21 @@ def test_the_engine_is_timed_in_steps(on_gpu, monkeypatch):
     assert conv.microseconds == 1 and conv.implementation == "Triton"
     assert ssd.microseconds == 0 and ssd.implementation == "XLA"
     assert [row.fell_back for row in rest] == [False, True, *[False] * 4]
+
+
+def test_no_step_is_compiled_while_steps_are_timed():
+    engine = SERVED.engine(ssm_dtype="bfloat16")
+    with pytest.raises(RuntimeError, match="compiled while steps were timed"):
+        serve_one(engine)
+    steps = serve_one(engine)
+    assert [step.prefill_tokens for step in steps] == [1, 0, 0]
+
+
+def serve_one(engine):
+    with serving.without_compiling(engine) as steps:
+        engine.submit(Request([1], max_new_tokens=3))
+        engine.run()
+    return steps
 
 
 def test_the_engine_has_hits_and_misses_in_its_prefix_cache():

@@ -233,3 +233,16 @@ def test_engine(switch):
         want = results("engine")
         with SWITCHES[switch]():
             assert serve() == want
+
+
+def test_quick_compilations_may_be_nested():
+    def optimizes():
+        return not jax.config.read("jax_disable_most_optimizations")
+
+    outside = optimizes()
+    with quick.compilation():
+        inside = optimizes()
+        with quick.compilation():
+            pass
+        assert optimizes() == inside
+    assert optimizes() == outside

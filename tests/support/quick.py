@@ -48,6 +48,7 @@ def compilation():
     own of them, which is not public: tests of everything else go without.
     """
     make, less = compiler.get_compile_options, options()
+    before = jax.config.read("jax_disable_most_optimizations")
 
     def make_options(*args, env_options_overrides=None, **how):
         own = less | (env_options_overrides or {})
@@ -59,4 +60,4 @@ def compilation():
         yield
     finally:
         compiler.get_compile_options = make
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)

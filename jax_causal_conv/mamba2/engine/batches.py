@@ -193,10 +193,10 @@ def _last_draw(row: Row) -> tuple:
     """What is drawn after a row's last token."""
     if not row.draws:
         return PAD_SLOT_ID, 0, 0, 0.0, 0, 0.0
-    generation, sampling = row.generation, row.generation.sampling
+    generation, sampling = row.generation, row.generation.terms.sampling
     return (
         generation.slot,
-        sampling.seed,
+        generation.seed,
         row.start + row.length,
         sampling.temperature,
         sampling.top_k,

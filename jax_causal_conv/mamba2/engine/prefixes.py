@@ -33,12 +33,15 @@ class Snapshot:
     Attributes:
         tokens: `(P,)` int32, P >= 1.
         digest: of the whole blocks in it.
+        rest: bytes of the tokens behind these, which are compared in less time than
+            arrays.
         slot: where the states are; PAD_SLOT_ID until the step that leaves them there.
         ready: whether that step has been given to the device.
     """
 
     tokens: np.ndarray
     digest: bytes
+    rest: bytes
     slot: int = PAD_SLOT_ID
     ready: bool = False
 
@@ -105,11 +108,16 @@ class Prefixes:
         At least the prompt's last token is left to be read.
         """
         prompt, own = generation.prompt, self._promised.get(generation.id, [])
-        for digest in reversed(generation.digests):
+        size = self._blocks.size
+        for k, digest in reversed(list(enumerate(generation.digests))):
+            if digest not in self._found:
+                continue
+            rest = prompt[k * size : (k + 1) * size].tobytes()
             fitting = [
                 snapshot
-                for snapshot in self._found.get(digest, ())
-                if len(snapshot.tokens) < len(prompt)
+                for snapshot in self._found[digest]
+                if rest.startswith(snapshot.rest)
+                and len(snapshot.tokens) < len(prompt)
                 and snapshot not in own
                 and np.array_equal(snapshot.tokens, prompt[: len(snapshot.tokens)])
             ]
@@ -124,15 +132,19 @@ class Prefixes:
         prompt, digests = generation.prompt, generation.digests
         last = len(prompt) - 1
         size = self._blocks.size
-        shared = max(
+        shared = next(
             k
-            for k, digest in enumerate(digests)
-            if k == 0 or (self._blocks.shared(digest) and k * size <= last)
+            for k in reversed(range(last // size + 1))
+            if k == 0 or self._blocks.shared(digests[k])
         )
         promised = [
-            Snapshot(prompt[:length], digests[length // size])
-            for length in sorted({shared * size, last})
-            if length > start
+            Snapshot(
+                prompt[:end],
+                digests[end // size],
+                prompt[end - end % size : end].tobytes(),
+            )
+            for end in sorted({shared * size, last})
+            if end > start
         ]
         self._promised[generation.id] = promised
         for snapshot in promised:

@@ -87,6 +87,8 @@ class Slots:
         prefills = 0
         reading: set[int] = set()
         for generation in prompts:
+            if left == 0:
+                break
             start, source = generation.scheduled, None
             if start == 0 and self.prefixes.enabled:
                 source = self.prefixes.find(generation)
@@ -99,8 +101,6 @@ class Slots:
             length = min(len(generation.text) - start, left)
             if length > self._short and prefills == self._max_prefills:
                 continue
-            if length == 0:
-                break
             if source is not None:
                 reading.add(source.slot)
             length, leaves = self._leaves(generation, start, length, reading)
@@ -219,20 +219,29 @@ class Schedule:
         admitted = []
         for _ in range(count):
             generation = self.waiting.popleft()
-            # Of the devices with less than an even share, the one that has read most of
-            # its prompt already; then the one with the fewest requests.
-            generation.share = max(
-                (i for i, slots in enumerate(self.shares) if len(slots.running) < even),
-                key=lambda i: (
-                    self.shares[i].spared(generation),
-                    -len(self.shares[i].running),
-                ),
-            )
+            generation.share = self._share_for(generation, even)
             self.shares[generation.share].take(generation)
             if generation.admitted is None:
                 generation.admitted = now
             admitted.append(generation)
         return admitted
+
+    def _share_for(self, generation: Generation, even: int) -> int:
+        """Where to give it a slot: on a device with less than an even share.
+
+        Of these, the one that has read most of its prompt already; then the one with
+        the fewest requests.
+        """
+        able = [i for i, slots in enumerate(self.shares) if len(slots.running) < even]
+        if len(able) == 1:  # so that nothing need be searched for
+            return able[0]
+        return max(
+            able,
+            key=lambda i: (
+                self.shares[i].spared(generation),
+                -len(self.shares[i].running),
+            ),
+        )
 
     def plan(self, guesses: Mapping[int, Sequence[int]]) -> list[list[Row]]:
         """Who takes part in the step on each device; see `Slots.plan`."""
