@@ -2,8 +2,9 @@
 
 Donated buffers keep their address, others their contents; outputs and the gradient of x
 are written to the last element, in memory that held NaN; many repetitions give the same
-bits; offsets pass 2³¹ elements in real memory; where there are two GPUs, what
-`tests.on_devices` checks. `--short` makes a run that a memory checker can follow
+bits, of the SSD as well; offsets pass 2³¹ elements in real memory; where there are two
+GPUs, what `tests.on_devices` checks. `--short` makes a run that a memory checker can
+follow
 (`compute-sanitizer python -m tests.on_device --short`).
 The rest of the suite runs there as well: `pytest -k triton`, `python -m
 tests.support.fuzz`.
@@ -13,12 +14,14 @@ import argparse
 import functools
 import itertools
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_causal_conv as jcc
+from jax_causal_conv.mamba2 import DraftStates
 
 _WIDTH = 4
 _call = functools.partial(
@@ -182,6 +185,81 @@ def repetitions(count: int) -> str:
     return f"{count} repetitions each of 2 sizes are identical"
 
 
+def ssd_repetitions(count: int, sizes: Sequence[tuple[int, int, int, int]]) -> str:
+    """Every kernel of the SSD, the same bits every time.
+
+    Args:
+        count: so many times.
+        sizes: heads, channels of a head, groups and state size, of each that is tried.
+    """
+    call = functools.partial(
+        jcc.ssd_packed, dt_softplus=True, max_prefills=5, implementation="triton"
+    )
+    drafts = 2
+    slots = 3 * len(_MIXED)  # of sequences, of snapshots, and to be written
+    number = np.arange(len(_MIXED), dtype=np.int32)
+    offsets = np.concatenate([[0], np.cumsum(_MIXED)]).astype(np.int32)
+    batch = {
+        "query_start_loc": offsets,
+        "cache_indices": number,
+        "has_initial_state": number % 3 > 0,
+    }
+    few = {**batch, "query_start_loc": np.arange(len(_MIXED) + 1, dtype=np.int32)}
+    moved = {
+        "write_indices": 2 * len(_MIXED) + number,
+        "snapshot_ends": np.array(_MIXED, np.int32) // 2,
+        "snapshot_indices": len(_MIXED) + number,
+    }
+    for heads, dim, groups, size in sizes:
+        tokens = int(offsets[-1])
+        arrays = {
+            "x": _normal((tokens, heads, dim), 1),
+            "dt": _normal((tokens, heads), 2),
+            "A": -jnp.arange(1, heads + 1, dtype=jnp.float32),
+            "B": _normal((tokens, groups, size), 3),
+            "C": _normal((tokens, groups, size), 4),
+            "D": jnp.ones(heads, jnp.float32),
+        }
+        states = _normal((slots, heads, dim, size), 5).astype(jnp.float32)
+        recent = [
+            _normal((slots, drafts, *arrays[name].shape[1:]), 6)
+            for name in ("x", "dt", "B")
+        ]
+
+        def everything(arrays, states, recent):
+            def rows(arrays):
+                long = {
+                    name: array[None] if array.ndim > 1 else array
+                    for name, array in arrays.items()
+                }
+                return jcc.ssd(**long, dt_softplus=True, implementation="triton")
+
+            one_each = {
+                n: a[: len(_MIXED)] if a.ndim > 1 else a for n, a in arrays.items()
+            }
+            y, pullback = jax.vjp(rows, arrays)
+            ring = DraftStates(states, recent[0], abs(recent[1]), recent[2])
+            rejected = {"num_rejected_tokens": number % (drafts + 1)}
+            return (
+                call(**arrays, ssm_states=states, **batch),
+                call(**arrays, ssm_states=states, **batch, **moved),
+                call(**arrays, ssm_states=ring, **batch, **rejected),
+                call(**one_each, ssm_states=states, **few, max_prefills=0),
+                call(**one_each, ssm_states=ring, **few, **rejected, max_prefills=0),
+                y,
+                pullback(y),
+            )
+
+        step = jax.jit(everything)
+        first = step(arrays, states, recent)
+        finite = [jnp.isfinite(array).all() for array in jax.tree.leaves(first)]
+        assert all(finite), f"NaN or inf in result {finite.index(False)}"
+        results = [_same(step(arrays, states, recent), first) for _ in range(count)]
+        wrong = count - int(sum(map(int, results)))
+        assert not wrong, f"{wrong} of {count} runs differ from the first ({heads=})"
+    return f"{count} repetitions each of {len(sizes)} sizes are identical"
+
+
 def large() -> str:
     """Tokens, slots and gradients behind element 2³¹, against a batch of their own."""
     dim, tail = 5376, 1000
@@ -228,6 +306,10 @@ def main() -> None:
         parser.error("needs a GPU")
     count = 2 if arguments.short else arguments.repetitions
     checks = [donation, functools.partial(repetitions, count)]
+    # Two groups of odd sizes, whose sequences are cut into stretches; and Mamba2-2.7B.
+    sizes = [(6, 50, 2, 100), (80, 64, 1, 128)]
+    sizes = sizes[: 1 if arguments.short else None]
+    checks.append(functools.partial(ssd_repetitions, max(2, count // 10), sizes))
     if not arguments.short:
         checks += [poison, large]
     if len(jax.devices()) > 1 and not arguments.short:
