@@ -157,10 +157,10 @@ def _lines(axis, suite: str, rows: list[dict], style) -> None:
 
 
 def _apart(sizes: list[float]) -> list[float]:
-    """Those that are a quarter larger than the one before: labels need some room."""
+    """Those that are two fifths larger than the one before: labels need some room."""
     kept = sizes[:1]
     for size in sizes[1:]:
-        if size >= 1.25 * kept[-1]:
+        if size >= 1.4 * kept[-1]:
             kept.append(size)
     return kept
 
