@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .offsets import Offsets, offset_bound, zero_uncovered
 from .rows import Rows, channel_block, load_filter, zero_rows
-from .slots import Store, roll_slot, snapshot_store, store_window, written_store
+from .stores import Store, roll_slot, snapshot_store, store_window, written_store
 from .walks import filter_rows
 
 

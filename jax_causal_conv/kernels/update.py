@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .rows import Rows, channel_block, load_filter, load_plain, zero_rows
-from .slots import Store, roll_slot, store_window, written_store
+from .stores import Store, roll_slot, store_window, written_store
 from .walks import convolve_rows, filter_rows, in_walk, walk_of
 
 

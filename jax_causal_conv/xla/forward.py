@@ -289,13 +289,29 @@ def update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
     slots = slots_one_by_one(operands, spec.pad_slot_id)
     if slots is None:
         return _update(spec, operands)
-    spec = dataclasses.replace(spec, pad_slot_id=PAD_SLOT_ID)
     weight, bias = operands.weight, operands.bias
+    own = dataclasses.replace(spec, pad_slot_id=PAD_SLOT_ID)
 
     def of_row(row):
-        return _update(spec, row._replace(weight=weight, bias=bias))
+        return _update(own, row._replace(weight=weight, bias=bias))
 
-    return row_by_row(of_row)(operands._replace(weight=None, bias=None, slots=slots))
+    def apart(operands):
+        rows = operands._replace(weight=None, bias=None, slots=slots)
+        return row_by_row(of_row)(rows)
+
+    if not (CPU_LOOPS_UPDATE_IN_PLACE and _one_cpu()):
+        return apart(operands)
+    # Rows that no mesh can divide may as well have slot numbers: a loop that moves one
+    # slot a trip is faster there.
+    together = functools.partial(_update, spec)
+    return lax.platform_dependent(operands, cpu=together, default=apart)
+
+
+def _one_cpu() -> bool:
+    try:
+        return jax.device_count("cpu") == 1
+    except RuntimeError:  # jax was told of other platforms alone
+        return False
 
 
 def _update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:

@@ -124,6 +124,18 @@ def test_donated_cache_is_neither_copied_nor_converted(op, lengths, drafts, dtyp
     assert cache_copies(hlo, shape) == 0, hlo
 
 
+@pytest.mark.skipif(OLD_XLA, reason="before jax 0.11, XLA:CPU copies it")
+@pytest.mark.skipif(not ON_CPU, reason="reads the program that XLA made for a CPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slots_that_nobody_numbered_are_updated_in_place(dtype):
+    states, x = jnp.ones((64, WIDTH - 1, 256), dtype), jnp.ones((64, 256), dtype)
+    jitted = jax.jit(causal_conv1d_update, donate_argnums=1)
+    compiled = jitted.lower(x, states, jnp.ones((256, WIDTH), dtype)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == states.nbytes
+    assert memory.temp_size_in_bytes < states.nbytes / 2
+
+
 @pytest.mark.skipif(OLD_XLA, reason="before jax 0.11 no loop updates bfloat16")
 @pytest.mark.skipif(not ON_CPU, reason="the loop is that for a CPU")
 def test_slots_of_bfloat16_are_copied_as_bits():
