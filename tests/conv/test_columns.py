@@ -30,8 +30,6 @@ from jax_causal_conv.operands import (
 from tests.support import checks, gpu_compiler, quick
 from tests.support.gpu_compiler import Program
 
-pytestmark = pytest.mark.xdist_group("columns")
-
 WIDTH, STATE_LEN = 4, 5
 OFFSETS = np.array([1, 9, 9, 30, 34], np.int32)
 SLOTS = np.array([3, 0, 1, -1], np.int32)

@@ -19,8 +19,6 @@ from tests.support.draws import draw_dense
 from tests.support.gpu_compiler import CompiledProgram
 from tests.support.gradients import assert_gradient, expected_gradients
 
-pytestmark = pytest.mark.xdist_group("halo")
-
 CHECKS = eight_devices.Checks()
 TIME = {"time": 8}
 BOTH = {"batch": 2, "time": 4}

@@ -34,8 +34,6 @@ from tests.support.gradients import (
     weighted,
 )
 
-pytestmark = pytest.mark.xdist_group("layers_scan")
-
 LAYERS = 3
 
 # Of four rows one is padding and one names a slot behind the cache, which is the first

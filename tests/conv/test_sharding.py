@@ -34,8 +34,6 @@ from tests.support.gradients import (
     split,
 )
 
-pytestmark = pytest.mark.xdist_group("sharding")
-
 CHECKS = eight_devices.Checks()
 # XLA:CPU partitions for automatic axes what an op lowers to, so that explicit ones are
 # the stricter: what the op says of its dimensions is all that is known.

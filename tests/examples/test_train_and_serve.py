@@ -16,8 +16,6 @@ from examples import serve, train
 from jax_causal_conv.mamba2 import Event, Mamba2LM, Stats, checkpoint
 from tests.support import quick
 
-pytestmark = pytest.mark.xdist_group("train_and_serve")
-
 PNG = b"\x89PNG\r\n\x1a\n"
 LENGTH = 32
 

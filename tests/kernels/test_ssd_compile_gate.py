@@ -13,9 +13,6 @@ import jax_causal_conv as jcc
 from jax_causal_conv.mamba2 import DraftStates
 from tests.support import gpu_compiler
 
-# Kernels of one call are compiled once.
-pytestmark = pytest.mark.xdist_group("ssd_compile_gate")
-
 if reason := gpu_compiler.missing_for_kernels():
     pytest.skip(reason, allow_module_level=True)
 

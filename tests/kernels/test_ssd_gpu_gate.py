@@ -16,8 +16,6 @@ from jax_causal_conv.mamba2 import DraftStates
 from tests.support import gpu_compiler
 from tests.support.gpu_compiler import Program
 
-pytestmark = pytest.mark.xdist_group("ssd_gpu_gate")
-
 if reason := gpu_compiler.missing_for_programs():
     pytest.skip(reason, allow_module_level=True)
 

@@ -15,8 +15,6 @@ from benchmarks.model_shapes import MODELS
 from tests.support import gpu_compiler
 from tests.support.gpu_compiler import Program
 
-pytestmark = pytest.mark.xdist_group("xla_gpu_gate")
-
 if reason := gpu_compiler.missing_for_programs():
     pytest.skip(reason, allow_module_level=True)
 

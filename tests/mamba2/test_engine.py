@@ -35,8 +35,6 @@ from tests.support import quick
 from tests.support.interruptions import Interrupter, Timer
 from tests.support.platforms import HAS_GPU
 
-pytestmark = pytest.mark.xdist_group("mamba2_engine")
-
 VOCAB = 61
 LONGEST = 96  # tokens of any request here
 SHAPES = {

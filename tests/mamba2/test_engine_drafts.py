@@ -13,8 +13,6 @@ from jax_causal_conv.mamba2.engine import DraftRequest
 from tests.support import quick
 from tests.support.recall import VOCAB, Recall, answer
 
-pytestmark = pytest.mark.xdist_group("mamba2_engine_drafts")
-
 MAX_DRAFTS = 3
 
 

@@ -17,8 +17,6 @@ from jax_causal_conv.mamba2.engine.schedule import Schedule, Slots
 from tests.mamba2.test_mesh import make_mesh
 from tests.support import eight_devices, quick
 
-pytestmark = pytest.mark.xdist_group("mesh")
-
 CHECKS = eight_devices.Checks()
 SLOTS = 2
 

@@ -27,8 +27,6 @@ from tests.support import quick
 from tests.support.interruptions import Interrupter, Timer
 from tests.support.recall import VOCAB, Recall, answer
 
-pytestmark = pytest.mark.xdist_group("mamba2_engine_states")
-
 BLOCK = 4
 
 

@@ -21,8 +21,6 @@ from jax_causal_conv import ssd, ssd_halo_state
 from jax_causal_conv.mamba2 import Mamba2Cache, Mamba2Config, Mamba2LM, Mamba2Mixer
 from tests.support import eight_devices, quick, ssd_reference
 
-pytestmark = pytest.mark.xdist_group("long_rows")
-
 CHECKS = eight_devices.Checks()
 PARTS, TOKENS = 8, 32  # four a device
 SIZES = {"d_state": 5, "headdim": 8, "n_groups": 2, "chunk_size": 4}

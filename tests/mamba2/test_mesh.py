@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec as P
 from jax_causal_conv import mamba2
 from tests.support import checks, eight_devices, quick
 
-pytestmark = pytest.mark.xdist_group("mesh")
-
 CHECKS = eight_devices.Checks(quick.compilation)
 KINDS = ("Auto", "Explicit")
 GROUPS = {"Auto": 1, "Explicit": 2}  # of four shards: one in all, or one in two

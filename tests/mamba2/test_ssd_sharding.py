@@ -29,8 +29,6 @@ from tests.support.ssd_cases import (
     draw_rows,
 )
 
-pytestmark = pytest.mark.xdist_group("ssd_sharding")
-
 CHECKS = eight_devices.Checks()
 KINDS = ("Auto", "Explicit")
 OTHERS = ("xla", *(["interpret"] if HAS_TRITON else []))  # than the default

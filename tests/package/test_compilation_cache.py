@@ -25,8 +25,6 @@ from tests.support.gradients import (
 )
 from tests.support.platforms import KERNEL_CALLS, needs_triton
 
-pytestmark = pytest.mark.xdist_group("compilation_cache")
-
 COUNTED = {
     "/jax/compilation_cache/cache_hits": "hits",
     "/jax/compilation_cache/cache_misses": "misses",

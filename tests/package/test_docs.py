@@ -1,4 +1,4 @@
-"""What the documentation shows runs as it stands, and its links lead somewhere."""
+"""What the README and the pages show runs as it stands; links lead somewhere."""
 
 import re
 import subprocess
@@ -10,8 +10,8 @@ from tests.package import markdown
 from tests.support import REPOSITORY, quick
 
 DOCS = REPOSITORY / "docs"
-PAGES = sorted(page for page in DOCS.rglob("*.md") if markdown.blocks(page))
 WRITTEN = sorted([*DOCS.rglob("*.md"), *REPOSITORY.glob("*.md")])
+PAGES = [page for page in WRITTEN if markdown.blocks(page)]
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 

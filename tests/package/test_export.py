@@ -28,8 +28,6 @@ from tests.support.gradients import (
 )
 from tests.support.platforms import KERNEL_CALLS, ON_CPU, exported, needs_triton
 
-pytestmark = pytest.mark.xdist_group("export")
-
 pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
 
 WORKER = REPOSITORY / "tests" / "support" / "exported_worker.py"
