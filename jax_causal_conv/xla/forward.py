@@ -178,7 +178,11 @@ def _scatter_slots(seqs: Sequences, columns: Columns, keeps_old: bool, *sources)
     states, (rows, old_slots) = read_before(states, (rows, old_slots))
     row = jnp.arange(state_len, dtype=jnp.int32)
     for store, new in zip(stores, rows, strict=True):
-        states = store_rows(states, store, row, new)
+        if seqs.slot.shape[0] == states.shape[0] == 1:
+            # Of all rows and slots, one by one, a select is a loop; a scatter is not.
+            states = jnp.where(store.live[:, None, None], new, states)
+        else:
+            states = store_rows(states, store, row, new)
     return states, old_slots
 
 
