@@ -40,3 +40,4 @@ def pytest_collection_finish():
     """Tests and modules stay: no search for garbage need visit their many objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 10, 10)

@@ -218,22 +218,21 @@ def test_circular_buffer_at_every_position(implementation):
 
 
 @EACH_OP
-@pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
-def test_mixed_precision(implementation, number, x_dtype):
-    # bf16 or f16 activations and states with f32 parameters, and the other way round.
-    other = FLOATS[0] if x_dtype != FLOATS[0] else FLOATS[2]
-    kinds = {"x_dtype": x_dtype, "state_dtype": x_dtype}
+@pytest.mark.parametrize(
+    "x_dtype, state_dtype, other",
+    [  # of x, of the states, and of the parameters
+        (FLOATS[0], FLOATS[2], FLOATS[2]),
+        (FLOATS[1], FLOATS[1], FLOATS[0]),
+        (FLOATS[2], FLOATS[0], FLOATS[0]),
+    ],
+    ids=str,
+)
+def test_mixed_precision(implementation, number, x_dtype, state_dtype, other):
+    kinds = {"x_dtype": x_dtype, "state_dtype": state_dtype}
     kinds |= {"weight_dtype": other, "bias_dtype": other}
     case = one_of_each_op(16, **kinds)[number]
     got, _ = check_gradients(case, implementation)
     assert got["weight"].dtype == other and got["x"].dtype == x_dtype
-
-
-@EACH_OP
-def test_state_of_another_dtype_than_x(implementation, number):
-    for x_dtype, state_dtype in (FLOATS[::2], FLOATS[::-2]):
-        kinds = {"x_dtype": x_dtype, "state_dtype": state_dtype}
-        check_gradients(one_of_each_op(17, **kinds)[number], implementation)
 
 
 def test_weight_gradients_of_many_bf16_tokens_are_summed_in_float32(implementation):

@@ -36,13 +36,12 @@ def check_states(x, offsets, state_len, function=JITTED, **keywords):
 @pytest.mark.parametrize("state_len", [0, 1, 3, 5, 9])
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
 def test_states_after_some_tokens_of_each_sequence(x_dtype, state_len):
-    for seed in range(4):
+    for seed in range(2):
         rng = np.random.default_rng([seed, state_len])
+        # Each x meets each dtype of states, with good and with malformed offsets.
+        state_dtype = FLOATS[(state_len // 2 + seed) % 3]
         case = draw_packed(
-            seed,
-            x_dtype=x_dtype,
-            state_dtype=FLOATS[seed % 3],
-            malformed=seed % 2 == 1,
+            seed, x_dtype=x_dtype, state_dtype=state_dtype, malformed=seed == 1
         )
         x, offsets = case.arrays["x"], case.arrays["query_start_loc"]
         ends = rng.choice([INT_MIN, -1, 0, 1, 2, 3, 5, 8, INT_MAX], 4).astype(np.int32)
