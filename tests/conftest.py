@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import pytest
 
+from tests.support import quick
 from tests.support.eight_devices import on_eight_devices  # noqa: F401 (a fixture)
 from tests.support.platforms import HAS_GPU, HAS_TRITON
 
@@ -19,6 +20,13 @@ def implementation(request):
     if request.param == "interpret" and not HAS_TRITON:
         pytest.skip("the interpreter is part of Triton, which is not installed")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For a module that is about values: what runs eagerly is compiled bit by bit."""
+    with quick.compilation():
+        yield
 
 
 def pytest_collection_modifyitems(config, items):

@@ -18,7 +18,10 @@ from tests.support.draws import (
     poisoned,
 )
 
-pytestmark = pytest.mark.forward_only
+pytestmark = [
+    pytest.mark.forward_only,
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 LIVE = {
     "query_start_loc": offsets_of([5, 4, 2, 9], head=2),

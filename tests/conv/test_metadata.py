@@ -19,6 +19,8 @@ from tests.support import cases, checks, quick, reference
 from tests.support.cases import INT_MAX, INT_MIN
 from tests.support.draws import draw_packed, ints, offsets_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def random_offsets(rng, num_tokens, num_seqs):
     pool = [INT_MIN, -1, *range(num_tokens + 2), INT_MAX]

@@ -17,6 +17,8 @@ from tests.support import cases, checks, quick, reference
 from tests.support.cases import FLOATS, INT_MAX, INT_MIN
 from tests.support.draws import WIDE, draw_packed, ints, offsets_of
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HISTORY = ("conv_states", "cache_indices", "has_initial_state", "num_rejected_tokens")
 JITTED = quick.jit(varlen_conv_states, static_argnums=2)
 

@@ -53,6 +53,8 @@ from jax_causal_conv.xla import backward as xla_backward
 from jax_causal_conv.xla import forward as xla
 from tests.support import checks, guard, reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KERNELS = (backward, dense, packed, update, offsets, rows, slots, walks)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ELEMENTS = 2**31

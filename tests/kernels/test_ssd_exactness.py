@@ -21,6 +21,8 @@ pytest.importorskip("triton")
 
 from jax_causal_conv.kernels import interpreter
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 if HAS_GPU:
     from jax_causal_conv.kernels import bridge
 

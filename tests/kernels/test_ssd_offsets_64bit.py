@@ -45,6 +45,8 @@ from tests.support import ssd_backward as gradients
 from tests.support import ssd_reference as reference
 from tests.support.ssd_cases import BFLOAT16, FLOAT32
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HEADS, DIM, GROUPS, SIZE = 512, 4, 32, 64
 TOKENS = 2**31 // HEADS + 9000  # even dt is larger than 2**31 elements
 SLOTS = 2**31 // (HEADS * DIM * SIZE) + 3

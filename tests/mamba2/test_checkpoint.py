@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM, load, save
 from tests.support import make_mamba2_goldens as goldens
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TIED, UNTIED, BIASED, _ = goldens.MODELS
 NORM = "backbone.layers.1.mixer.norm.weight"
 

@@ -20,6 +20,8 @@ from jax_causal_conv.nnx import GatedRMSNorm, Mamba2Mixer, ShortConvMixer
 from tests.support import make_family_goldens as goldens
 from tests.support import quick
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOLERANCE = 5e-6  # of the largest output; up to 1.3e-6 was seen
 TOKENS, SEQUENCES, SLOTS = 9, 3, 4  # of a serving step
 SLOT_OF = (3, 1)  # of each row

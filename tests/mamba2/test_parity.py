@@ -26,6 +26,8 @@ from tests.support import make_mamba2_goldens as goldens
 from tests.support import quick
 from tests.support.platforms import HAS_TRITON
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TIED, UNTIED, BIASED, _ = goldens.MODELS  # the fourth has another epsilon
 TOLERANCE = 5e-6  # of the largest logit; see test_logits_are_those_of_transformers
 TOKENS, SEQUENCES, SLOTS = 12, 4, 6  # of a serving step

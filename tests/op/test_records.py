@@ -23,6 +23,8 @@ from jax_causal_conv.op.ops import (
 )
 from jax_causal_conv.operands import ConvSpec, SSDSpec
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 T, N, S, L, D, W, B, Q = 23, 5, 7, 6, 12, 4, 3, 2
 H, P, G, K = 6, 5, 3, 7
 SSD_OPS = (SSD, SSD_BACKWARD, SSD_PACKED, SSD_REPLAY)

@@ -21,6 +21,8 @@ from tests.support.gradients import function, one_of_each_op, split
 from tests.support.platforms import HAS_TRITON
 from tests.support.ssd_cases import BFLOAT16, batch, draw_rows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 OFFSETS, SLOTS = np.array([0, 3, 4, 4]), np.array([2, 0, 1])
 SEEN = np.array([True, False, True])
 CONFIG = mamba2.Mamba2Config(

@@ -17,6 +17,8 @@ from jax_causal_conv import (
 from jax_causal_conv.mamba2 import Mamba2Config, Mamba2LM
 from jax_causal_conv.nnx import CausalConv1d, Mamba2Mixer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 D, W = 6, 4
 Q = np.array([0, 3, 5])
 WEIGHT, STATES = jnp.ones((D, W)), jnp.zeros((2, W - 1, D))

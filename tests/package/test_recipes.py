@@ -8,6 +8,8 @@ import pytest
 
 from tests.support import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS = 9
 
 
