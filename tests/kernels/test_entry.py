@@ -24,7 +24,7 @@ from jax_causal_conv.kernels import (
     packed,
     record,
     rows,
-    slots,
+    stores,
     update,
     walks,
 )
@@ -32,7 +32,7 @@ from jax_causal_conv.kernels.entry import arrays, entry, leaves, position, repla
 from jax_causal_conv.kernels.record import Launch
 
 OPS = (backward, dense, packed, update)
-SHARED = (activations, offsets, rows, slots, walks)
+SHARED = (activations, offsets, rows, stores, walks)
 FUNCTIONS = {
     f"{function.fn.__module__}.{name}": function
     for module in OPS + SHARED

@@ -36,7 +36,7 @@ from jax_causal_conv.kernels import (
     packed,
     record,
     rows,
-    slots,
+    stores,
     tiles,
     update,
     walks,
@@ -55,7 +55,7 @@ from tests.support import checks, guard, reference
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-KERNELS = (backward, dense, packed, update, offsets, rows, slots, walks)
+KERNELS = (backward, dense, packed, update, offsets, rows, stores, walks)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ELEMENTS = 2**31
 SILU = ConvSpec("silu")
