@@ -21,7 +21,7 @@ from jax_causal_conv import ssd, ssd_halo_state
 from jax_causal_conv.mamba2 import Mamba2Cache, Mamba2Config, Mamba2LM, Mamba2Mixer
 from tests.support import eight_devices, quick, ssd_reference
 
-CHECKS = eight_devices.Checks()
+CHECKS = eight_devices.Checks(quick.compilation)
 PARTS, TOKENS = 8, 32  # four a device
 SIZES = {"d_state": 5, "headdim": 8, "n_groups": 2, "chunk_size": 4}
 IDS = {
