@@ -248,6 +248,22 @@ def test_weight_gradients_of_many_bf16_tokens_are_summed_in_float32(implementati
     np.testing.assert_array_equal(got["weight"][:, -1], 600)
 
 
+def test_bf16_state_gradients_are_summed_in_float32(implementation):
+    # Nine terms, the largest in the middle: a sum in bf16, whose steps are 4 there,
+    # would lose all small ones behind it, from whichever side it comes.
+    bf16 = FLOATS[2]
+    changes = {"num_rows": 1, "num_tokens": 20, "channels": 2, "activation": None}
+    changes |= {"width": 10, "state_len": 9, "segment_ids": False}
+    case = small_dense(18, **changes, x_dtype=bf16, state_dtype=bf16)
+    weight = np.full_like(case.arrays["weight"], 1.9)
+    weight[:, 4] = 512
+    case = case.replace(weight=weight)
+    cotangents = np.ones_like(case.arrays["x"])
+    got = pull(case, cotangents, implementation)
+    assert_gradients(got, case, cotangents)
+    np.testing.assert_array_equal(got["initial_state"][:, -1], 528)  # of 527.2
+
+
 @EACH_OP
 def test_cotangent_of_an_unused_slot_passes_bit_for_bit(implementation, number):
     if number == 0:
