@@ -152,8 +152,9 @@ class Serving:
     def engine(self, budget: int | None = None, **options: Any) -> Engine:
         """An engine with few shapes: each is compiled, which takes a large model long.
 
-        Shapes are compiled when they are first needed; `without_compiling` makes sure
-        that this is before steps are timed.
+        Shapes are compiled when they are first needed. `without_compiling` makes sure
+        that this is before steps are timed, but for decode steps, whose median does not
+        see it.
         """
         gc.collect()  # the caches of the engine before, which must go first
         budget = budget or self.load.budget

@@ -4,8 +4,7 @@ Donated buffers keep their address, others their contents; outputs and the gradi
 are written to the last element, in memory that held NaN; many repetitions give the same
 bits, of the SSD as well; offsets pass 2³¹ elements in real memory; where there are two
 GPUs, what `tests.on_devices` checks. `--short` makes a run that a memory checker can
-follow
-(`compute-sanitizer python -m tests.on_device --short`).
+follow (`compute-sanitizer python -m tests.on_device --short`).
 The rest of the suite runs there as well: `pytest -k triton`, `python -m
 tests.support.fuzz`.
 """

@@ -113,6 +113,8 @@ def _sizes(dtype: tl.dtype) -> tuple[int, ...]:
 
 def _init_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
     sizes = tuple([getattr(size, "value", size) for size in shape])
+    if not sizes:
+        raise TypeError("0d block_type is forbidden")
     self.element_ty = element_ty
     self.shape, self.numel, *_ = _shape(sizes)
     self.name = f"<{sizes}, {element_ty}>"

@@ -179,7 +179,8 @@ def _scatter_slots(seqs: Sequences, columns: Columns, keeps_old: bool, *sources)
     row = jnp.arange(state_len, dtype=jnp.int32)
     for store, new in zip(stores, rows, strict=True):
         if seqs.slot.shape[0] == states.shape[0] == 1:
-            # Of all rows and slots, one by one, a select is a loop; a scatter is not.
+            # A row and its own slot, of which `row_by_row` makes all: XLA fuses a
+            # select into one loop over them, but not a scatter.
             states = jnp.where(store.live[:, None, None], new, states)
         else:
             states = store_rows(states, store, row, new)
@@ -305,8 +306,9 @@ def update(spec: ConvSpec, operands: UpdateOperands) -> tuple[jax.Array, ...]:
 
     if not (CPU_LOOPS_UPDATE_IN_PLACE and _one_cpu()):
         return apart(operands)
-    # Rows that no mesh can divide may as well have slot numbers: a loop that moves one
-    # slot a trip is faster there.
+    # One CPU device has no mesh to divide the rows, so they may as well have slot
+    # numbers: a loop that moves one slot a trip is faster there. (In a program that is
+    # exported from there for several CPU devices, XLA gathers rows that are divided.)
     together = functools.partial(_update, spec)
     return lax.platform_dependent(operands, cpu=together, default=apart)
 

@@ -223,6 +223,7 @@ def test_circular_buffer_at_every_position(implementation):
     [  # of x, of the states, and of the parameters
         (FLOATS[0], FLOATS[2], FLOATS[2]),
         (FLOATS[1], FLOATS[1], FLOATS[0]),
+        (FLOATS[2], FLOATS[2], FLOATS[0]),
         (FLOATS[2], FLOATS[0], FLOATS[0]),
     ],
     ids=str,

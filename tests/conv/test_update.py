@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jax_causal_conv import causal_conv1d_fn, causal_conv1d_update
+from jax_causal_conv.xla import forward
 from tests.support import cases, checks, reference
 from tests.support.cases import FLOATS, INT_MAX, INT_MIN
 from tests.support.draws import (
@@ -214,6 +215,26 @@ def test_pad_slot_id_names_the_slot_to_skip(implementation, pad_slot_id):
         15, pad_slot_id=pad_slot_id, arrays={"conv_state_indices": slots}
     )
     checks.check(case, implementation)
+
+
+@pytest.fixture
+def rows_apart(monkeypatch):
+    """Rows without slot numbers as where a mesh may divide them, on any machine."""
+    jax.clear_caches()  # of programs that were traced for one CPU device
+    monkeypatch.setattr(forward, "_one_cpu", lambda: False)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    "base", [UPDATE_SHAPE, RING_SHAPE], ids=["shifted", "circular"]
+)
+def test_rows_and_slots_that_a_mesh_may_divide(rows_apart, base):
+    for seed in range(4):
+        kinds = {"x_dtype": FLOATS[seed % 3], "state_dtype": FLOATS[(seed + 1) % 3]}
+        options = {"conv_state_indices": False, "pad_slot_id": (-1, 2)[seed % 2]}
+        case = draw_update(20 + seed, base, **options, **kinds)
+        checks.check(case, "xla")
 
 
 def test_no_indices_means_exactly_arange(implementation):

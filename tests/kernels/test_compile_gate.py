@@ -35,9 +35,10 @@ CHOOSES_PTX = not importlib.metadata.version("jax-triton").startswith("0.3.")
 
 # Every kernel on sm_90, whose bounds are the tightest, and for Mamba2-2.7B on the other
 # GPUs. Models that differ in D alone get the same instructions with other numbers in
-# them: on sm_90 there are one of them, that whose D wastes most of a block, and one of
-# each dtype. A kernel with an option is the kernel, and meets the other GPUs by turns,
-# but for its gradient, which has no registers to spare. The report has all.
+# them. So on sm_90 there are, besides, one of float32, one whose D wastes half a block,
+# one without a bias and one of width 3. Forward kernels with an option meet one of the
+# other GPUs, by turns; gradients, which have no registers to spare, both. The report
+# has all models.
 MODEL = "Mamba2-2.7B"
 DIFFERENT = ("Mamba2-130M", "Zamba2-2.7B", "Qwen3-Next-80B", "LFM2-1.2B")
 

@@ -16,6 +16,10 @@ PAGES = [page for page in WRITTEN if markdown.blocks(page)]
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
+def test_blocks_of_the_readme_are_found():
+    assert len(markdown.blocks(REPOSITORY / "README.md")) >= 4
+
+
 def name(page):
     return str(page.relative_to(REPOSITORY))
 
