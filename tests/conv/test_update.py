@@ -233,7 +233,8 @@ def test_rows_and_slots_that_a_mesh_may_divide(rows_apart, base):
     for seed in range(4):
         kinds = {"x_dtype": FLOATS[seed % 3], "state_dtype": FLOATS[(seed + 1) % 3]}
         options = {"conv_state_indices": False, "pad_slot_id": (-1, 2)[seed % 2]}
-        case = draw_update(20 + seed, base, **options, **kinds)
+        sizes = {"num_rows": 5, "num_slots": 5}
+        case = draw_update(20 + seed, base, **sizes, **options, **kinds)
         checks.check(case, "xla")
 
 
