@@ -537,12 +537,16 @@ def runs_kernels(implementation: str | None) -> bool:
     )
 
 
-def assert_close(got, exact, magnitude, what, terms=TERMS, specified=True):
-    """One rounding to `got.dtype`, and sums in float32 of terms of `magnitude`."""
+def assert_close(got, exact, magnitude, what, terms=TERMS, specified=True, wide=None):
+    """One rounding to `got.dtype`, and sums in float32 of terms of `magnitude`.
+
+    In float64 where `wide`, the dtype of the op's x, is; None is `got.dtype`.
+    """
     assert got.shape == exact.shape, f"{what}: {got.shape}, expected {exact.shape}"
     if got.size == 0:
         return
-    wide = np.float64 if got.dtype == np.float64 else np.float32
+    wide = got.dtype if wide is None else wide
+    wide = np.float64 if wide == np.float64 else np.float32
     with np.errstate(all="ignore"):
         values = got.astype(np.float64)
         allowed = terms * np.finfo(wide).eps * magnitude
@@ -591,7 +595,7 @@ def compare(case: Case, result, expected: Expected, implementation: Any = "xla")
     new[[sequence.slot for sequence in expected.unknown]] = 0
     assert_close(
         *(new, expected.states, expected.state_size),
-        *(f"{what}\nstates", terms(new), slots),
+        *(f"{what}\nstates", terms(new), slots, y.dtype),
     )
     if old is not None:
         kept = expected.kept
