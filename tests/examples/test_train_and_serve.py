@@ -14,19 +14,14 @@ import numpy as np
 
 from examples import serve, train
 from jax_causal_conv.mamba2 import Event, Mamba2LM, Stats, checkpoint
-from tests.support import quick
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LENGTH = 32
 
 
 # ---- Text --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with quick.compilation():
-        yield
 
 
 def test_rows_hold_every_byte_and_every_end_once():

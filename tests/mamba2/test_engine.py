@@ -35,6 +35,8 @@ from tests.support import quick
 from tests.support.interruptions import Interrupter, Timer
 from tests.support.platforms import HAS_GPU
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 VOCAB = 61
 LONGEST = 96  # tokens of any request here
 SHAPES = {
@@ -58,12 +60,6 @@ SHAPES = {
         "token_buckets": [5],
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with quick.compilation():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,11 @@ import numpy as np
 
 from jax_causal_conv.mamba2 import Engine, NgramDraft, Request, SamplingParams
 from jax_causal_conv.mamba2.engine import DraftRequest
-from tests.support import quick
 from tests.support.recall import VOCAB, Recall, answer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MAX_DRAFTS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with quick.compilation():
-        yield
 
 
 class Draft:

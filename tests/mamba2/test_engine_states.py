@@ -23,17 +23,12 @@ from jax_causal_conv.mamba2 import (
     SamplingParams,
 )
 from jax_causal_conv.mamba2.engine import prefixes
-from tests.support import quick
 from tests.support.interruptions import Interrupter, Timer
 from tests.support.recall import VOCAB, Recall, answer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BLOCK = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with quick.compilation():
-        yield
 
 
 class Guesses:

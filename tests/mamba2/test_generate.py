@@ -20,13 +20,8 @@ from jax_causal_conv.mamba2 import (
     load,
     save,
 )
-from tests.support import quick
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with quick.compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def checkpoint(folder, vocab_size, **options):

@@ -41,17 +41,13 @@ from benchmarks.timing import Prepared
 from benchmarks.tune import Change, changes
 from benchmarks.workload import Workload, WrongResult
 from jax_causal_conv.mamba2 import Mamba2Config, Request
-from tests.support import REPOSITORY, quick, reference, ssd_reference
+from tests.support import REPOSITORY, reference, ssd_reference
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MIXED = Workload("packed", (1, 7, 1, 12), 40, 3, "float32", slots=9)
 GRADIENT = Workload("gradient", (9, 9), 40, 3, "float32")
 QUICK = Options(seconds=0.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    with quick.compilation():
-        yield
 
 
 def test_expected_results_are_those_of_the_reference():
